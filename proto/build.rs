@@ -1,0 +1,17 @@
+//! Generates Rust types from the .proto files, with a parser in Rust instead of a system protoc.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let monitor = protox::compile(["proto/monitor.proto"], ["proto"])?;
+    prost_build::Config::new().compile_fds(monitor)?;
+
+    if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
+        let cri = protox::compile(["proto/cri.proto"], ["proto"])?;
+        tonic_prost_build::configure()
+            .build_transport(false)
+            .type_attribute(".", "#[derive(serde::Serialize, serde::Deserialize)]")
+            .message_attribute(".", "#[serde(default)]")
+            .compile_fds(cri)?;
+    }
+    Ok(())
+}

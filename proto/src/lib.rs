@@ -1,0 +1,17 @@
+//! The contracts of Windlass: the CRI v1 API of kubelet and the protocol between the daemon and a pod's monitor.
+//! Generated code and framing; no logic.
+
+/// The Kubernetes Container Runtime Interface, `runtime.v1` of cri-api 0.37.2.
+#[cfg(feature = "cri")]
+pub mod cri {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    tonic::include_proto!("runtime.v1");
+}
+
+/// The protocol between the daemon and a monitor. `proto/monitor.proto` describes every message.
+pub mod monitor {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/windlass.monitor.v1.rs"));
+}
+
+pub mod frame;
