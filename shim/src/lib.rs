@@ -1,5 +1,19 @@
 //! The daemon: serves the CRI and keeps pods, containers, images and the pod network.
+//!
+//! `cri` is the RPC face and the only place that knows tonic; `pod` and `container` hold the state and its transitions;
+//! `monitor` talks to the process that every pod has; `image` and `network` know no pod; `store` writes records.
+//! Whatever needs a namespace, a clone or an unsafe call happens in the monitor, never here.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
+pub mod cli;
+pub mod config;
+pub mod container;
+pub mod cri;
+pub mod error;
 pub mod image;
+pub mod monitor;
 pub mod network;
+pub mod node;
+pub mod pod;
+pub mod store;

@@ -1,0 +1,83 @@
+//! The daemon's view of the cgroup v2 tree: where it is, which leaf belongs to whom, and the last resort of killing a leaf
+//! whose monitor is gone. Limits are the monitor's work.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+const POLL: Duration = Duration::from_millis(2);
+
+/// The mounted cgroup v2 tree.
+#[derive(Debug, Clone)]
+pub struct Tree {
+    /// `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid host.
+    pub root: PathBuf,
+    /// Controllers of the tree's root.
+    pub controllers: Vec<String>,
+}
+
+/// Controllers that enforce what the CRI can ask for.
+const WANTED: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
+
+impl Tree {
+    /// Finds the tree by its own files.
+    pub fn find() -> io::Result<Tree> {
+        for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+            if let Ok(controllers) = fs::read_to_string(Path::new(root).join("cgroup.controllers")) {
+                let controllers = controllers.split_whitespace().map(str::to_owned).collect();
+                return Ok(Tree { root: root.into(), controllers });
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 tree at /sys/fs/cgroup or /sys/fs/cgroup/unified; mount one"))
+    }
+
+    /// Controllers whose limits this host cannot enforce.
+    pub fn missing(&self) -> Vec<&'static str> {
+        WANTED.into_iter().filter(|name| !self.controllers.iter().any(|have| have == name)).collect()
+    }
+
+    /// Absolute directory of a cgroup path that begins with `/`.
+    pub fn directory(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+}
+
+/// Kills everything below `directory` and waits until it is empty. An absent cgroup is empty.
+pub async fn kill(directory: &Path, limit: Duration) -> io::Result<()> {
+    if !directory.exists() {
+        return Ok(());
+    }
+    let deadline = Instant::now() + limit;
+    while populated(directory) {
+        match fs::write(directory.join("cgroup.kill"), "1") {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("processes in {} do not end", directory.display())));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// True while a process is in the cgroup or below it.
+pub fn populated(directory: &Path) -> bool {
+    fs::read_to_string(directory.join("cgroup.events")).is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+}
+
+/// Removes an empty cgroup and the ones below it. An absent one is fine.
+pub fn remove(directory: &Path) -> io::Result<()> {
+    let Ok(listing) = fs::read_dir(directory) else { return Ok(()) };
+    for entry in listing.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,248 @@
+//! The command line: `windlass serve` and what goes with it.
+
+use crate::{
+    cgroup::Tree,
+    config::Config,
+    cri,
+    error::{Error, Result},
+    image::{Store, StoreConfig},
+    monitor::Program,
+    network::{self, Network},
+    node::Node,
+    pod,
+};
+use clap::{Args, Parser, Subcommand};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
+use tracing_subscriber::{EnvFilter, fmt, prelude::*};
+
+/// A Kubernetes container runtime: serves the CRI to kubelet and crictl, and runs pods as namespaced processes.
+#[derive(Debug, Parser)]
+#[command(name = "windlass", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the CRI until SIGTERM or SIGINT. Pods go on running afterwards.
+    Serve(Flags),
+    /// Look after the images of this node.
+    Image {
+        #[command(flatten)]
+        flags: Flags,
+        #[command(subcommand)]
+        command: ImageCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Import an OCI layout (directory or tar) or an archive of `docker save`.
+    Import {
+        /// The archive or directory.
+        file: PathBuf,
+    },
+    /// List images.
+    Ls,
+}
+
+/// Flags that go over the configuration file.
+#[derive(Debug, Default, Args)]
+pub struct Flags {
+    /// Configuration file; must exist when given [default: /etc/windlass/config.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Durable state: images, records, writable layers [default: /var/lib/windlass]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// State that may go at a reboot [default: /run/windlass]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// CRI socket [default: /run/windlass/windlass.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// CNI configuration files [default: /etc/cni/net.d]
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: Option<PathBuf>,
+    /// CNI plugins [default: /opt/cni/bin]
+    #[arg(long, value_name = "DIR")]
+    cni_bin_dir: Option<PathBuf>,
+    /// Registry configuration, <DIR>/<host>/hosts.toml [default: /etc/windlass/certs.d]
+    #[arg(long, value_name = "DIR")]
+    registry_config_dir: Option<PathBuf>,
+    /// error, warn, info, debug, trace, or directives such as windlass::image=debug [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+impl Flags {
+    fn over(self, config: &mut Config) {
+        fn set<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        if let (Some(state), None) = (&self.state, &self.socket) {
+            config.socket = state.join("windlass.sock");
+        }
+        set(&mut config.root, self.root);
+        set(&mut config.state, self.state);
+        set(&mut config.socket, self.socket);
+        set(&mut config.network.cni_conf_dir, self.cni_conf_dir);
+        set(&mut config.network.cni_bin_dir, self.cni_bin_dir);
+        set(&mut config.images.registry_config_dir, self.registry_config_dir);
+        set(&mut config.log_level, self.log_level);
+    }
+
+    fn load(self) -> Result<Config> {
+        let mut config = Config::load(self.config.as_deref())?;
+        self.over(&mut config);
+        for (name, path) in [("root", &config.root), ("state", &config.state), ("socket", &config.socket)] {
+            if !path.is_absolute() {
+                return Err(Error::invalid(format!("{name} {} is not an absolute path", path.display())));
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(cli: Cli) -> Result<()> {
+    let (config, job) = match cli.command {
+        Command::Serve(flags) => (flags.load()?, None),
+        Command::Image { flags, command } => (flags.load()?, Some(command)),
+    };
+    start_log(&config.log_level)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("start threads", error))?;
+    runtime.block_on(async {
+        match job {
+            None => serve(config).await,
+            Some(command) => images(config, command).await,
+        }
+    })
+}
+
+fn start_log(level: &str) -> Result<()> {
+    let filter = EnvFilter::try_new(level).map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_target(false);
+    tracing_subscriber::registry().with(filter).with(layer).init();
+    Ok(())
+}
+
+fn open_store(config: &Config) -> Result<Store> {
+    let store = StoreConfig::new(config.root.join("images"), config.images.registry_config_dir.clone());
+    Store::open(store).map_err(|error| Error::internal(format!("open image store: {error}")))
+}
+
+async fn images(config: Config, command: ImageCommand) -> Result<()> {
+    let _lock = lock(&config)?;
+    let store = open_store(&config)?;
+    match command {
+        ImageCommand::Import { file } => {
+            let imported = store.import(&file).await.map_err(|error| Error::internal(error.to_string()))?;
+            for image in imported {
+                println!("{} {}", image.id, image.repo_tags.join(" "));
+            }
+        }
+        ImageCommand::Ls => {
+            for image in store.list() {
+                println!("{} {} bytes {}", image.id, image.size_bytes, image.repo_tags.join(" "));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One daemon for each root: a second one would take the first one's unfinished work for its own.
+fn lock(config: &Config) -> Result<fs::File> {
+    fs::create_dir_all(&config.root).map_err(|error| Error::io(format_args!("create {}", config.root.display()), error))?;
+    let path = config.root.join("lock");
+    let file = fs::File::create(&path).map_err(|error| Error::io(format_args!("open {}", path.display()), error))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => {
+            Error::precondition(format!("{} is in use by another windlass; stop it or give another --root", config.root.display()))
+        }
+        error => Error::io(format_args!("lock {}", path.display()), error),
+    })?;
+    Ok(file)
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let _lock = lock(&config)?;
+    for directory in [config.state.clone(), config.root.join("pods"), config.root.join("containers")] {
+        fs::create_dir_all(&directory).map_err(|error| Error::io(format_args!("create {}", directory.display()), error))?;
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o711))
+            .map_err(|error| Error::io(format_args!("set mode of {}", directory.display()), error))?;
+    }
+    let tree = Tree::find().map_err(|error| Error::io("find the cgroup v2 tree", error))?;
+    if !tree.missing().is_empty() {
+        tracing::warn!(missing = %tree.missing().join(", "), tree = %tree.root.display(), "limits of these controllers are not enforced on this host");
+    }
+    let program = Program::open(&config.monitor_path())?;
+    let images = open_store(&config)?;
+    let network = Network::start(network_config(&config)?).map_err(|error| Error::internal(format!("start the pod network: {error}")))?;
+    let node = Arc::new(Node::new(config, tree, images, network, program));
+    pod::recover(&node).await;
+    let listener = listener(&node.config.socket)?;
+    tracing::info!(
+        socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
+        pods = node.pods().len(), containers = node.containers().len(), "serving"
+    );
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    cri::serve(node, listener, terminated()).await.map_err(|error| Error::internal(format!("serve: {error}")))?;
+    tracing::info!("stopped; pods go on running");
+    Ok(())
+}
+
+fn network_config(config: &Config) -> Result<network::Config> {
+    network::Config::new(&config.root.join("network"), &config.network.bridge, &config.network.subnet)
+        .map_err(|error| Error::invalid(format!("network: {error}")))
+}
+
+/// The socket that systemd passes, else a new one, mode 0660 and root's.
+fn listener(path: &Path) -> Result<UnixListener> {
+    let failed = |error: std::io::Error| Error::io(format_args!("listen on {}", path.display()), error);
+    if let Ok(Some(passed)) = listenfd::ListenFd::from_env().take_unix_listener(0) {
+        passed.set_nonblocking(true).map_err(failed)?;
+        return UnixListener::from_std(passed).map_err(failed);
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    // Bound under another name and moved when its mode is right: nobody can connect in between.
+    let temporary = path.with_extension("new");
+    let _ = fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary).map_err(failed)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o660)).map_err(failed)?;
+    fs::rename(&temporary, path).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn terminated() {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}

@@ -1,0 +1,151 @@
+//! The configuration: a TOML file whose every key has a default, under the flags of `windlass serve`.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Where the configuration is read from unless `--config` names another file. It need not exist.
+pub const DEFAULT_PATH: &str = "/etc/windlass/config.toml";
+
+/// The whole configuration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Durable state: images, layers, records, writable layers.
+    pub root: PathBuf,
+    /// State that may go at a reboot: sockets and exit records.
+    pub state: PathBuf,
+    /// The CRI socket, mode 0660.
+    pub socket: PathBuf,
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `windlass::image=debug`.
+    pub log_level: String,
+    pub cgroup: CgroupConfig,
+    pub network: NetworkConfig,
+    pub images: ImageConfig,
+    pub monitor: MonitorConfig,
+}
+
+/// `[cgroup]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CgroupConfig {
+    /// Parent of pods that name none.
+    pub parent: String,
+    /// Refuse a limit that this host cannot enforce, instead of saying so and running without it.
+    pub strict: bool,
+}
+
+/// `[network]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Name of the built-in bridge, at most 15 bytes.
+    pub bridge: String,
+    /// IPv4 subnet of the built-in bridge.
+    pub subnet: String,
+    /// Directory that network namespaces are pinned in.
+    pub netns_dir: PathBuf,
+    /// Directory of CNI configuration files. Nothing in it: the built-in bridge serves pods.
+    pub cni_conf_dir: PathBuf,
+    /// Directory of CNI plugins.
+    pub cni_bin_dir: PathBuf,
+}
+
+/// `[images]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageConfig {
+    /// Directory of `<host>/hosts.toml` files, as containerd reads them.
+    pub registry_config_dir: PathBuf,
+}
+
+/// `[monitor]`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MonitorConfig {
+    /// The `windlass-monitor` program. Empty: the one beside this program, else /usr/libexec/windlass/windlass-monitor.
+    pub path: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            root: "/var/lib/windlass".into(),
+            state: "/run/windlass".into(),
+            socket: "/run/windlass/windlass.sock".into(),
+            log_level: "info".into(),
+            cgroup: CgroupConfig::default(),
+            network: NetworkConfig::default(),
+            images: ImageConfig::default(),
+            monitor: MonitorConfig::default(),
+        }
+    }
+}
+
+impl Default for CgroupConfig {
+    fn default() -> CgroupConfig {
+        CgroupConfig { parent: "/windlass".into(), strict: false }
+    }
+}
+
+impl Default for NetworkConfig {
+    fn default() -> NetworkConfig {
+        NetworkConfig {
+            bridge: "windlass0".into(),
+            subnet: "10.88.0.0/16".into(),
+            netns_dir: "/run/netns".into(),
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_bin_dir: "/opt/cni/bin".into(),
+        }
+    }
+}
+
+impl Default for ImageConfig {
+    fn default() -> ImageConfig {
+        ImageConfig { registry_config_dir: "/etc/windlass/certs.d".into() }
+    }
+}
+
+impl Config {
+    /// Reads `path`, or the defaults where the default path has no file.
+    pub fn load(path: Option<&Path>) -> Result<Config> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_none() => return Ok(Config::default()),
+            Err(error) => return Err(Error::io(format_args!("read configuration {}", file.display()), error)),
+        };
+        toml::from_str(&text).map_err(|error| Error::invalid(format!("configuration {}: {error}", file.display())))
+    }
+
+    /// The `windlass-monitor` program to run.
+    pub fn monitor_path(&self) -> PathBuf {
+        if !self.monitor.path.as_os_str().is_empty() {
+            return self.monitor.path.clone();
+        }
+        let beside = std::env::current_exe().ok().map(|exe| exe.with_file_name("windlass-monitor"));
+        match beside {
+            Some(path) if path.exists() => path,
+            _ => "/usr/libexec/windlass/windlass-monitor".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("config.toml");
+        std::fs::write(&path, "[cgroup]\nparant = \"/x\"\n").expect("write");
+        let error = Config::load(Some(&path)).expect_err("unknown key");
+        assert!(error.message.contains("parant"), "{error}");
+    }
+
+    #[test]
+    fn a_named_file_that_is_absent_is_an_error() {
+        assert!(Config::load(Some(Path::new("/nonexistent/windlass.toml"))).is_err());
+    }
+}

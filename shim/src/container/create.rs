@@ -1,0 +1,188 @@
+//! CreateContainer: image, configuration and pod become a bundle and a process that waits at its gate.
+
+use super::{Container, Record, State, identity, spec, text};
+use crate::{
+    error::{Error, Kind, Result},
+    image::Image,
+    node::{Node, new_id, now_ns},
+    pod::{self, Phase, Pod},
+    store,
+};
+use std::{fs, path::Path, sync::Arc};
+use tracing::Instrument;
+use windlass_proto::{
+    cri::{ContainerConfig, NamespaceMode},
+    monitor::{CreateRequest, DeleteRequest, create_request::PidMode, frame::Body},
+};
+
+/// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
+pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> Result<String> {
+    let meta = config.metadata.clone().ok_or_else(|| Error::invalid("config.metadata is missing"))?;
+    if meta.name.is_empty() {
+        return Err(Error::invalid("config.metadata.name is empty"));
+    }
+    let key = format!("container/{}/{}/{}", pod.id, meta.name, meta.attempt);
+    let operation_node = node.clone();
+    node.joined(key, move || async move {
+        let node = operation_node;
+        let same = |record: &Record| record.config.metadata.as_ref() == Some(&meta);
+        if let Some(existing) = node.containers_of(&pod.id).into_iter().find(|container| container.look(same)) {
+            if existing.look(|record| matches!(record.state, State::Created { .. })) {
+                return Ok(existing.id.clone());
+            }
+            return Err(Error::new(
+                Kind::AlreadyExists,
+                format!("create container {}: container {} of this pod has the same name and attempt; remove it first", meta.name, existing.id),
+            ));
+        }
+        let id = new_id()?;
+        let span = tracing::info_span!("create", pod = %pod.id, container = %id, name = %meta.name);
+        let name = meta.name.clone();
+        build(node, pod, id, config).instrument(span).await.map_err(|error| match error.kind {
+            Kind::Prefixed => error,
+            _ => error.during(format_args!("create container {name}")),
+        })
+    })
+    .await
+}
+
+async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConfig) -> Result<String> {
+    if pod.phase() != Phase::Ready {
+        return Err(Error::precondition(format!("pod {} is not ready", pod.id)));
+    }
+    let image_name = config.image.as_ref().map(|image| image.image.clone()).unwrap_or_default();
+    if image_name.is_empty() {
+        return Err(Error::invalid("config.image.image is empty"));
+    }
+    let image = node.images.get(&image_name).ok_or_else(|| Error::not_found(format!("image {image_name:?} is not on this node; pull it first")))?;
+    let directory = node.container_directory(&id);
+    let result = assemble(&node, &pod, &id, config, &image, &directory).await;
+    match result {
+        Ok(container) => {
+            node.insert_container(Arc::new(container));
+            tracing::info!(image = %image.id, "container created");
+            Ok(id)
+        }
+        Err(error) => {
+            if let Ok(monitor) = pod.monitor() {
+                // A creation that timed out may still be under way there.
+                let _ = monitor.call(Body::Delete(DeleteRequest { container_id: id.clone() })).await;
+            }
+            if let Err(undo) = store::remove_tree(&directory) {
+                tracing::error!(error = %undo, "container directory not removed");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn assemble(node: &Node, pod: &Pod, id: &str, config: ContainerConfig, image: &Arc<Image>, directory: &Path) -> Result<Container> {
+    let monitor = pod.monitor()?;
+    let lease = node.images.lease(image);
+    let pod_record = pod.record();
+    let identity = identity::resolve(&config, image)?;
+    let input = spec::Input { node, pod: &pod_record, id, config: &config, image, identity: &identity, directory };
+    let (oci, not_enforced) = spec::build(&input)?;
+    if !not_enforced.is_empty() {
+        if node.config.cgroup.strict {
+            return Err(Error::unimplemented(format!("this host cannot enforce {} and cgroup.strict is set", not_enforced.join(", "))));
+        }
+        tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
+    }
+    write_bundle(directory, &oci, image)?;
+    let log_path = log_path(&pod_record, &config)?;
+    let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
+    let pid = match reply.0 {
+        Body::CreateReply(reply) => reply.pid,
+        other => return Err(Error::internal(format!("unexpected reply of the monitor: {other:?}"))),
+    };
+    let record = Record {
+        id: id.to_owned(),
+        pod_id: pod.id.clone(),
+        image_id: image.id.clone(),
+        image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone()),
+        image_name: image_name(&config, image),
+        chain_ids: image.layers.iter().map(|layer| layer.chain_id.clone()).collect(),
+        log_path,
+        user: identity.status(),
+        stop_signal: spec::stop_signal(&config, image)?,
+        not_enforced,
+        created_at_ns: now_ns(),
+        state: State::Created { pid },
+        config,
+    };
+    let container = Container::new(node, record, lease);
+    container.change(|_| {})?;
+    Ok(container)
+}
+
+fn image_name(config: &ContainerConfig, image: &Image) -> String {
+    let asked = config.image.as_ref().map(|spec| if spec.user_specified_image.is_empty() { &spec.image } else { &spec.user_specified_image });
+    match asked {
+        Some(name) if !name.trim_start_matches("sha256:").chars().all(|c| c.is_ascii_hexdigit()) => name.clone(),
+        _ => image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone(),
+    }
+}
+
+fn write_bundle(directory: &Path, oci: &oci_spec::runtime::Spec, image: &Image) -> Result<()> {
+    for part in ["upper", "work", "rootfs"] {
+        let path = directory.join(part);
+        fs::create_dir_all(&path).map_err(|error| Error::io(format_args!("create {}", path.display()), error))?;
+    }
+    let config = serde_json::to_vec(oci).map_err(|error| Error::internal(format!("encode config.json: {error}")))?;
+    store::write_file(&directory.join("config.json"), &config)?;
+    let plan = serde_json::json!({
+        "version": 1,
+        // Topmost first, as overlayfs takes them.
+        "lower": image.layers.iter().rev().map(|layer| text(&layer.path)).collect::<Vec<_>>(),
+        "upper": text(&directory.join("upper")),
+        "work": text(&directory.join("work")),
+        "volatile": true,
+    });
+    store::write_file(&directory.join("rootfs.json"), plan.to_string().as_bytes())
+}
+
+fn log_path(pod: &pod::Record, config: &ContainerConfig) -> Result<String> {
+    if config.log_path.is_empty() || pod.log_directory().is_empty() {
+        return Ok(String::new());
+    }
+    let relative = Path::new(&config.log_path);
+    if relative.is_absolute() || relative.components().any(|part| matches!(part, std::path::Component::ParentDir)) {
+        return Err(Error::invalid(format!("config.log_path {:?} leaves the pod's log directory", config.log_path)));
+    }
+    let path = Path::new(pod.log_directory()).join(relative);
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(|error| Error::io(format_args!("create log directory {}", parent.display()), error))?;
+    }
+    Ok(text(&path))
+}
+
+fn request(node: &Node, pod: &pod::Record, id: &str, config: &ContainerConfig, bundle: &Path, log_path: &str) -> Result<CreateRequest> {
+    let options = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).and_then(|s| s.namespace_options.clone());
+    let options = options.unwrap_or_else(|| pod::namespace_modes(&pod.config));
+    let mut target_container_id = String::new();
+    let pid_mode = match options.pid() {
+        NamespaceMode::Container => PidMode::Container,
+        NamespaceMode::Pod => PidMode::Pod,
+        NamespaceMode::Node => PidMode::Node,
+        NamespaceMode::Target => {
+            let target = node.container(&options.target_id)?;
+            if target.pod_id != pod.id {
+                return Err(Error::invalid(format!("namespace_options.target_id {:?} is a container of another pod", options.target_id)));
+            }
+            target_container_id = target.id.clone();
+            PidMode::Target
+        }
+    };
+    Ok(CreateRequest {
+        container_id: id.to_owned(),
+        bundle: text(bundle),
+        cgroup: text(&pod.container_cgroup(node, id)),
+        pid_mode: pid_mode.into(),
+        target_container_id,
+        log_path: log_path.to_owned(),
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        terminal: config.tty,
+    })
+}

@@ -1,0 +1,137 @@
+//! ExecSync: a process beside the container's own, its output collected within bounds, its whole cgroup killed at the deadline.
+
+use super::{Container, Exit, State};
+use crate::{
+    error::{Error, Kind, Result},
+    node::{Node, new_id},
+};
+use rustix::fd::OwnedFd;
+use std::{
+    collections::HashMap,
+    sync::{LazyLock, Mutex},
+    time::Duration,
+};
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::oneshot};
+use windlass_proto::monitor::{ExecRequest, KillExecRequest, frame::Body};
+
+/// Most output of both streams together. Kubelet takes 16 MiB for the whole reply (cri-client), framing included.
+const OUTPUT_LIMIT_BYTES: usize = 15 << 20;
+/// How long output is read after the process has ended, because a process it left behind may hold the pipe open.
+const DRAIN_LIMIT: Duration = Duration::from_millis(300);
+/// How long the killed processes of an exec may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// What an exec gave.
+#[derive(Debug, Default)]
+pub struct Output {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exit_code: i32,
+}
+
+static WAITING: LazyLock<Mutex<HashMap<String, oneshot::Sender<Exit>>>> = LazyLock::new(Mutex::default);
+const POISON: &str = "never poisoned: no panic while held";
+
+/// The monitor says that an exec has ended.
+pub fn finished(exec_id: &str, exit: Exit) {
+    if let Some(waiter) = WAITING.lock().expect(POISON).remove(exec_id) {
+        let _ = waiter.send(exit);
+    }
+}
+
+/// Forgets the waiter however the call ends, also when the caller goes away.
+struct Waiting(String);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        WAITING.lock().expect(POISON).remove(&self.0);
+    }
+}
+
+/// Runs `command` in the container. `timeout` `None` waits for ever; at its end the exec is killed and the error is `Deadline`.
+pub async fn sync(node: &Node, container: &Container, command: Vec<String>, timeout: Option<Duration>) -> Result<Output> {
+    if command.is_empty() {
+        return Err(Error::invalid("cmd is empty"));
+    }
+    if !container.look(|record| matches!(record.state, State::Running { .. })) {
+        return Err(Error::precondition(format!("container {} is not running", container.id)));
+    }
+    let monitor = node.pod(&container.pod_id)?.monitor()?;
+    let exec_id = new_id()?[..16].to_owned();
+    let (sender, exit) = oneshot::channel();
+    WAITING.lock().expect(POISON).insert(exec_id.clone(), sender);
+    let _waiting = Waiting(exec_id.clone());
+    let process = super::spec::exec_process(&node.container_directory(&container.id), command.clone())?;
+    let request = ExecRequest {
+        container_id: container.id.clone(),
+        exec_id: exec_id.clone(),
+        process,
+        stdin: false,
+        stdout: true,
+        stderr: true,
+        terminal: false,
+    };
+    let (_, descriptors) = monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {:?}", command.first())))?;
+    let mut descriptors = descriptors.into_iter();
+    let (Some(stdout), Some(stderr)) = (descriptors.next(), descriptors.next()) else {
+        return Err(Error::internal("the monitor gave no pipes"));
+    };
+    let mut output = Output::default();
+    let run = collect(&mut output, stdout, stderr, exit);
+    let result = match timeout {
+        Some(limit) => tokio::time::timeout(limit, run).await,
+        None => Ok(run.await),
+    };
+    match result {
+        Ok(Ok(exit)) => {
+            output.exit_code = exit.code;
+            Ok(output)
+        }
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            let kill = Body::KillExec(KillExecRequest { exec_id, signal: 0 });
+            if let Err(error) = monitor.call_within(kill, KILL_LIMIT).await {
+                tracing::warn!(container = %container.id, %error, "timed out exec not killed");
+            }
+            let seconds = timeout.unwrap_or_default().as_secs_f64();
+            Err(Error::new(Kind::Deadline, format!("exec {:?} did not end within {seconds} s and was killed", command.first())))
+        }
+    }
+}
+
+async fn collect(output: &mut Output, stdout: OwnedFd, stderr: OwnedFd, exit: oneshot::Receiver<Exit>) -> Result<Exit> {
+    let pipe = |descriptor: OwnedFd| {
+        rustix::io::ioctl_fionbio(&descriptor, true).map_err(|error| Error::io("exec pipe", error))?;
+        pipe::Receiver::from_owned_fd(descriptor).map_err(|error| Error::io("exec pipe", error))
+    };
+    let (mut stdout, mut stderr) = (pipe(stdout)?, pipe(stderr)?);
+    let left = std::sync::atomic::AtomicUsize::new(OUTPUT_LIMIT_BYTES);
+    let both = async {
+        tokio::join!(read_bounded(&mut stdout, &mut output.stdout, &left), read_bounded(&mut stderr, &mut output.stderr, &left));
+    };
+    tokio::pin!(both);
+    let ended = || Error::new(Kind::Unavailable, "the pod ended while the command ran");
+    tokio::pin!(exit);
+    tokio::select! {
+        () = &mut both => exit.await.map_err(|_| ended()),
+        exit = &mut exit => {
+            let exit = exit.map_err(|_| ended())?;
+            let _ = tokio::time::timeout(DRAIN_LIMIT, both).await;
+            Ok(exit)
+        }
+    }
+}
+
+/// Reads to the end; what goes over the limit is thrown away while the command runs on.
+async fn read_bounded(pipe: &mut pipe::Receiver, into: &mut Vec<u8>, left: &std::sync::atomic::AtomicUsize) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let mut chunk = vec![0u8; 16 << 10];
+    while let Ok(count) = pipe.read(&mut chunk).await {
+        if count == 0 {
+            break;
+        }
+        let take = count.min(left.load(Relaxed));
+        left.fetch_sub(take, Relaxed);
+        into.extend_from_slice(chunk.get(..take).unwrap_or_default());
+    }
+}

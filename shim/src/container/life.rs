@@ -1,0 +1,158 @@
+//! Start, stop, removal, update and log reopening of a container that exists.
+
+use super::{Container, Exit, State, spec};
+use crate::{
+    error::{Error, Kind, Result},
+    node::{Node, now_ns},
+    store,
+};
+use std::{sync::Arc, time::Duration};
+use windlass_proto::{
+    cri::LinuxContainerResources,
+    monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, UpdateRequest, frame::Body},
+};
+
+/// Longest wait for a killed container to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Exit code of a container whose program could not be started.
+const START_ERROR_CODE: i32 = 128;
+
+/// Opens the gate. A failure leaves the container exited with code 128, reason `StartError` and the cause as its message.
+pub async fn start(node: &Node, container: &Container) -> Result<()> {
+    let _turn = container.turn.lock().await;
+    let pid = match container.look(|record| record.state.clone()) {
+        State::Created { pid } => pid,
+        State::Running { .. } => return Err(Error::precondition(format!("container {} is running already", container.id))),
+        State::Exited { .. } => return Err(Error::precondition(format!("container {} has exited", container.id))),
+    };
+    let monitor = node.pod(&container.pod_id)?.monitor()?;
+    let started_at_ns = now_ns();
+    // Published before the gate opens, so that the exit of a short program always finds a running container.
+    container.change(|record| record.state = State::Running { pid, started_at_ns })?;
+    match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
+        Ok(_) => {
+            tracing::info!(pod = %container.pod_id, container = %container.id, pid, "container started");
+            Ok(())
+        }
+        Err(error) => {
+            let error = error.during(format_args!("start container {}", container.look(|record| record.name().to_owned())));
+            let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
+            let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
+            container.change_always(|record| record.state = state.clone());
+            Err(error)
+        }
+    }
+}
+
+/// Stops a container: its stop signal, then after `timeout` the kernel's kill of its whole cgroup. A later call with a shorter timeout
+/// shortens the wait, because each call kills at its own deadline.
+pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
+    if container.is_exited() {
+        return Ok(());
+    }
+    let monitor = node.pod(&container.pod_id)?.monitor();
+    let monitor = match monitor {
+        Ok(monitor) => monitor,
+        // The pod's own watcher kills and publishes; this call only waits for it.
+        Err(error) => return wait(container).await.map_err(|_| error),
+    };
+    let created = container.look(|record| matches!(record.state, State::Created { .. }));
+    if !timeout.is_zero() && !created {
+        let signal = container.look(|record| record.stop_signal);
+        let request = Body::Signal(SignalRequest { container_id: container.id.clone(), signal });
+        match monitor.call(request).await {
+            Ok(_) => {
+                if tokio::time::timeout(timeout, container.wait_exited()).await.is_ok() {
+                    return Ok(());
+                }
+            }
+            Err(error) if matches!(error.kind, Kind::Precondition | Kind::NotFound) => {}
+            Err(error) => tracing::warn!(container = %container.id, %error, "stop signal not sent"),
+        }
+    }
+    match monitor.call(Body::Kill(KillRequest { container_id: container.id.clone() })).await {
+        Ok(_) => {}
+        Err(error) if matches!(error.kind, Kind::Precondition | Kind::NotFound | Kind::Unavailable) => {}
+        Err(error) => return Err(error.during(format_args!("stop container {}", container.id))),
+    }
+    wait(container).await
+}
+
+async fn wait(container: &Container) -> Result<()> {
+    tokio::time::timeout(KILL_LIMIT, container.wait_exited()).await.map_err(|_| {
+        Error::new(Kind::Deadline, format!("container {} did not end within {} s of being killed", container.id, KILL_LIMIT.as_secs()))
+    })
+}
+
+/// Removes a container, killing it first if it lives. Concurrent calls wait for one another and all succeed.
+pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+    let _turn = container.turn.lock().await;
+    if node.container(&container.id).is_err() {
+        return Ok(());
+    }
+    stop(node, container, Duration::ZERO).await?;
+    if let Ok(monitor) = node.pod(&container.pod_id).and_then(|pod| pod.monitor()) {
+        match monitor.call(Body::Delete(DeleteRequest { container_id: container.id.clone() })).await {
+            Ok(_) => {}
+            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::NotFound) => {}
+            Err(error) => return Err(error.during(format_args!("remove container {}", container.id))),
+        }
+    }
+    let _ = std::fs::remove_file(node.run_directory(&container.pod_id).join("exits").join(format!("{}.json", container.id)));
+    store::remove_tree(&node.container_directory(&container.id))?;
+    node.forget_container(&container.id);
+    tracing::info!(pod = %container.pod_id, container = %container.id, "container removed");
+    Ok(())
+}
+
+/// Changes the limits of a created or running container, all of them or none.
+pub async fn update(node: &Node, container: &Container, resources: LinuxContainerResources) -> Result<()> {
+    let _turn = container.turn.lock().await;
+    if container.is_exited() {
+        return Err(Error::precondition(format!("container {} has exited", container.id)));
+    }
+    let oci = spec::resources(&resources)?;
+    let json = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
+    let monitor = node.pod(&container.pod_id)?.monitor()?;
+    let request = UpdateRequest { container_id: container.id.clone(), resources: json };
+    monitor.call(Body::Update(request)).await.map_err(|error| error.during(format_args!("update container {}", container.id)))?;
+    container.change(|record| {
+        let linux = record.config.linux.get_or_insert_default();
+        merge(linux.resources.get_or_insert_default(), resources);
+    })
+}
+
+/// Lays the set fields of `new` over `old`; zero and empty mean "not given" in the CRI.
+fn merge(old: &mut LinuxContainerResources, new: LinuxContainerResources) {
+    let number = |old: &mut i64, new: i64| {
+        if new != 0 {
+            *old = new;
+        }
+    };
+    number(&mut old.cpu_period, new.cpu_period);
+    number(&mut old.cpu_quota, new.cpu_quota);
+    number(&mut old.cpu_shares, new.cpu_shares);
+    number(&mut old.memory_limit_in_bytes, new.memory_limit_in_bytes);
+    number(&mut old.oom_score_adj, new.oom_score_adj);
+    number(&mut old.memory_swap_limit_in_bytes, new.memory_swap_limit_in_bytes);
+    for (old, new) in [(&mut old.cpuset_cpus, new.cpuset_cpus), (&mut old.cpuset_mems, new.cpuset_mems)] {
+        if !new.is_empty() {
+            *old = new;
+        }
+    }
+    if !new.hugepage_limits.is_empty() {
+        old.hugepage_limits = new.hugepage_limits;
+    }
+    old.unified.extend(new.unified);
+}
+
+/// Makes the container write to a new file at its log path, after kubelet has moved the old one away.
+pub async fn reopen_log(node: &Node, container: &Container) -> Result<()> {
+    if !container.look(|record| matches!(record.state, State::Running { .. })) {
+        return Err(Error::precondition(format!("container {} is not running", container.id)));
+    }
+    let monitor = node.pod(&container.pod_id)?.monitor()?;
+    let request = Body::ReopenLog(ReopenLogRequest { container_id: container.id.clone() });
+    monitor.call(request).await.map(|_| ()).map_err(|error| error.during(format_args!("reopen log of container {}", container.id)))
+}

@@ -1,0 +1,218 @@
+//! Containers: their record, their state and what may happen to it.
+//!
+//! ```text
+//!             create             start
+//! (nothing) ---------> Created ---------> Running
+//!                         \ start fails      | its first process ends, or its monitor is lost
+//!                          `--> Exited <-----'        Exited --remove--> (nothing)
+//! ```
+
+mod create;
+pub mod exec;
+mod identity;
+mod life;
+mod spec;
+
+pub use create::create;
+pub use life::{remove, reopen_log, start, stop, update};
+
+use crate::{
+    error::Result,
+    image::Lease,
+    node::Node,
+    store,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+use tokio::sync::watch;
+use windlass_proto::{
+    cri::{ContainerConfig, LinuxContainerUser},
+    monitor::{self, ContainerState},
+};
+
+/// A container as its record keeps it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub pod_id: String,
+    pub config: ContainerConfig,
+    /// Config digest of the image.
+    pub image_id: String,
+    /// Repository digest of the image, its id when it has none.
+    pub image_ref: String,
+    /// What a person calls the image.
+    pub image_name: String,
+    /// Layers that this container holds.
+    pub chain_ids: Vec<String>,
+    /// Absolute path of the log; empty keeps none.
+    pub log_path: String,
+    pub user: LinuxContainerUser,
+    /// Signal number that a stop begins with.
+    pub stop_signal: i32,
+    /// Limits that were asked for and that this host does not enforce.
+    pub not_enforced: Vec<String>,
+    pub created_at_ns: i64,
+    pub state: State,
+}
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Created { pid: i32 },
+    Running { pid: i32, started_at_ns: i64 },
+    Exited { started_at_ns: i64, exit: Exit, reason: String, message: String },
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    pub code: i32,
+    #[serde(default)]
+    pub oom_killed: bool,
+    pub finished_at_ns: i64,
+}
+
+impl Exit {
+    /// The exit of a process whose end nobody saw.
+    pub fn unknown(finished_at_ns: i64) -> Exit {
+        Exit { code: 255, oom_killed: false, finished_at_ns }
+    }
+
+    fn reason(&self) -> &'static str {
+        match (self.oom_killed, self.code) {
+            (true, _) => "OOMKilled",
+            (false, 0) => "Completed",
+            (false, _) => "Error",
+        }
+    }
+}
+
+/// A monitor's exit as the daemon's.
+pub fn exit_of(exit: monitor::Exit) -> Exit {
+    Exit { code: exit.code, oom_killed: exit.oom_killed, finished_at_ns: exit.finished_at_ns }
+}
+
+/// The exit that a monitor wrote down before it went, if it did.
+pub fn recorded_exit(node: &Node, pod_id: &str, container_id: &str) -> Option<Exit> {
+    store::read(&node.run_directory(pod_id).join("exits").join(format!("{container_id}.json")))
+}
+
+/// A container of this node.
+pub struct Container {
+    pub id: String,
+    pub pod_id: String,
+    /// The published record; waiting for a change waits here.
+    record: watch::Sender<Record>,
+    /// Keeps the image's layers from being deleted.
+    _lease: Lease,
+    /// Held by the one transition that is under way.
+    pub turn: tokio::sync::Mutex<()>,
+    path: PathBuf,
+    /// Serialises writers of the record.
+    writing: Mutex<()>,
+}
+
+impl Container {
+    fn new(node: &Node, record: Record, lease: Lease) -> Container {
+        Container {
+            id: record.id.clone(),
+            pod_id: record.pod_id.clone(),
+            path: node.container_directory(&record.id).join("record.json"),
+            record: watch::Sender::new(record),
+            _lease: lease,
+            turn: tokio::sync::Mutex::new(()),
+            writing: Mutex::new(()),
+        }
+    }
+
+    /// A container whose record an earlier daemon wrote.
+    pub fn restored(node: &Node, record: Record) -> Container {
+        let lease = node.images.lease_layers(&record.chain_ids);
+        Container::new(node, record, lease)
+    }
+
+    /// A copy of the record as it is now.
+    pub fn record(&self) -> Record {
+        self.record.borrow().clone()
+    }
+
+    /// Looks at the record without copying it.
+    pub fn look<T>(&self, view: impl FnOnce(&Record) -> T) -> T {
+        view(&self.record.borrow())
+    }
+
+    /// Changes the record, on disk first.
+    pub fn change(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let _writing = self.writing.lock().expect("never poisoned: no panic while held");
+        let mut next = self.record();
+        change(&mut next);
+        store::write(&self.path, &next)?;
+        self.record.send_replace(next);
+        Ok(())
+    }
+
+    /// Changes the published record even when the disk is full: what has ended must not look alive.
+    fn change_always(&self, change: impl Fn(&mut Record)) {
+        if let Err(error) = self.change(&change) {
+            tracing::error!(container = %self.id, %error, "container record not written");
+            self.record.send_modify(&change);
+        }
+    }
+
+    /// Publishes that the container has ended. A second word on the same end changes nothing.
+    pub fn exited(&self, node: &Node, exit: Exit) {
+        if self.is_exited() {
+            return;
+        }
+        let started_at_ns = self.look(|record| match record.state {
+            State::Running { started_at_ns, .. } => started_at_ns,
+            _ => 0,
+        });
+        self.end(State::Exited { started_at_ns, exit, reason: exit.reason().into(), message: String::new() });
+        tracing::info!(pod = %self.pod_id, container = %self.id, code = exit.code, oom_killed = exit.oom_killed, "container exited");
+        let _ = node;
+    }
+
+    fn end(&self, state: State) {
+        self.change_always(|record| {
+            if !matches!(record.state, State::Exited { .. }) {
+                record.state = state.clone();
+            }
+        });
+    }
+
+    /// Takes over what a monitor says of a container that has not ended.
+    pub fn adopt(&self, _node: &Node, state: &ContainerState) {
+        if state.phase() != monitor::container_state::Phase::Running {
+            return;
+        }
+        let (pid, started_at_ns) = (state.pid, state.started_at_ns);
+        self.change_always(|record| record.state = State::Running { pid, started_at_ns });
+    }
+
+    pub fn is_exited(&self) -> bool {
+        self.look(|record| matches!(record.state, State::Exited { .. }))
+    }
+
+    /// Waits until the container has ended.
+    pub async fn wait_exited(&self) {
+        let mut receiver = self.record.subscribe();
+        // The sender lives in self, so this ends only by the condition.
+        let _ = receiver.wait_for(|record| matches!(record.state, State::Exited { .. })).await;
+    }
+}
+
+impl Record {
+    /// Name within the pod.
+    pub fn name(&self) -> &str {
+        self.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default()
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

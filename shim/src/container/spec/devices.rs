@@ -1,0 +1,80 @@
+//! Devices: the nodes a container gets, and the rules that say which it may open.
+
+use super::Input;
+use crate::error::{Error, Result};
+use rustix::fs::{FileType, Stat};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Most device nodes that one container may get.
+const DEVICES_MAX: usize = 4096;
+
+/// Device nodes and cgroup rules.
+pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
+    if let Some(device) = input.config.cdi_devices.first() {
+        return Err(Error::unimplemented(format!("config.CDI_devices: {:?}: CDI is not served yet", device.name)));
+    }
+    let mut devices = Vec::new();
+    let mut rules = vec![json!({ "allow": input.privileged(), "access": "rwm" })];
+    if input.privileged() {
+        walk(Path::new("/dev"), Path::new("/dev"), 0, &mut devices)?;
+    }
+    for device in &input.config.devices {
+        if device.permissions.is_empty() || device.permissions.chars().any(|c| !"rwm".contains(c)) {
+            return Err(Error::invalid(format!("config.devices: permissions {:?} of {} are not made of r, w, m", device.permissions, device.host_path)));
+        }
+        let target = if device.container_path.is_empty() { &device.host_path } else { &device.container_path };
+        let mut found = Vec::new();
+        let source = fs::canonicalize(&device.host_path)
+            .map_err(|error| Error::invalid(format!("config.devices: host_path {:?}: {error}", device.host_path)))?;
+        if source.is_dir() {
+            walk(&source, Path::new(target), 0, &mut found)?;
+        } else {
+            found.push(node(&source, Path::new(target)).ok_or_else(|| Error::invalid(format!("config.devices: {:?} is no device", device.host_path)))?);
+        }
+        for device_node in found {
+            rules.push(json!({
+                "allow": true, "type": device_node["type"], "major": device_node["major"], "minor": device_node["minor"], "access": device.permissions,
+            }));
+            devices.retain(|have: &Value| have["path"] != device_node["path"]);
+            devices.push(device_node);
+        }
+    }
+    if devices.len() > DEVICES_MAX {
+        return Err(Error::invalid(format!("{} devices, the limit is {DEVICES_MAX}", devices.len())));
+    }
+    Ok((devices, rules))
+}
+
+/// Device nodes below a directory, without what every container has of its own.
+fn walk(source: &Path, target: &Path, depth: usize, into: &mut Vec<Value>) -> Result<()> {
+    let listing = fs::read_dir(source).map_err(|error| Error::io(format_args!("read {}", source.display()), error))?;
+    for entry in listing.flatten() {
+        let name = entry.file_name();
+        let (source, target): (PathBuf, PathBuf) = (entry.path(), target.join(&name));
+        let own = matches!(name.to_str(), Some("pts" | "shm" | "mqueue" | "console" | "fd" | "ptmx" | "core" | ".lxc" | ".udev"));
+        match entry.file_type() {
+            Ok(_) if own && depth == 0 => {}
+            Ok(kind) if kind.is_dir() && depth < 8 => walk(&source, &target, depth + 1, into)?,
+            _ => into.extend(node(&source, &target)),
+        }
+    }
+    Ok(())
+}
+
+fn node(source: &Path, target: &Path) -> Option<Value> {
+    let stat: Stat = rustix::fs::lstat(source).ok()?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::CharacterDevice => "c",
+        FileType::BlockDevice => "b",
+        _ => return None,
+    };
+    Some(json!({
+        "path": target.to_string_lossy(), "type": kind,
+        "major": rustix::fs::major(stat.st_rdev), "minor": rustix::fs::minor(stat.st_rdev),
+        "fileMode": stat.st_mode & 0o7777, "uid": stat.st_uid, "gid": stat.st_gid,
+    }))
+}

@@ -1,0 +1,274 @@
+//! The OCI runtime configuration of a container, from the CRI's request, the image and the pod. Reads device nodes and mount sources of the
+//! host, changes nothing. Every field that is not applied yet and would make the container weaker is refused by name.
+
+mod devices;
+mod mounts;
+mod resources;
+mod security;
+
+pub use resources::resources;
+
+use super::{identity::Identity, text};
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    node::Node,
+    pod,
+};
+use oci_spec::runtime::Spec;
+use serde_json::{Value, json};
+use std::path::Path;
+use windlass_proto::cri::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
+
+/// What a container's configuration is made from.
+pub struct Input<'a> {
+    pub node: &'a Node,
+    pub pod: &'a pod::Record,
+    pub id: &'a str,
+    pub config: &'a ContainerConfig,
+    pub image: &'a Image,
+    pub identity: &'a Identity,
+    /// The bundle.
+    pub directory: &'a Path,
+}
+
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+impl Input<'_> {
+    fn security(&self) -> LinuxContainerSecurityContext {
+        self.config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default()
+    }
+
+    fn namespaces(&self) -> NamespaceOption {
+        self.security().namespace_options.unwrap_or_else(|| pod::namespace_modes(&self.pod.config))
+    }
+
+    fn privileged(&self) -> bool {
+        self.security().privileged
+    }
+}
+
+/// The configuration, and the names of the limits it asks for that this host does not enforce.
+pub fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
+    security::check(input)?;
+    let linux = input.config.linux.clone().unwrap_or_default();
+    let asked = linux.resources.unwrap_or_default();
+    let mut oci_resources = serde_json::to_value(resources(&asked)?).map_err(encode)?;
+    let (devices, rules) = devices::build(input)?;
+    if let Some(map) = oci_resources.as_object_mut() {
+        map.insert("devices".into(), Value::Array(rules));
+    }
+    let (masked, readonly) = security::paths(input);
+    let spec = json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": text(&input.directory.join("rootfs")), "readonly": input.security().readonly_rootfs },
+        "process": process(input)?,
+        "mounts": mounts::build(input)?,
+        "annotations": annotations(input),
+        "linux": {
+            "namespaces": namespaces(input)?,
+            "cgroupsPath": format!("{}/{}", input.pod.cgroup_parent.trim_end_matches('/'), input.id),
+            "resources": oci_resources,
+            "devices": devices,
+            "maskedPaths": masked,
+            "readonlyPaths": readonly,
+            "rootfsPropagation": mounts::root_propagation(input.config),
+        },
+    });
+    let spec = serde_json::from_value(spec).map_err(|error| Error::internal(format!("OCI configuration: {error}")))?;
+    Ok((spec, resources::not_enforced(&asked, &input.node.tree)))
+}
+
+fn encode(error: serde_json::Error) -> Error {
+    Error::internal(format!("encode OCI configuration: {error}"))
+}
+
+fn process(input: &Input<'_>) -> Result<Value> {
+    let config = input.config;
+    let security = input.security();
+    let image = input.image.config.config().clone().unwrap_or_default();
+    let cwd = match (config.working_dir.as_str(), image.working_dir().as_deref()) {
+        ("", None | Some("")) => "/",
+        ("", Some(image)) => image,
+        (asked, _) => asked,
+    };
+    if !cwd.starts_with('/') {
+        return Err(Error::invalid(format!("working_dir {cwd:?} is not absolute")));
+    }
+    let identity = input.identity;
+    let oom = config.linux.as_ref().and_then(|linux| linux.resources.as_ref()).map(|resources| resources.oom_score_adj).unwrap_or_default();
+    if !(-1000..=1000).contains(&oom) {
+        return Err(Error::invalid(format!("linux.resources.oom_score_adj {oom} is not between -1000 and 1000")));
+    }
+    Ok(json!({
+        "terminal": config.tty,
+        "user": { "uid": identity.uid, "gid": identity.gid, "additionalGids": identity.groups },
+        "args": arguments(config, image.entrypoint().as_deref(), image.cmd().as_deref())?,
+        "env": environment(input, image.env().as_deref().unwrap_or_default())?,
+        "cwd": cwd,
+        "capabilities": security::capabilities(input)?,
+        "noNewPrivileges": security.no_new_privs,
+        "oomScoreAdj": oom,
+    }))
+}
+
+/// Docker's rules: a command of the request replaces the image's entrypoint and its arguments; arguments replace only the arguments.
+fn arguments(config: &ContainerConfig, entrypoint: Option<&[String]>, cmd: Option<&[String]>) -> Result<Vec<String>> {
+    let mut arguments = Vec::new();
+    if config.command.is_empty() {
+        arguments.extend_from_slice(entrypoint.unwrap_or_default());
+    } else {
+        arguments.clone_from(&config.command);
+    }
+    if !config.args.is_empty() {
+        arguments.extend_from_slice(&config.args);
+    } else if config.command.is_empty() {
+        arguments.extend_from_slice(cmd.unwrap_or_default());
+    }
+    if arguments.first().is_none_or(String::is_empty) {
+        return Err(Error::invalid("no command: neither config.command and config.args nor the image give one"));
+    }
+    Ok(arguments)
+}
+
+fn environment(input: &Input<'_>, image: &[String]) -> Result<Vec<String>> {
+    let mut environment: Vec<String> = Vec::new();
+    let mut set = |entry: String| {
+        let key = entry.split('=').next().unwrap_or_default().to_owned() + "=";
+        match environment.iter_mut().find(|have| have.starts_with(&key)) {
+            Some(have) => *have = entry,
+            None => environment.push(entry),
+        }
+    };
+    set(DEFAULT_PATH.into());
+    set(format!("HOSTNAME={}", pod_hostname(input)));
+    if input.config.tty {
+        set("TERM=xterm".into());
+    }
+    image.iter().cloned().for_each(&mut set);
+    let mut home = image.iter().any(|entry| entry.starts_with("HOME="));
+    for variable in &input.config.envs {
+        if variable.key.is_empty() || variable.key.contains('=') {
+            return Err(Error::invalid(format!("config.envs: {:?} is not a variable's name", variable.key)));
+        }
+        let value = String::from_utf8(variable.value.clone())
+            .map_err(|_| Error::unimplemented(format!("config.envs: the value of {} is not UTF-8", variable.key)))?;
+        home |= variable.key == "HOME";
+        set(format!("{}={value}", variable.key));
+    }
+    if !home {
+        set(format!("HOME={}", input.identity.home));
+    }
+    Ok(environment)
+}
+
+fn pod_hostname(input: &Input<'_>) -> String {
+    if input.pod.config.hostname.is_empty() {
+        return rustix::system::uname().nodename().to_string_lossy().into_owned();
+    }
+    input.pod.config.hostname.clone()
+}
+
+/// Namespaces of the container. The native runtime gets the pod's as descriptors of the monitor; the paths serve other runtimes.
+fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
+    let options = input.namespaces();
+    let pod = pod::namespace_modes(&input.pod.config);
+    for (name, container, pod) in [("network", options.network(), pod.network()), ("ipc", options.ipc(), pod.ipc())] {
+        if container != pod {
+            return Err(Error::invalid(format!(
+                "security_context.namespace_options.{name} is {}, the pod's is {}",
+                container.as_str_name(),
+                pod.as_str_name()
+            )));
+        }
+    }
+    if options.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
+        return Err(Error::unimplemented("security_context.namespace_options.userns_options: user namespaces are not served yet"));
+    }
+    let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "cgroup" })];
+    if options.pid() != NamespaceMode::Node {
+        namespaces.push(json!({ "type": "pid" }));
+    }
+    if options.ipc() != NamespaceMode::Node {
+        namespaces.push(json!({ "type": "ipc" }));
+    }
+    if options.network() != NamespaceMode::Node {
+        namespaces.push(json!({ "type": "network", "path": text(&input.pod.netns) }));
+        namespaces.push(json!({ "type": "uts" }));
+    }
+    Ok(namespaces)
+}
+
+fn annotations(input: &Input<'_>) -> Value {
+    let mut annotations = json!(input.config.annotations);
+    annotations["io.kubernetes.cri.sandbox-id"] = json!(input.pod.id);
+    annotations["io.kubernetes.cri.container-name"] = json!(input.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default());
+    annotations
+}
+
+/// The signal that a stop begins with: the request's, the image's, else TERM.
+pub fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32> {
+    if config.stop_signal() != Signal::RuntimeDefault {
+        let name = config.stop_signal().as_str_name();
+        return signal_number(name).ok_or_else(|| Error::invalid(format!("stop_signal {name} is not a signal of Linux")));
+    }
+    let image = image.config.config().as_ref().and_then(|config| config.stop_signal().clone()).unwrap_or_default();
+    Ok(signal_number(&image).unwrap_or(nix::sys::signal::Signal::SIGTERM as i32))
+}
+
+/// `SIGTERM`, `TERM`, `15`, `SIGRTMIN+3` or `SIGRTMINPLUS3` as a number.
+fn signal_number(name: &str) -> Option<i32> {
+    if let Ok(number) = name.parse::<i32>() {
+        return (1..=64).contains(&number).then_some(number);
+    }
+    let name = if name.starts_with("SIG") { name.to_owned() } else { format!("SIG{name}") };
+    let offset = |rest: &str| rest.trim_start_matches("PLUS").trim_start_matches("MINUS").trim_start_matches(['+', '-']).parse::<i32>();
+    if let Some(rest) = name.strip_prefix("SIGRTMIN") {
+        return if rest.is_empty() { Some(34) } else { offset(rest).ok().map(|offset| 34 + offset) };
+    }
+    if let Some(rest) = name.strip_prefix("SIGRTMAX") {
+        return if rest.is_empty() { Some(64) } else { offset(rest).ok().map(|offset| 64 - offset) };
+    }
+    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
+}
+
+/// The OCI process of an exec, as JSON: the container's own with another command.
+pub fn exec_process(bundle: &Path, command: Vec<String>) -> Result<String> {
+    let path = bundle.join("config.json");
+    let bytes = std::fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
+    let mut spec: Value = serde_json::from_slice(&bytes).map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;
+    let mut process = spec["process"].take();
+    process["args"] = json!(command);
+    process["terminal"] = json!(false);
+    Ok(process.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(command: &[&str], args: &[&str], expected: &[&str]) {
+        let own = |list: &[&str]| list.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+        let config = ContainerConfig { command: own(command), args: own(args), ..Default::default() };
+        let (entrypoint, cmd) = (own(&["entry"]), own(&["cmd"]));
+        assert_eq!(arguments(&config, Some(&entrypoint), Some(&cmd)).expect("a command"), own(expected));
+    }
+
+    #[test]
+    fn command_and_args_follow_dockers_rules() {
+        check(&[], &[], &["entry", "cmd"]);
+        check(&[], &["a"], &["entry", "a"]);
+        check(&["c"], &[], &["c"]);
+        check(&["c"], &["a"], &["c", "a"]);
+    }
+
+    #[test]
+    fn signals_in_every_form() {
+        for (name, number) in [("SIGTERM", 15), ("TERM", 15), ("9", 9), ("SIGRTMIN", 34), ("SIGRTMIN+3", 37), ("SIGRTMINPLUS3", 37), ("SIGRTMAX", 64)] {
+            assert_eq!(signal_number(name), Some(number), "{name}");
+        }
+        for name in ["", "SIGNOPE", "0", "99"] {
+            assert_eq!(signal_number(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The RPC face: the only module that knows tonic. Requests become calls of `pod`, `container` and `image`; their results become messages.
+
+mod image;
+mod runtime;
+mod status;
+mod view;
+
+use crate::node::Node;
+use std::{future::Future, sync::Arc};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use windlass_proto::cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer};
+
+/// Largest message either way: what kubelet's client takes (cri-client, maxMsgSize).
+const MESSAGE_LIMIT_BYTES: usize = 16 << 20;
+
+/// The node as the two services see it.
+#[derive(Clone)]
+struct Service {
+    node: Arc<Node>,
+}
+
+/// Serves both services on `listener` until `shutdown` resolves. Pods are not touched by the end of it.
+pub async fn serve(node: Arc<Node>, listener: UnixListener, shutdown: impl Future<Output = ()>) -> Result<(), tonic::transport::Error> {
+    let service = Service { node };
+    let runtime = RuntimeServiceServer::new(service.clone())
+        .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
+        .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
+    let image = ImageServiceServer::new(service)
+        .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
+        .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
+    tonic::transport::Server::builder()
+        .add_service(runtime)
+        .add_service(image)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+        .await
+}

@@ -1,0 +1,344 @@
+//! RuntimeService.
+
+use super::{Service, status, view};
+use crate::{
+    container::{self, Container},
+    error::{Kind, Result as Outcome},
+    pod,
+};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+use tokio_stream::Empty;
+use tonic::{Request, Response, Status};
+use windlass_proto::cri::{self, runtime_service_server::RuntimeService};
+
+type Reply<T> = Result<Response<T>, Status>;
+type NoStream<T> = Empty<Result<T, Status>>;
+
+/// Version of the kubelet's runtime API: kubelet accepts this one only.
+const KUBELET_API_VERSION: &str = "0.1.0";
+
+/// What an id that is gone already means for stop and remove: success.
+fn gone_is_fine<T>(found: Outcome<T>) -> Outcome<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind == Kind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn seconds(field: &str, value: i64) -> Result<Duration, Status> {
+    let value = u64::try_from(value).map_err(|_| Status::invalid_argument(format!("{field} {value} is negative")))?;
+    Ok(Duration::from_secs(value))
+}
+
+impl Service {
+    fn container(&self, id: &str) -> Result<Arc<Container>, Status> {
+        self.node.container(id).map_err(status::of)
+    }
+
+    fn pod_list(&self, filter: &cri::PodSandboxFilter) -> Vec<cri::PodSandbox> {
+        let state = filter.state.as_ref().map(|wanted| wanted.state());
+        let wanted = |record: &pod::Record| {
+            record.id.starts_with(&filter.id)
+                && state.is_none_or(|state| state == view::pod_state(record.phase))
+                && view::labels_match(&record.config.labels, &filter.label_selector)
+        };
+        self.node.pods().iter().filter_map(|pod| pod.look(|record| wanted(record).then(|| view::pod(record)))).collect()
+    }
+
+    fn container_list(&self, filter: &cri::ContainerFilter) -> Vec<cri::Container> {
+        let state = filter.state.as_ref().map(|wanted| wanted.state());
+        let in_scope = |record: &container::Record| {
+            record.id.starts_with(&filter.id)
+                && record.pod_id.starts_with(&filter.pod_sandbox_id)
+                && view::labels_match(&record.config.labels, &filter.label_selector)
+        };
+        self.node
+            .containers()
+            .iter()
+            .filter_map(|container| container.look(|record| in_scope(record).then(|| view::container(record))))
+            .filter(|container| state.is_none_or(|state| state == container.state()))
+            .collect()
+    }
+
+    /// What this node is, for a person: `crictl info`.
+    fn node_info(&self) -> HashMap<String, String> {
+        let node = &self.node;
+        let cgroup = serde_json::json!({
+            "root": node.tree.root, "controllers": node.tree.controllers, "notEnforced": node.tree.missing(),
+        });
+        HashMap::from([
+            ("config".to_owned(), serde_json::json!(node.config).to_string()),
+            ("cgroup".to_owned(), cgroup.to_string()),
+            ("pods".to_owned(), node.pods().len().to_string()),
+            ("containers".to_owned(), node.containers().len().to_string()),
+        ])
+    }
+}
+
+fn condition(name: &str, ready: Result<(), String>, reason: &str) -> cri::RuntimeCondition {
+    cri::RuntimeCondition {
+        r#type: name.to_owned(),
+        status: ready.is_ok(),
+        reason: if ready.is_ok() { String::new() } else { reason.to_owned() },
+        message: ready.err().unwrap_or_default(),
+    }
+}
+
+#[tonic::async_trait]
+impl RuntimeService for Service {
+    async fn version(&self, _: Request<cri::VersionRequest>) -> Reply<cri::VersionResponse> {
+        Ok(Response::new(cri::VersionResponse {
+            version: KUBELET_API_VERSION.into(),
+            runtime_name: "windlass".into(),
+            runtime_version: env!("CARGO_PKG_VERSION").into(),
+            runtime_api_version: "v1".into(),
+        }))
+    }
+
+    async fn run_pod_sandbox(&self, request: Request<cri::RunPodSandboxRequest>) -> Reply<cri::RunPodSandboxResponse> {
+        let request = request.into_inner();
+        let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+        let pod_sandbox_id = pod::run(self.node.clone(), config, request.runtime_handler).await.map_err(status::of)?;
+        Ok(Response::new(cri::RunPodSandboxResponse { pod_sandbox_id }))
+    }
+
+    async fn stop_pod_sandbox(&self, request: Request<cri::StopPodSandboxRequest>) -> Reply<cri::StopPodSandboxResponse> {
+        let id = request.into_inner().pod_sandbox_id;
+        if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
+            pod::stop(&self.node, &pod).await.map_err(|error| status::of(error.during(format_args!("stop pod {id}"))))?;
+        }
+        Ok(Response::new(cri::StopPodSandboxResponse {}))
+    }
+
+    async fn remove_pod_sandbox(&self, request: Request<cri::RemovePodSandboxRequest>) -> Reply<cri::RemovePodSandboxResponse> {
+        let id = request.into_inner().pod_sandbox_id;
+        if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
+            pod::remove(&self.node, &pod).await.map_err(|error| status::of(error.during(format_args!("remove pod {id}"))))?;
+        }
+        Ok(Response::new(cri::RemovePodSandboxResponse {}))
+    }
+
+    async fn pod_sandbox_status(&self, request: Request<cri::PodSandboxStatusRequest>) -> Reply<cri::PodSandboxStatusResponse> {
+        let request = request.into_inner();
+        let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
+        let mut info = HashMap::new();
+        if request.verbose {
+            info.insert("info".to_owned(), pod.look(|record| serde_json::json!(record).to_string()));
+        }
+        let statuses = self.node.containers_of(&pod.id).iter().map(|container| container.look(view::container_status)).collect();
+        Ok(Response::new(cri::PodSandboxStatusResponse {
+            status: Some(pod.look(view::pod_status)),
+            info,
+            containers_statuses: statuses,
+            timestamp: crate::node::now_ns(),
+        }))
+    }
+
+    async fn list_pod_sandbox(&self, request: Request<cri::ListPodSandboxRequest>) -> Reply<cri::ListPodSandboxResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        Ok(Response::new(cri::ListPodSandboxResponse { items: self.pod_list(&filter) }))
+    }
+
+    async fn create_container(&self, request: Request<cri::CreateContainerRequest>) -> Reply<cri::CreateContainerResponse> {
+        let request = request.into_inner();
+        let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+        let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
+        let container_id = container::create(self.node.clone(), pod, config).await.map_err(status::of)?;
+        Ok(Response::new(cri::CreateContainerResponse { container_id }))
+    }
+
+    async fn start_container(&self, request: Request<cri::StartContainerRequest>) -> Reply<cri::StartContainerResponse> {
+        let container = self.container(&request.into_inner().container_id)?;
+        container::start(&self.node, &container).await.map_err(status::of)?;
+        Ok(Response::new(cri::StartContainerResponse {}))
+    }
+
+    async fn stop_container(&self, request: Request<cri::StopContainerRequest>) -> Reply<cri::StopContainerResponse> {
+        let request = request.into_inner();
+        let timeout = seconds("timeout", request.timeout.max(0))?;
+        if let Some(container) = gone_is_fine(self.node.container(&request.container_id)).map_err(status::of)? {
+            container::stop(&self.node, &container, timeout).await.map_err(status::of)?;
+        }
+        Ok(Response::new(cri::StopContainerResponse {}))
+    }
+
+    async fn remove_container(&self, request: Request<cri::RemoveContainerRequest>) -> Reply<cri::RemoveContainerResponse> {
+        let id = request.into_inner().container_id;
+        if let Some(container) = gone_is_fine(self.node.container(&id)).map_err(status::of)? {
+            container::remove(&self.node, &container).await.map_err(status::of)?;
+        }
+        Ok(Response::new(cri::RemoveContainerResponse {}))
+    }
+
+    async fn list_containers(&self, request: Request<cri::ListContainersRequest>) -> Reply<cri::ListContainersResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        Ok(Response::new(cri::ListContainersResponse { containers: self.container_list(&filter) }))
+    }
+
+    async fn container_status(&self, request: Request<cri::ContainerStatusRequest>) -> Reply<cri::ContainerStatusResponse> {
+        let request = request.into_inner();
+        let container = self.container(&request.container_id)?;
+        let mut info = HashMap::new();
+        if request.verbose {
+            let record = container.record();
+            let cgroup = self.node.pod(&record.pod_id).ok().map(|pod| pod.look(|pod| pod.container_cgroup(&self.node, &record.id)));
+            let pid = match record.state {
+                container::State::Created { pid } | container::State::Running { pid, .. } => pid,
+                container::State::Exited { .. } => 0,
+            };
+            let details = serde_json::json!({
+                "sandboxID": record.pod_id, "pid": pid, "cgroup": cgroup, "notEnforced": record.not_enforced,
+                "chainIDs": record.chain_ids, "config": record.config,
+            });
+            info.insert("info".to_owned(), details.to_string());
+        }
+        Ok(Response::new(cri::ContainerStatusResponse { status: Some(container.look(view::container_status)), info }))
+    }
+
+    async fn update_container_resources(
+        &self,
+        request: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Reply<cri::UpdateContainerResourcesResponse> {
+        let request = request.into_inner();
+        let container = self.container(&request.container_id)?;
+        if let Some(resources) = request.linux {
+            container::update(&self.node, &container, resources).await.map_err(status::of)?;
+        }
+        Ok(Response::new(cri::UpdateContainerResourcesResponse {}))
+    }
+
+    async fn reopen_container_log(&self, request: Request<cri::ReopenContainerLogRequest>) -> Reply<cri::ReopenContainerLogResponse> {
+        let container = self.container(&request.into_inner().container_id)?;
+        container::reopen_log(&self.node, &container).await.map_err(status::of)?;
+        Ok(Response::new(cri::ReopenContainerLogResponse {}))
+    }
+
+    async fn exec_sync(&self, request: Request<cri::ExecSyncRequest>) -> Reply<cri::ExecSyncResponse> {
+        let request = request.into_inner();
+        let container = self.container(&request.container_id)?;
+        let timeout = seconds("timeout", request.timeout)?;
+        let timeout = (!timeout.is_zero()).then_some(timeout);
+        let output = container::exec::sync(&self.node, &container, request.cmd, timeout).await.map_err(status::of)?;
+        Ok(Response::new(cri::ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code }))
+    }
+
+    async fn pod_sandbox_stats(&self, request: Request<cri::PodSandboxStatsRequest>) -> Reply<cri::PodSandboxStatsResponse> {
+        let id = request.into_inner().pod_sandbox_id;
+        // Kubelet asks for "" once: Unimplemented would turn its CRI statistics off for good.
+        self.node.pod(&id).map_err(status::of)?;
+        Err(status::not_built("PodSandboxStats"))
+    }
+
+    async fn status(&self, request: Request<cri::StatusRequest>) -> Reply<cri::StatusResponse> {
+        let conditions = vec![
+            condition("RuntimeReady", Ok(()), ""),
+            condition("NetworkReady", self.node.network.ready(), "NetworkPluginNotReady"),
+        ];
+        let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false, ..Default::default() };
+        let handlers = ["", "windlass"]
+            .map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features.clone()) })
+            .into();
+        Ok(Response::new(cri::StatusResponse {
+            status: Some(cri::RuntimeStatus { conditions }),
+            info: if request.into_inner().verbose { self.node_info() } else { HashMap::new() },
+            runtime_handlers: handlers,
+            features: Some(cri::RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+        }))
+    }
+
+    async fn runtime_config(&self, _: Request<cri::RuntimeConfigRequest>) -> Reply<cri::RuntimeConfigResponse> {
+        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: cri::CgroupDriver::Cgroupfs.into() };
+        Ok(Response::new(cri::RuntimeConfigResponse { linux: Some(linux) }))
+    }
+
+    // Not built yet. Each says so by its own name.
+
+    async fn exec(&self, _: Request<cri::ExecRequest>) -> Reply<cri::ExecResponse> {
+        Err(status::not_built("Exec"))
+    }
+
+    async fn attach(&self, _: Request<cri::AttachRequest>) -> Reply<cri::AttachResponse> {
+        Err(status::not_built("Attach"))
+    }
+
+    async fn port_forward(&self, _: Request<cri::PortForwardRequest>) -> Reply<cri::PortForwardResponse> {
+        Err(status::not_built("PortForward"))
+    }
+
+    async fn container_stats(&self, _: Request<cri::ContainerStatsRequest>) -> Reply<cri::ContainerStatsResponse> {
+        Err(status::not_built("ContainerStats"))
+    }
+
+    async fn list_container_stats(&self, _: Request<cri::ListContainerStatsRequest>) -> Reply<cri::ListContainerStatsResponse> {
+        Err(status::not_built("ListContainerStats"))
+    }
+
+    async fn list_pod_sandbox_stats(&self, _: Request<cri::ListPodSandboxStatsRequest>) -> Reply<cri::ListPodSandboxStatsResponse> {
+        Err(status::not_built("ListPodSandboxStats"))
+    }
+
+    async fn update_runtime_config(&self, _: Request<cri::UpdateRuntimeConfigRequest>) -> Reply<cri::UpdateRuntimeConfigResponse> {
+        Err(status::not_built("UpdateRuntimeConfig"))
+    }
+
+    async fn checkpoint_container(&self, _: Request<cri::CheckpointContainerRequest>) -> Reply<cri::CheckpointContainerResponse> {
+        Err(status::not_built("CheckpointContainer"))
+    }
+
+    async fn checkpoint_pod(&self, _: Request<cri::CheckpointPodRequest>) -> Reply<cri::CheckpointPodResponse> {
+        Err(status::not_built("CheckpointPod"))
+    }
+
+    async fn restore_pod(&self, _: Request<cri::RestorePodRequest>) -> Reply<cri::RestorePodResponse> {
+        Err(status::not_built("RestorePod"))
+    }
+
+    async fn list_metric_descriptors(&self, _: Request<cri::ListMetricDescriptorsRequest>) -> Reply<cri::ListMetricDescriptorsResponse> {
+        Err(status::not_built("ListMetricDescriptors"))
+    }
+
+    async fn list_pod_sandbox_metrics(&self, _: Request<cri::ListPodSandboxMetricsRequest>) -> Reply<cri::ListPodSandboxMetricsResponse> {
+        Err(status::not_built("ListPodSandboxMetrics"))
+    }
+
+    async fn update_pod_sandbox_resources(&self, _: Request<cri::UpdatePodSandboxResourcesRequest>) -> Reply<cri::UpdatePodSandboxResourcesResponse> {
+        Err(status::not_built("UpdatePodSandboxResources"))
+    }
+
+    type StreamPodSandboxesStream = NoStream<cri::StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(&self, _: Request<cri::StreamPodSandboxesRequest>) -> Reply<Self::StreamPodSandboxesStream> {
+        Err(status::not_built("StreamPodSandboxes"))
+    }
+
+    type StreamContainersStream = NoStream<cri::StreamContainersResponse>;
+
+    async fn stream_containers(&self, _: Request<cri::StreamContainersRequest>) -> Reply<Self::StreamContainersStream> {
+        Err(status::not_built("StreamContainers"))
+    }
+
+    type StreamContainerStatsStream = NoStream<cri::StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(&self, _: Request<cri::StreamContainerStatsRequest>) -> Reply<Self::StreamContainerStatsStream> {
+        Err(status::not_built("StreamContainerStats"))
+    }
+
+    type StreamPodSandboxStatsStream = NoStream<cri::StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(&self, _: Request<cri::StreamPodSandboxStatsRequest>) -> Reply<Self::StreamPodSandboxStatsStream> {
+        Err(status::not_built("StreamPodSandboxStats"))
+    }
+
+    type GetContainerEventsStream = NoStream<cri::ContainerEventResponse>;
+
+    async fn get_container_events(&self, _: Request<cri::GetEventsRequest>) -> Reply<Self::GetContainerEventsStream> {
+        Err(status::not_built("GetContainerEvents"))
+    }
+
+    type StreamPodSandboxMetricsStream = NoStream<cri::StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(&self, _: Request<cri::StreamPodSandboxMetricsRequest>) -> Reply<Self::StreamPodSandboxMetricsStream> {
+        Err(status::not_built("StreamPodSandboxMetrics"))
+    }
+}

@@ -1,0 +1,195 @@
+//! The daemon's end of a pod's monitor: starting the program, the connection, calls and events.
+//!
+//! A [`Monitor`] is one connection. Replies are matched by id; events go to the pod in the order they came. When the
+//! connection ends every waiting call fails and the event channel closes: the pod then decides whether the monitor is lost.
+
+mod socket;
+
+use crate::error::{Error, Kind, Result};
+use rustix::fd::OwnedFd;
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+};
+use windlass_proto::{
+    frame,
+    monitor::{Failure, Frame, failure, frame::Body},
+};
+
+/// Longest wait for an answer to a request that the monitor answers from its own state.
+pub const CALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Events that wait for the pod. A full channel holds back this connection's reader only.
+const EVENT_QUEUE: usize = 256;
+
+/// A reply and the descriptors that came with it.
+pub type Reply = (Body, Vec<OwnedFd>);
+
+type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Reply>>>>>;
+
+/// A connection to one monitor.
+pub struct Monitor {
+    stream: Arc<UnixStream>,
+    pending: Pending,
+    next_id: AtomicU64,
+    /// One writer at a time, so that frames do not mix.
+    writing: tokio::sync::Mutex<()>,
+}
+
+/// The opened monitor program. Pods of one daemon all run the same one, whatever a package upgrade does to the path.
+pub struct Program {
+    file: std::fs::File,
+}
+
+impl Program {
+    /// Opens the program to be executed by descriptor.
+    pub fn open(path: &Path) -> Result<Program> {
+        let file = std::fs::File::open(path).map_err(|error| {
+            Error::io(format_args!("open monitor program {} (set monitor.path in the configuration)", path.display()), error)
+        })?;
+        Ok(Program { file })
+    }
+
+    /// Starts a monitor for the pod whose run directory is given and connects to it.
+    pub fn start(&self, run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
+        use std::os::fd::AsRawFd;
+        let failed = |error: std::io::Error| Error::io("start monitor", error);
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        let mut command = tokio::process::Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        command
+            .arg0("windlass-monitor")
+            .arg("--dir")
+            .arg(run_directory)
+            .env_clear()
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // The handle is dropped: tokio reaps the process if it ends while this daemon lives, and init afterwards.
+        let _child = command.spawn().map_err(failed)?;
+        Ok(Monitor::over(UnixStream::from_std(ours).map_err(failed)?))
+    }
+}
+
+impl Monitor {
+    /// Connects to a monitor that an earlier daemon started.
+    pub async fn connect(run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
+        let path: PathBuf = run_directory.join("monitor.sock");
+        let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(&path)).await;
+        let stream = connected
+            .map_err(|_| Error::new(Kind::Deadline, format!("connect {}: no answer in 5 s", path.display())))?
+            .map_err(|error| Error::io(format_args!("connect {}", path.display()), error))?;
+        Ok(Monitor::over(stream))
+    }
+
+    fn over(stream: UnixStream) -> (Arc<Monitor>, mpsc::Receiver<Body>) {
+        let stream = Arc::new(stream);
+        let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
+        let (events, receiver) = mpsc::channel(EVENT_QUEUE);
+        tokio::spawn(read_frames(stream.clone(), pending.clone(), events));
+        let monitor =
+            Monitor { stream, pending, next_id: AtomicU64::new(1), writing: tokio::sync::Mutex::new(()) };
+        (Arc::new(monitor), receiver)
+    }
+
+    /// Sends a request and waits for its reply, at most `limit`.
+    pub async fn call_within(&self, body: Body, limit: Duration) -> Result<Reply> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        match self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
+            Some(pending) => pending.insert(id, sender),
+            None => return Err(lost()),
+        };
+        let bytes = frame::encode(&Frame { id, body: Some(body) }).map_err(|error| Error::invalid(error.to_string()))?;
+        let exchange = async {
+            {
+                let _turn = self.writing.lock().await;
+                socket::write_all(&self.stream, &bytes).await.map_err(|_| lost())?;
+            }
+            receiver.await.map_err(|_| lost())
+        };
+        let outcome = tokio::time::timeout(limit, exchange).await;
+        if let Some(pending) = self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
+            pending.remove(&id);
+        }
+        match outcome {
+            Ok(Ok((Body::Failure(failure), _))) => Err(from_failure(failure)),
+            Ok(reply) => reply,
+            Err(_) => Err(Error::new(Kind::Deadline, format!("the pod's monitor gave no answer in {} s", limit.as_secs()))),
+        }
+    }
+
+    /// Sends a request and waits for its reply, at most [`CALL_LIMIT`].
+    pub async fn call(&self, body: Body) -> Result<Reply> {
+        self.call_within(body, CALL_LIMIT).await
+    }
+
+    /// True once the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.pending.lock().expect("never poisoned: no panic while held").is_none()
+    }
+}
+
+fn lost() -> Error {
+    Error::new(Kind::Unavailable, "the pod's monitor is gone")
+}
+
+/// A monitor's failure as the daemon's error.
+pub fn from_failure(failure: Failure) -> Error {
+    let kind = match failure.kind() {
+        failure::Kind::Internal | failure::Kind::Entrypoint => Kind::Internal,
+        failure::Kind::Invalid => Kind::Invalid,
+        failure::Kind::NotFound => Kind::NotFound,
+        failure::Kind::WrongState => Kind::Precondition,
+        failure::Kind::Unsupported => Kind::Unimplemented,
+        failure::Kind::NoSpace => Kind::Exhausted,
+    };
+    let mut message = failure.step;
+    if !failure.object.is_empty() {
+        message = format!("{message} {}", failure.object);
+    }
+    if !failure.message.is_empty() {
+        message = format!("{message}: {}", failure.message);
+    }
+    if failure.errno != 0 {
+        message = format!("{message}: {}", std::io::Error::from_raw_os_error(failure.errno));
+    }
+    Error::new(kind, message)
+}
+
+async fn read_frames(stream: Arc<UnixStream>, pending: Pending, events: mpsc::Sender<Body>) {
+    let mut reader = socket::Reader::default();
+    loop {
+        match reader.next(&stream).await {
+            Ok(Some((Frame { id: 0, body: Some(event) }, _))) => {
+                if events.send(event).await.is_err() {
+                    break;
+                }
+            }
+            Ok(Some((Frame { id, body: Some(body) }, descriptors))) => {
+                let waiter = pending.lock().expect("never poisoned: no panic while held").as_mut().and_then(|p| p.remove(&id));
+                if let Some(waiter) = waiter {
+                    let _ = waiter.send((body, descriptors));
+                }
+            }
+            Ok(Some((Frame { body: None, .. }, _))) => {}
+            Ok(None) => break,
+            Err(error) => {
+                tracing::warn!(%error, "monitor connection ended");
+                break;
+            }
+        }
+    }
+    // Dropping the senders fails every call that still waits.
+    pending.lock().expect("never poisoned: no panic while held").take();
+}

@@ -1,0 +1,160 @@
+//! Pods: their record, their state and what may happen to it.
+//!
+//! ```text
+//!            run                      stop, or the monitor is lost
+//! (nothing) -----> Creating -> Ready -------------------------> NotReady --remove--> (nothing)
+//! ```
+//! Transitions of one pod hold its `turn`; reads take a published copy and wait for nobody.
+
+mod files;
+mod recover;
+mod run;
+mod stop;
+mod watch;
+
+pub use recover::recover;
+pub use run::run;
+pub use stop::{remove, stop};
+
+use crate::{
+    error::{Error, Result},
+    monitor::Monitor,
+    network::PodNetwork,
+    node::Node,
+    store,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, RwLock},
+};
+use windlass_proto::cri::{NamespaceMode, PodSandboxConfig};
+
+/// A pod as its record keeps it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub config: PodSandboxConfig,
+    pub runtime_handler: String,
+    pub created_at_ns: i64,
+    pub phase: Phase,
+    /// Path that the network namespace is pinned at; empty for the host's network.
+    pub netns: PathBuf,
+    /// True from before the network is attached until it has been detached.
+    pub network_attached: bool,
+    pub network: Option<PodNetwork>,
+    /// Parent of the pod's cgroups in the v2 tree, beginning with `/`.
+    pub cgroup_parent: String,
+}
+
+/// Where a pod is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    Creating,
+    Ready,
+    NotReady,
+}
+
+/// A pod of this node.
+pub struct Pod {
+    pub id: String,
+    record: RwLock<Record>,
+    monitor: Mutex<Option<Arc<Monitor>>>,
+    /// Held by the one transition of this pod that is under way.
+    pub turn: tokio::sync::Mutex<()>,
+}
+
+const POISON: &str = "never poisoned: no panic while held";
+
+impl Pod {
+    pub fn new(record: Record) -> Pod {
+        Pod { id: record.id.clone(), record: RwLock::new(record), monitor: Mutex::new(None), turn: tokio::sync::Mutex::new(()) }
+    }
+
+    /// A copy of the record as it is now.
+    pub fn record(&self) -> Record {
+        self.record.read().expect(POISON).clone()
+    }
+
+    /// Looks at the record without copying it.
+    pub fn look<T>(&self, view: impl FnOnce(&Record) -> T) -> T {
+        view(&self.record.read().expect(POISON))
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.look(|record| record.phase)
+    }
+
+    /// Changes the record, on disk first.
+    pub fn change(&self, node: &Node, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let mut guard = self.record.write().expect(POISON);
+        let mut next = guard.clone();
+        change(&mut next);
+        store::write(&node.pod_directory(&self.id).join("record.json"), &next)?;
+        *guard = next;
+        Ok(())
+    }
+
+    /// Changes the published record even when the disk is full: a dead pod must not look alive.
+    pub fn change_always(&self, node: &Node, change: impl Fn(&mut Record)) {
+        if let Err(error) = self.change(node, &change) {
+            tracing::error!(pod = %self.id, %error, "pod record not written");
+            change(&mut self.record.write().expect(POISON));
+        }
+    }
+
+    /// The connection to the pod's monitor, an error when there is none.
+    pub fn monitor(&self) -> Result<Arc<Monitor>> {
+        let monitor = self.monitor.lock().expect(POISON).clone();
+        monitor
+            .filter(|monitor| !monitor.is_closed())
+            .ok_or_else(|| Error::precondition(format!("pod {} has no monitor: it is not running", self.id)))
+    }
+
+    pub fn set_monitor(&self, monitor: Option<Arc<Monitor>>) {
+        *self.monitor.lock().expect(POISON) = monitor;
+    }
+
+    /// True when the pod uses the host's network.
+    pub fn host_network(&self) -> bool {
+        self.look(|record| namespace_modes(&record.config).network() == NamespaceMode::Node)
+    }
+}
+
+impl Record {
+    /// Absolute directory of the monitor's leaf.
+    pub fn monitor_cgroup(&self, node: &Node) -> PathBuf {
+        node.tree.directory(&self.cgroup_parent).join(format!("{}-monitor", self.id))
+    }
+
+    /// Absolute directory of the leaf of the built-in init of a shared pid namespace.
+    pub fn init_cgroup(&self, node: &Node) -> PathBuf {
+        node.tree.directory(&self.cgroup_parent).join(format!("{}-init", self.id))
+    }
+
+    /// Absolute directory of a container's leaf.
+    pub fn container_cgroup(&self, node: &Node, container_id: &str) -> PathBuf {
+        node.tree.directory(&self.cgroup_parent).join(container_id)
+    }
+
+    /// Directory of container logs; empty when the pod keeps none.
+    pub fn log_directory(&self) -> &str {
+        &self.config.log_directory
+    }
+
+    /// Name and namespace for logs.
+    pub fn name(&self) -> String {
+        self.config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default()
+    }
+}
+
+/// The pod's namespace options; absent ones are the pod's own.
+pub fn namespace_modes(config: &PodSandboxConfig) -> windlass_proto::cri::NamespaceOption {
+    config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|security| security.namespace_options.clone())
+        .unwrap_or_default()
+}

@@ -1,0 +1,89 @@
+//! What a starting daemon does with the pods of the one before it: reconnect to the living, finish the dead, disturb nobody.
+
+use super::{Phase, Pod, Record, stop, watch};
+use crate::{
+    container::{self, Container},
+    error::Result,
+    monitor::Monitor,
+    node::Node,
+    store,
+};
+use std::{collections::HashMap, sync::Arc};
+use windlass_proto::monitor::{ContainerState, StateRequest, container_state, frame::Body};
+
+/// Loads every record and makes it agree with what runs.
+pub async fn recover(node: &Arc<Node>) {
+    for id in store::entries(&node.config.root.join("pods")) {
+        match store::read::<Record>(&node.pod_directory(&id).join("record.json")) {
+            Some(record) => node.insert_pod(Arc::new(Pod::new(record))),
+            None => tracing::warn!(pod = %id, "pod directory without a readable record is left alone"),
+        }
+    }
+    for id in store::entries(&node.config.root.join("containers")) {
+        match store::read::<container::Record>(&node.container_directory(&id).join("record.json")) {
+            Some(record) if node.pod(&record.pod_id).is_ok() => node.insert_container(Arc::new(Container::restored(node, record))),
+            // Its making did not come as far as a record, or its pod is gone: nothing can be running in it.
+            _ => {
+                if let Err(error) = store::remove_tree(&node.container_directory(&id)) {
+                    tracing::warn!(container = %id, %error, "unfinished container not removed");
+                }
+            }
+        }
+    }
+    for pod in node.pods() {
+        let _turn = pod.turn.lock().await;
+        match pod.phase() {
+            Phase::Creating => {
+                tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
+                node.forget_pod(&pod.id);
+                reconnect_for_shutdown(node, &pod).await;
+                if let Err(error) = stop::erase(node, &pod).await {
+                    tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back");
+                }
+            }
+            Phase::Ready => reconnect(node, &pod).await,
+            Phase::NotReady => {}
+        }
+    }
+    let live = node.pods().iter().filter(|pod| pod.look(|record| record.network_attached)).map(|pod| pod.id.clone()).collect();
+    node.network.reconcile(&live);
+}
+
+async fn reconnect_for_shutdown(node: &Node, pod: &Pod) {
+    if let Ok((monitor, _events)) = Monitor::connect(&node.run_directory(&pod.id)).await {
+        pod.set_monitor(Some(monitor));
+    }
+}
+
+async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
+    match connect(node, pod).await {
+        Ok(()) => tracing::info!(pod = %pod.id, name = %pod.look(Record::name), "reconnected"),
+        Err(error) => {
+            tracing::warn!(pod = %pod.id, name = %pod.look(Record::name), %error, "the pod's monitor is gone");
+            watch::lost(node, pod).await;
+        }
+    }
+}
+
+async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
+    let (monitor, events) = Monitor::connect(&node.run_directory(&pod.id)).await?;
+    let (reply, _) = monitor.call(Body::State(StateRequest {})).await?;
+    let states: HashMap<String, ContainerState> = match reply {
+        Body::StateReply(state) => state.containers.into_iter().map(|state| (state.container_id.clone(), state)).collect(),
+        _ => HashMap::new(),
+    };
+    pod.set_monitor(Some(monitor.clone()));
+    for container in node.containers_of(&pod.id) {
+        let exit = match states.get(&container.id) {
+            Some(state) if state.phase() == container_state::Phase::Exited => state.exit.map(container::exit_of),
+            Some(state) => {
+                container.adopt(node, state);
+                continue;
+            }
+            None => container::recorded_exit(node, &pod.id, &container.id),
+        };
+        container.exited(node, exit.unwrap_or_else(|| container::Exit::unknown(crate::node::now_ns())));
+    }
+    watch::events(node.clone(), pod.clone(), monitor, events);
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! RunPodSandbox: from a configuration to a ready pod, or to nothing.
+//!
+//! 1. check the configuration, 2. record `Creating`, 3. start the monitor and let it make the namespaces, 4. attach the network,
+//! 5. record `Ready`. A step that fails takes back what the steps before it made, by the same code that stops and removes a pod.
+
+use super::{Phase, Pod, Record, files, namespace_modes, stop, watch};
+use crate::{
+    error::{Error, Kind, Result},
+    monitor::Monitor,
+    node::{Node, new_id, now_ns},
+};
+use rustix::fd::OwnedFd;
+use std::{fs, sync::Arc};
+use tracing::Instrument;
+use windlass_proto::{
+    cri::{NamespaceMode, PodSandboxConfig},
+    frame::PROTOCOL_VERSION,
+    monitor::{SetupRequest, frame::Body},
+};
+
+/// Runs a pod; returns its id. A call with the metadata of a run under way, or of a ready pod, gets that pod.
+pub async fn run(node: Arc<Node>, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
+    let key = check(&config, &runtime_handler)?;
+    let operation_node = node.clone();
+    let operation_key = key.clone();
+    node.joined(key, move || async move {
+        let name = config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default();
+        let node = operation_node;
+        if let Some(existing) = node.pods().into_iter().find(|pod| pod.look(|record| key_of(&record.config)) == operation_key) {
+            return match existing.phase() {
+                Phase::Ready => Ok(existing.id.clone()),
+                Phase::Creating | Phase::NotReady => Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("run pod {name}: pod {} has the same name, namespace, uid and attempt; remove it first", existing.id),
+                )),
+            };
+        }
+        let id = new_id()?;
+        let span = tracing::info_span!("run", pod = %id, name = %name);
+        create(node, id, config, runtime_handler).instrument(span).await.map_err(|error| error.during(format_args!("run pod {name}")))
+    })
+    .await
+}
+
+fn key_of(config: &PodSandboxConfig) -> String {
+    let meta = config.metadata.clone().unwrap_or_default();
+    format!("pod/{}/{}/{}/{}", meta.namespace, meta.name, meta.uid, meta.attempt)
+}
+
+fn check(config: &PodSandboxConfig, runtime_handler: &str) -> Result<String> {
+    let meta = config.metadata.as_ref().ok_or_else(|| Error::invalid("config.metadata is missing"))?;
+    for (field, value) in [("name", &meta.name), ("namespace", &meta.namespace), ("uid", &meta.uid)] {
+        if value.is_empty() {
+            return Err(Error::invalid(format!("config.metadata.{field} is empty")));
+        }
+    }
+    if !matches!(runtime_handler, "" | "windlass") {
+        return Err(Error::invalid(format!("runtime_handler {runtime_handler:?} is not configured; this node has \"\" and \"windlass\"")));
+    }
+    if config.hostname.len() > 64 {
+        return Err(Error::invalid(format!("config.hostname has {} bytes, the kernel takes 64", config.hostname.len())));
+    }
+    if !config.log_directory.is_empty() && !config.log_directory.starts_with('/') {
+        return Err(Error::invalid(format!("config.log_directory {:?} is not absolute", config.log_directory)));
+    }
+    check_security(config)?;
+    let host_network = namespace_modes(config).network() == NamespaceMode::Node;
+    if let Some(mapping) = config.port_mappings.iter().find(|mapping| mapping.host_port != 0 && !host_network) {
+        return Err(Error::unimplemented(format!("config.port_mappings: host port {} cannot be served yet", mapping.host_port)));
+    }
+    Ok(key_of(config))
+}
+
+fn check_security(config: &PodSandboxConfig) -> Result<()> {
+    let Some(security) = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()) else { return Ok(()) };
+    if security.run_as_group.is_some() && security.run_as_user.is_none() {
+        return Err(Error::invalid("config.linux.security_context.run_as_group is set without run_as_user"));
+    }
+    let modes = namespace_modes(config);
+    if modes.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
+        return Err(Error::unimplemented("config.linux.security_context.namespace_options.userns_options: user namespaces are not served yet"));
+    }
+    Ok(())
+}
+
+fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
+    let asked = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
+    let parent = if asked.is_empty() { node.config.cgroup.parent.as_str() } else { asked };
+    if parent.split('/').any(|part| part == "..") {
+        return Err(Error::invalid(format!("config.linux.cgroup_parent {parent:?} contains \"..\"")));
+    }
+    Ok(format!("/{}", parent.trim_matches('/')))
+}
+
+async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
+    let own_network = namespace_modes(&config).network() != NamespaceMode::Node;
+    let record = Record {
+        netns: if own_network { node.config.network.netns_dir.join(format!("windlass-{}", &id[..32])) } else { Default::default() },
+        cgroup_parent: cgroup_parent(&node, &config)?,
+        id: id.clone(),
+        config,
+        runtime_handler,
+        created_at_ns: now_ns(),
+        phase: Phase::Creating,
+        network_attached: false,
+        network: None,
+    };
+    let pod = Arc::new(Pod::new(record));
+    let _turn = pod.turn.lock().await;
+    match build(&node, &pod, own_network).await {
+        Ok(()) => {
+            tracing::info!(addresses = ?pod.look(|record| record.network.as_ref().map(|n| n.ips.clone())), "pod is ready");
+            Ok(id)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "pod could not be run");
+            node.forget_pod(&pod.id);
+            if let Err(undo) = stop::erase(&node, &pod).await {
+                tracing::error!(error = %undo, "pod not wholly taken back; the next start does the rest");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()> {
+    prepare_directories(node, pod)?;
+    let (monitor, events) = node.program.start(&node.run_directory(&pod.id))?;
+    pod.set_monitor(Some(monitor.clone()));
+    let route_socket = setup(node, pod, &monitor).await?;
+    if own_network {
+        let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
+        pod.change(node, |record| record.network_attached = true)?;
+        let netns = pod.look(|record| record.netns.clone());
+        let network = node.network.attach(&pod.id, &netns, socket).await?;
+        pod.change(node, |record| {
+            record.network = Some(network);
+            record.phase = Phase::Ready;
+        })?;
+        files::write_hosts(&node.pod_directory(&pod.id), &pod.record())?;
+    } else {
+        pod.change(node, |record| record.phase = Phase::Ready)?;
+    }
+    node.insert_pod(pod.clone());
+    watch::events(node.clone(), pod.clone(), monitor, events);
+    Ok(())
+}
+
+fn prepare_directories(node: &Node, pod: &Pod) -> Result<()> {
+    let directory = node.pod_directory(&pod.id);
+    for path in [&directory, &node.run_directory(&pod.id)] {
+        fs::create_dir_all(path).map_err(|error| Error::io(format_args!("create {}", path.display()), error))?;
+    }
+    pod.change(node, |_| {})?;
+    let record = pod.record();
+    files::write(&directory, &record)?;
+    let logs = record.log_directory();
+    if !logs.is_empty() {
+        fs::create_dir_all(logs).map_err(|error| Error::io(format_args!("create log directory {logs}"), error))?;
+    }
+    Ok(())
+}
+
+async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<OwnedFd>> {
+    let record = pod.record();
+    let modes = namespace_modes(&record.config);
+    let own_network = modes.network() != NamespaceMode::Node;
+    let shared_pid = modes.pid() == NamespaceMode::Pod;
+    let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+    let request = SetupRequest {
+        protocol_version: PROTOCOL_VERSION,
+        pod_id: pod.id.clone(),
+        monitor_cgroup: text(record.monitor_cgroup(node)),
+        netns_path: text(record.netns.clone()),
+        ipc: modes.ipc() != NamespaceMode::Node,
+        uts: own_network,
+        hostname: files::hostname(&record),
+        shared_pid,
+        init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
+        sysctls: record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect(),
+        shm_size_bytes: 0,
+    };
+    let (_, mut descriptors) = monitor.call(Body::Setup(request)).await?;
+    Ok(descriptors.pop())
+}

@@ -1,0 +1,100 @@
+//! StopPodSandbox and RemovePodSandbox. Both need no living monitor, succeed on what is absent, and may be called any number of times.
+
+use super::{Phase, Pod, watch};
+use crate::{
+    cgroup, container,
+    error::{Error, Kind, Result},
+    node::Node,
+    store,
+};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use windlass_proto::monitor::{ShutdownRequest, frame::Body};
+
+/// Longest wait for a monitor to end its pod before the daemon does it.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
+/// Longest wait for a monitor that has answered to leave its cgroup.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Ends every process of the pod and gives its network back.
+pub async fn stop(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
+    let _turn = pod.turn.lock().await;
+    stop_processes(node, pod).await;
+    release_network(node, pod).await
+}
+
+/// Removes a pod with its containers. It is stopped first if it still runs.
+pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
+    {
+        let _turn = pod.turn.lock().await;
+        stop_processes(node, pod).await;
+        release_network(node, pod).await?;
+    }
+    for container in node.containers_of(&pod.id) {
+        container::remove(node, &container).await?;
+    }
+    let _turn = pod.turn.lock().await;
+    erase(node, pod).await?;
+    node.forget_pod(&pod.id);
+    tracing::info!(pod = %pod.id, "pod removed");
+    Ok(())
+}
+
+/// Takes back everything a pod has, however far its making came. The caller holds the pod's turn.
+pub async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
+    stop_processes(node, pod).await;
+    release_network(node, pod).await?;
+    store::remove_tree(&node.run_directory(&pod.id))?;
+    store::remove_tree(&node.pod_directory(&pod.id))
+}
+
+async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
+    let monitor = pod.monitor();
+    pod.change_always(node, |record| record.phase = Phase::NotReady);
+    if let Ok(monitor) = monitor {
+        match monitor.call_within(Body::Shutdown(ShutdownRequest {}), SHUTDOWN_LIMIT).await {
+            Ok(_) => leave(node, pod).await,
+            Err(error) if error.kind == Kind::Unavailable => {}
+            Err(error) => tracing::warn!(pod = %pod.id, %error, "the monitor did not end the pod; killing it"),
+        }
+    }
+    // Does what is left, and nothing when the monitor has done its work.
+    watch::lost(node, pod).await;
+}
+
+/// Waits until the monitor has left its cgroup, by the kernel's word.
+async fn leave(node: &Node, pod: &Pod) {
+    let leaf = pod.look(|record| record.monitor_cgroup(node));
+    let deadline = Instant::now() + LEAVE_LIMIT;
+    while cgroup::populated(&leaf) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_micros(300)).await;
+    }
+}
+
+async fn release_network(node: &Node, pod: &Pod) -> Result<()> {
+    let record = pod.record();
+    if record.network_attached {
+        node.network.detach(&pod.id).await?;
+        pod.change_always(node, |record| record.network_attached = false);
+    }
+    if !record.netns.as_os_str().is_empty() {
+        unpin(&record.netns)?;
+    }
+    Ok(())
+}
+
+/// Unmounts and removes the file that pins a network namespace.
+pub(super) fn unpin(path: &Path) -> Result<()> {
+    use rustix::{io::Errno, mount::UnmountFlags};
+    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+        Err(error) => return Err(Error::io(format_args!("unmount {}", path.display()), error)),
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format_args!("remove {}", path.display()), error)),
+        _ => Ok(()),
+    }
+}

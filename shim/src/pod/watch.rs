@@ -1,0 +1,71 @@
+//! What a monitor says on its own: exits and memory kills; and what its silence means.
+
+use super::{Phase, Pod};
+use crate::{
+    cgroup,
+    container::{self, Exit},
+    monitor::Monitor,
+    node::{Node, now_ns},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::mpsc;
+use windlass_proto::monitor::frame::Body;
+
+/// Longest wait for processes that were killed because their monitor is gone.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Follows a monitor until its connection ends.
+pub fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut events: mpsc::Receiver<Body>) {
+    tokio::spawn(async move {
+        while let Some(event) = events.recv().await {
+            match event {
+                Body::ContainerExited(event) => {
+                    if let (Ok(container), Some(exit)) = (node.container(&event.container_id), event.exit) {
+                        container.exited(&node, container::exit_of(exit));
+                    }
+                }
+                Body::ExecExited(event) => {
+                    if let Some(exit) = event.exit {
+                        container::exec::finished(&event.exec_id, container::exit_of(exit));
+                    }
+                }
+                Body::OomKilled(event) => {
+                    tracing::warn!(pod = %pod.id, container = %event.container_id, kills = event.count, "process killed for memory");
+                }
+                other => tracing::warn!(pod = %pod.id, ?other, "unexpected message from the monitor"),
+            }
+        }
+        drop(monitor);
+        if pod.phase() == Phase::Ready {
+            let _turn = pod.turn.lock().await;
+            if pod.phase() == Phase::Ready && pod.monitor().is_err() {
+                tracing::error!(pod = %pod.id, "the pod's monitor is gone; killing its containers");
+                lost(&node, &pod).await;
+            }
+        }
+    });
+}
+
+/// The monitor is gone: kills every process of the pod, and only then says that they have ended. The caller holds the pod's turn.
+pub async fn lost(node: &Node, pod: &Pod) {
+    pod.set_monitor(None);
+    let record = pod.record();
+    let containers = node.containers_of(&pod.id);
+    let mut leaves = vec![record.init_cgroup(node), record.monitor_cgroup(node)];
+    leaves.extend(containers.iter().map(|container| record.container_cgroup(node, &container.id)));
+    for leaf in &leaves {
+        if let Err(error) = cgroup::kill(leaf, KILL_LIMIT).await {
+            tracing::error!(pod = %pod.id, cgroup = %leaf.display(), %error, "cgroup not killed");
+        }
+    }
+    for container in containers {
+        let exit = container::recorded_exit(node, &pod.id, &container.id).unwrap_or_else(|| Exit::unknown(now_ns()));
+        container.exited(node, exit);
+    }
+    for leaf in &leaves {
+        if let Err(error) = cgroup::remove(leaf) {
+            tracing::warn!(pod = %pod.id, cgroup = %leaf.display(), %error, "cgroup not removed");
+        }
+    }
+    pod.change_always(node, |record| record.phase = Phase::NotReady);
+}

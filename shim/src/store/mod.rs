@@ -1,0 +1,103 @@
+//! Records: the durable form of pods and containers, one versioned JSON file each, replaced by rename.
+//! A record is not synced to disk: after a power loss its processes are gone too, and an unreadable one is set aside.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{fs, io, path::Path};
+
+/// Version of the records that this build writes. Older ones stay readable.
+pub const RECORD_VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<T> {
+    version: u32,
+    #[serde(flatten)]
+    record: T,
+}
+
+/// Replaces the record at `path`; a reader sees the old one or the new one, whole.
+pub fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
+    let bytes = serde_json::to_vec(&Versioned { version: RECORD_VERSION, record })
+        .map_err(|error| Error::internal(format!("encode record {}: {error}", path.display())))?;
+    write_file(path, &bytes)
+}
+
+/// Replaces a file by rename.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    let result = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    result.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        Error::io(format_args!("write {}", path.display()), error)
+    })
+}
+
+/// Reads a record. `None`: there is none, or it was unreadable and has been set aside as `<name>.bad` with a line in the log.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => {
+            tracing::error!(path = %path.display(), %error, "record cannot be read");
+            return None;
+        }
+    };
+    match serde_json::from_slice::<Versioned<T>>(&bytes) {
+        Ok(versioned) if versioned.version <= RECORD_VERSION => Some(versioned.record),
+        Ok(versioned) => {
+            tracing::error!(path = %path.display(), version = versioned.version, "record of a newer version is left alone");
+            None
+        }
+        Err(error) => {
+            let aside = path.with_extension("bad");
+            tracing::error!(path = %path.display(), %error, aside = %aside.display(), "bad record set aside");
+            let _ = fs::rename(path, aside);
+            None
+        }
+    }
+}
+
+/// Names of the entries of a directory, none when it is absent.
+pub fn entries(directory: &Path) -> Vec<String> {
+    let Ok(listing) = fs::read_dir(directory) else { return Vec::new() };
+    listing.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// Removes a directory tree; an absent one is fine.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io(format_args!("remove {}", path.display()), error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Serialize, Deserialize, PartialEq, Debug)]
+    struct Sample {
+        name: String,
+    }
+
+    #[test]
+    fn a_record_comes_back_and_a_damaged_one_is_set_aside() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("record.json");
+        write(&path, &Sample { name: "web".into() }).expect("write");
+        assert_eq!(read::<Sample>(&path), Some(Sample { name: "web".into() }));
+        fs::write(&path, b"{\"version\":1,").expect("damage");
+        assert_eq!(read::<Sample>(&path), None);
+        assert!(!path.exists() && path.with_extension("bad").exists());
+    }
+
+    #[test]
+    fn a_record_of_a_newer_version_is_left_in_place() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("record.json");
+        fs::write(&path, b"{\"version\":99,\"name\":\"web\"}").expect("write");
+        assert_eq!(read::<Sample>(&path), None);
+        assert!(path.exists());
+    }
+}
