@@ -1,0 +1,453 @@
+//! The built-in bridge: one bridge link with the gateway's address, one veth pair for each pod, one static nftables table.
+//!
+//! Order of an attach, each step undone when a later one fails: 1. the address is recorded (intent, then act); 2. one message makes
+//! the pair, the host's end on the bridge and up, the pod's end directly in the pod's namespace (moving it there takes 30 ms);
+//! 3. through the pod's own socket: interface up, address, default route. Everything is found again from the pod's id: the host's
+//! link is named after it and the address file maps to it, so a detach needs no record of the attach.
+//! The pod's hardware address follows from its IP address: when an address is used again, no neighbour has a stale entry.
+//! Host ports and IPv6 are not here yet. `net.ipv4.ip_forward` is set and never reset: others may have come to need it.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use netlink_packet_route::link::{
+    BridgeStpState, InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::address::{AddressTable, Subnet};
+use super::firewall::Firewall;
+use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
+use super::{NetworkError, PodNetwork};
+
+/// The interface's name inside every pod; kubelet's network statistics expect it.
+const POD_INTERFACE: &str = "eth0";
+const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+/// First octets of hardware addresses made here: locally administered, unicast, then a `W`; the IPv4 address follows.
+const MAC_PREFIX: [u8; 2] = [0x0a, 0x57];
+
+/// What distinguishes one daemon's network from another's on the same host: give each its own of every field.
+#[derive(Debug, Clone)]
+pub struct BridgeConfig {
+    /// Folder of the address file; made if absent.
+    pub state_dir: PathBuf,
+    /// The bridge link's name, at most 15 bytes.
+    pub name: String,
+    /// The pods' network; its first address is the bridge's.
+    pub subnet: Subnet,
+    /// The nftables table's name, family `ip`.
+    pub table: String,
+    /// MTU in bytes of the bridge and both ends of a pair; without one, that of the link with the default route.
+    pub mtu: Option<u32>,
+}
+
+impl BridgeConfig {
+    /// `windlass0` with 10.57.0.0/16, a network that Docker, Podman, kind, flannel, Calico and k3s do not choose by default.
+    pub fn new(state_dir: PathBuf) -> Self {
+        let subnet = Subnet::new(Ipv4Addr::new(10, 57, 0, 0), 16).expect("16 is within 8 to 30");
+        Self { state_dir, name: "windlass0".to_owned(), subnet, table: "windlass".to_owned(), mtu: None }
+    }
+}
+
+/// The bridge as the host has it.
+#[derive(Debug, Clone, Copy)]
+struct Installed {
+    index: u32,
+    mtu: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: BridgeConfig,
+    firewall: Firewall,
+    table: Mutex<AddressTable>,
+    /// `None` until the bridge and the rules are there; held while they are made, so that it happens once.
+    installed: Mutex<Option<Installed>>,
+}
+
+/// A handle on the built-in network; clones share it.
+#[derive(Debug, Clone)]
+pub struct Bridge {
+    inner: Arc<Inner>,
+}
+
+impl Bridge {
+    /// Reads the address file and makes or repairs the bridge, forwarding and the rules (about 20 ms, nearly all of it `nft`), so that
+    /// the first pod does not wait for it. Fails for a bad configuration or state folder only: what the kernel or a missing program refuses is
+    /// logged, told by `ready`, and tried again by `ready` and `attach`. Blocks.
+    pub fn start(config: BridgeConfig) -> Result<Self, NetworkError> {
+        let firewall = Firewall::new(&config.table, &config.name, config.subnet)?;
+        let path = config.state_dir.join("addresses.json");
+        std::fs::create_dir_all(&config.state_dir).map_err(|source| NetworkError::State {
+            operation: "create",
+            path: config.state_dir.clone(),
+            source,
+        })?;
+        let table = Mutex::new(AddressTable::open(&path, config.subnet)?);
+        let bridge = Self { inner: Arc::new(Inner { config, firewall, table, installed: Mutex::new(None) }) };
+        match bridge.inner.installed(true) {
+            Ok(_) => bridge.inner.warn_of_dropping_chains(),
+            Err(error) => tracing::error!(error = %chain(&error), "pod network is not ready"),
+        }
+        Ok(bridge)
+    }
+
+    /// Gives the pod an address and an interface. `netns` is the pinned namespace, `route_socket` a NETLINK_ROUTE socket that was
+    /// opened inside it. Called again for the same pod it gives the same address anew; on failure nothing remains.
+    pub async fn attach(&self, pod_id: &str, netns: &Path, route_socket: OwnedFd) -> Result<PodNetwork, NetworkError> {
+        let (id, netns) = (pod_id.to_owned(), netns.to_owned());
+        self.blocking(pod_id, move |inner| inner.attach(&id, &netns, route_socket)).await
+    }
+
+    /// Removes the pod's pair and frees its address; succeeds when there is nothing. On failure the address stays taken.
+    pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
+        let id = pod_id.to_owned();
+        self.blocking(pod_id, move |inner| inner.detach(&id)).await
+    }
+
+    /// Frees addresses and pairs of pods that are gone. Failures are logged: they must not keep the daemon from starting. Blocks.
+    pub fn reconcile(&self, live_pod_ids: &HashSet<String>) {
+        if let Err(error) = self.inner.remove_stale_links(live_pod_ids) {
+            tracing::error!(error = %chain(&error), "links of removed pods may remain");
+        }
+        for pod in self.inner.table().retain(|pod| live_pod_ids.contains(pod)) {
+            tracing::info!(pod, "released the address of a pod that is gone");
+        }
+    }
+
+    /// Puts a live pod's address, known from its record, back into the table if the address file was lost. `false`: another pod has it.
+    pub fn adopt(&self, pod_id: &str, network: &PodNetwork) -> bool {
+        let mut table = self.inner.table();
+        network.ips.iter().all(|ip| match ip {
+            IpAddr::V4(address) => table.adopt(pod_id, *address),
+            IpAddr::V6(_) => true,
+        })
+    }
+
+    /// Whether pods can be attached. Costs two netlink questions; repairs a bridge or table that somebody removed, which then blocks
+    /// for some 20 ms.
+    pub fn ready(&self) -> Result<(), String> {
+        self.inner.verified().map_err(|error| chain(&error))
+    }
+
+    /// Removes bridge and rules if no pod holds an address and the bridge has no port; says whether it did. The next attach makes
+    /// them again.
+    pub async fn teardown_if_unused(&self) -> Result<bool, NetworkError> {
+        self.blocking(&self.inner.config.name, Inner::teardown_if_unused).await
+    }
+
+    /// The rtnl lock can be held for tens of milliseconds by somebody else's link removal: never wait for it on an async thread.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        object: &str,
+        operation: impl FnOnce(&Inner) -> Result<T, NetworkError> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let inner = Arc::clone(&self.inner);
+        let task = tokio::task::spawn_blocking(move || operation(&inner));
+        task.await.unwrap_or_else(|_| Err(NetworkError::Cancelled(object.to_owned())))
+    }
+}
+
+impl Inner {
+    fn attach(&self, pod_id: &str, netns: &Path, route_socket: OwnedFd) -> Result<PodNetwork, NetworkError> {
+        let mut bridge = self.installed(false)?;
+        let address = self.table().acquire(pod_id)?;
+        let link = host_interface(pod_id);
+        let mut connected = self.connect(bridge, &link, address, netns);
+        if errno_of_result(&connected) == Some(Errno::NODEV) {
+            // Somebody deleted the bridge since it was made.
+            bridge = self.release_on_error(pod_id, self.installed(true))?;
+            connected = self.connect(bridge, &link, address, netns);
+        }
+        self.release_on_error(pod_id, connected)?;
+        let configured = self.configure_pod(address, route_socket);
+        if configured.is_err() {
+            self.detach_or_log(pod_id);
+        }
+        configured?;
+        Ok(PodNetwork {
+            interface: POD_INTERFACE.to_owned(),
+            host_interface: link,
+            ips: vec![IpAddr::V4(address)],
+            mac: mac_of(address).map(|octet| format!("{octet:02x}")).join(":"),
+            gateway: IpAddr::V4(self.config.subnet.gateway()),
+        })
+    }
+
+    /// Makes the pair in one message; a pair left by an interrupted attach of the same pod is replaced.
+    fn connect(&self, bridge: Installed, link: &str, address: Ipv4Addr, netns: &Path) -> Result<(), NetworkError> {
+        let namespace =
+            File::open(netns).map_err(|source| kernel("open network namespace", &netns.display().to_string(), source))?;
+        let mut host = Socket::open()?;
+        let request = [netlink::new_link(pair(bridge, link, address, &namespace), "create veth pair", link)];
+        match host.execute(&request) {
+            Err(error) if errno_of(&error) == Some(Errno::EXIST) => {
+                remove_link(&mut host, link)?;
+                host.execute(&request)
+            }
+            result => result,
+        }
+    }
+
+    fn configure_pod(&self, address: Ipv4Addr, route_socket: OwnedFd) -> Result<(), NetworkError> {
+        let mut pod = Socket::from_fd(route_socket)?;
+        let inside = pod.link(POD_INTERFACE)?;
+        let inside = inside.ok_or_else(|| kernel("find in the pod", POD_INTERFACE, Errno::NODEV.into()))?;
+        let mut up = LinkMessage::default();
+        up.header.index = inside.index;
+        pod.execute(&[
+            netlink::raise_link(up, POD_INTERFACE),
+            netlink::add_address(inside.index, address, self.config.subnet.prefix()),
+            netlink::add_default_route(inside.index, self.config.subnet.gateway()),
+        ])
+    }
+
+    fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
+        // The link first: an address is free only when nobody can answer for it.
+        remove_link(&mut Socket::open()?, &host_interface(pod_id))?;
+        self.table().release(pod_id);
+        Ok(())
+    }
+
+    fn detach_or_log(&self, pod_id: &str) {
+        if let Err(error) = self.detach(pod_id) {
+            tracing::error!(pod = pod_id, error = %chain(&error), "undo of a failed attach is left to removal");
+        }
+    }
+
+    fn release_on_error<T>(&self, pod_id: &str, result: Result<T, NetworkError>) -> Result<T, NetworkError> {
+        result.inspect_err(|_| self.detach_or_log(pod_id))
+    }
+
+    /// The bridge, made or repaired if it is not known to be there or `anew` is asked.
+    fn installed(&self, anew: bool) -> Result<Installed, NetworkError> {
+        let mut installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(installed), false) = (*installed, anew) {
+            return Ok(installed);
+        }
+        *installed = None;
+        let made = self.install()?;
+        *installed = Some(made);
+        Ok(made)
+    }
+
+    fn install(&self) -> Result<Installed, NetworkError> {
+        // The rules first: without them a pod would speak to the outside with an address that nobody can answer.
+        self.firewall.install()?;
+        let mut host = Socket::open()?;
+        let existing = host.link(&self.config.name)?;
+        let routes = host.routes()?;
+        self.check_overlap(&mut host, &routes, existing.as_ref())?;
+        let mtu = match self.config.mtu {
+            Some(mtu) => Some(mtu),
+            None => uplink_mtu(&mut host, &routes)?,
+        };
+        if let Some(link) = &existing {
+            self.check_ownership(&mut host, link)?;
+        } else {
+            host.execute(&[netlink::new_link(bridge_link(&self.config.name), "create bridge", &self.config.name)])?;
+        }
+        let link = host.link(&self.config.name)?;
+        let link = link.ok_or_else(|| kernel("find bridge", &self.config.name, Errno::NODEV.into()))?;
+        self.configure_bridge(&mut host, &link, mtu)?;
+        enable_forwarding()?;
+        Ok(Installed { index: link.index, mtu })
+    }
+
+    fn configure_bridge(&self, host: &mut Socket, link: &Link, mtu: Option<u32>) -> Result<(), NetworkError> {
+        let gateway = self.config.subnet.gateway();
+        let mut message = LinkMessage::default();
+        message.header.index = link.index;
+        // A fixed hardware address: otherwise a bridge takes the lowest of its ports, and pods' entries for the gateway go stale.
+        message.attributes.push(LinkAttribute::Address(mac_of(gateway).to_vec()));
+        message.attributes.push(LinkAttribute::IfAlias(self.owner()));
+        message.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        let mut requests = vec![netlink::raise_link(message, &self.config.name)];
+        for (address, prefix) in host.addresses(link.index)? {
+            if (address, prefix) != (gateway, self.config.subnet.prefix()) {
+                requests.push(netlink::delete_address(link.index, address, prefix));
+            }
+        }
+        requests.push(netlink::add_address(link.index, gateway, self.config.subnet.prefix()));
+        host.execute(&requests)
+    }
+
+    /// Two networks that share addresses would lose packets silently; the default route overlaps everything and is no conflict.
+    fn check_overlap(&self, host: &mut Socket, routes: &[Route], bridge: Option<&Link>) -> Result<(), NetworkError> {
+        let ours = bridge.map(|link| link.index);
+        let foreign = |route: &&Route| {
+            route.prefix != 0
+                && route.output.is_some()
+                && route.output != ours
+                && self.config.subnet.overlaps(route.destination, route.prefix)
+        };
+        let Some(route) = routes.iter().find(foreign) else { return Ok(()) };
+        let device = host.links(None)?.into_iter().find(|link| Some(link.index) == route.output);
+        Err(NetworkError::Conflict(format!(
+            "pod subnet {} overlaps the route {}/{} of {}: configure another subnet",
+            self.config.subnet,
+            route.destination,
+            route.prefix,
+            device.map_or_else(|| "another link".to_owned(), |link| link.name)
+        )))
+    }
+
+    /// A bridge of our name is ours, unless another daemon's pods are on it: then both would give the same addresses.
+    fn check_ownership(&self, host: &mut Socket, link: &Link) -> Result<(), NetworkError> {
+        let name = &self.config.name;
+        if link.kind.as_deref() != Some("bridge") {
+            return Err(NetworkError::Conflict(format!("link {name} exists and is not a bridge: configure another name")));
+        }
+        match &link.alias {
+            Some(alias) if *alias == self.owner() => Ok(()),
+            alias if host.links(Some(link.index))?.is_empty() => {
+                tracing::info!(bridge = name, previous = alias.as_deref(), "taking over an unused bridge");
+                Ok(())
+            }
+            alias => Err(NetworkError::Conflict(format!(
+                "bridge {name} is in use by {}: configure another name and subnet",
+                alias.as_deref().unwrap_or("something else")
+            ))),
+        }
+    }
+
+    /// Written on the bridge as its alias (the kernel takes up to 255 bytes).
+    fn owner(&self) -> String {
+        let owner = format!("windlass {}", self.config.state_dir.display());
+        owner.chars().take(60).collect()
+    }
+
+    fn verified(&self) -> Result<(), NetworkError> {
+        let known = *self.installed.lock().unwrap_or_else(PoisonError::into_inner);
+        let bridge = Socket::open()?.link(&self.config.name)?;
+        let same = known.is_some_and(|known| bridge.is_some_and(|link| link.index == known.index && link.up));
+        if self.firewall.check()? && same {
+            return Ok(());
+        }
+        self.installed(true).map(drop)
+    }
+
+    fn remove_stale_links(&self, live: &HashSet<String>) -> Result<(), NetworkError> {
+        let mut host = Socket::open()?;
+        let Some(bridge) = host.link(&self.config.name)? else { return Ok(()) };
+        let names: HashSet<String> = live.iter().map(|pod| host_interface(pod)).collect();
+        for port in host.links(Some(bridge.index))? {
+            if port.name.starts_with("wl") && port.kind.as_deref() == Some("veth") && !names.contains(&port.name) {
+                tracing::info!(link = port.name, "removing the link of a pod that is gone");
+                remove_link(&mut host, &port.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn teardown_if_unused(&self) -> Result<bool, NetworkError> {
+        // Held throughout: an attach waits here and then finds that it must make the bridge anew.
+        let mut installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut host = Socket::open()?;
+        let bridge = host.link(&self.config.name)?;
+        if let Some(bridge) = &bridge {
+            if !self.table().is_empty() || !host.links(Some(bridge.index))?.is_empty() {
+                return Ok(false);
+            }
+            self.check_ownership(&mut host, bridge)?;
+        }
+        *installed = None;
+        remove_link(&mut host, &self.config.name)?;
+        self.firewall.remove()?;
+        Ok(true)
+    }
+
+    fn warn_of_dropping_chains(&self) {
+        match self.firewall.dropping_chains() {
+            Ok(chains) if chains.is_empty() => {}
+            Ok(chains) => {
+                tracing::warn!(?chains, subnet = %self.config.subnet, "forwarded packets are dropped by policy: pods will not reach beyond this host")
+            }
+            Err(error) => tracing::debug!(error = %chain(&error), "forward policy is unknown"),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, AddressTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `wl` and eleven hex digits: of the id itself when it begins so, as ids of pods do, so that a reader can match them; of its hash otherwise.
+fn host_interface(pod_id: &str) -> String {
+    match pod_id.get(..11) {
+        Some(start) if start.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) => format!("wl{start}"),
+        _ => format!("wl{}", &hex::encode(Sha256::digest(pod_id))[..11]),
+    }
+}
+
+fn mac_of(address: Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [MAC_PREFIX[0], MAC_PREFIX[1], a, b, c, d]
+}
+
+fn pair(bridge: Installed, link: &str, address: Ipv4Addr, namespace: &File) -> LinkMessage {
+    let mut peer = LinkMessage::default();
+    peer.attributes.push(LinkAttribute::IfName(POD_INTERFACE.to_owned()));
+    peer.attributes.push(LinkAttribute::Address(mac_of(address).to_vec()));
+    peer.attributes.push(LinkAttribute::NetNsFd(namespace.as_raw_fd()));
+    peer.attributes.extend(bridge.mtu.map(LinkAttribute::Mtu));
+    let mut host = LinkMessage::default();
+    // Up in the creating message works for this end only: the peer does not know its pair yet and answers ENOTCONN.
+    host.header.flags = LinkFlags::Up;
+    host.header.change_mask = LinkFlags::Up;
+    host.attributes.push(LinkAttribute::IfName(link.to_owned()));
+    host.attributes.push(LinkAttribute::Controller(bridge.index));
+    host.attributes.extend(bridge.mtu.map(LinkAttribute::Mtu));
+    host.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Veth),
+        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+    ]));
+    host
+}
+
+fn bridge_link(name: &str) -> LinkMessage {
+    let options = vec![InfoBridge::ForwardDelay(0), InfoBridge::StpState(BridgeStpState::Disabled)];
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    message
+        .attributes
+        .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(InfoData::Bridge(options))]));
+    message
+}
+
+fn remove_link(host: &mut Socket, name: &str) -> Result<(), NetworkError> {
+    match host.execute(&[netlink::delete_link(name)]) {
+        Err(error) if errno_of(&error) == Some(Errno::NODEV) => Ok(()),
+        result => result,
+    }
+}
+
+fn uplink_mtu(host: &mut Socket, routes: &[Route]) -> Result<Option<u32>, NetworkError> {
+    let uplink = routes.iter().filter(|route| route.prefix == 0).min_by_key(|route| route.metric).and_then(|route| route.output);
+    let Some(uplink) = uplink else { return Ok(None) };
+    Ok(host.links(None)?.into_iter().find(|link| link.index == uplink).map(|link| link.mtu))
+}
+
+fn enable_forwarding() -> Result<(), NetworkError> {
+    let failed = |source: io::Error| kernel("enable forwarding in", IP_FORWARD, source);
+    if std::fs::read(IP_FORWARD).map_err(failed)?.first() == Some(&b'1') {
+        return Ok(());
+    }
+    std::fs::write(IP_FORWARD, "1").map_err(failed)
+}
+
+fn errno_of_result<T>(result: &Result<T, NetworkError>) -> Option<Errno> {
+    result.as_ref().err().and_then(errno_of)
+}
+
+/// The error and its causes on one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
