@@ -3,8 +3,11 @@
 
 pub mod bundle;
 pub mod cgroup;
+pub mod log;
+pub mod monitor;
 pub mod namespace;
 pub mod process;
+pub mod pty;
 pub mod rootfs;
 pub mod security;
 pub mod sys;

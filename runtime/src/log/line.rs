@@ -112,7 +112,8 @@ mod tests {
 
     #[test]
     fn lines_carriage_returns_and_an_unterminated_end() {
-        let expected = [(b'F', "a"), (b'F', ""), (b'F', "b"), (b'F', "\r"), (b'P', "c\r")].map(|(tag, text)| (tag, text.as_bytes().to_vec()));
+        let expected = [(b'F', "a"), (b'F', ""), (b'F', "b"), (b'F', "\r"), (b'P', "c\r")]
+            .map(|(tag, text)| (tag, text.as_bytes().to_vec()));
         assert_eq!(split(&[b"a\n\nb\r\n\r\r\nc\r"]), expected);
     }
 
