@@ -1,1 +1,30 @@
-fn main() {}
+//! `windlass-monitor --dir RUNDIR`: the monitor of one pod. Started by the daemon with its control connection as fd 0.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).take(3).collect();
+    let words: Vec<&OsStr> = arguments.iter().map(AsRef::as_ref).collect();
+    let result = match words.as_slice() {
+        [flag, directory] if *flag == "--dir" => windlass_runtime::monitor::run(Path::new(directory)),
+        // The pod's init, started by a monitor and by nobody else.
+        [flag] if *flag == "--init" => windlass_runtime::monitor::run_init(),
+        [flag] if *flag == "--version" => {
+            println!("{}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        _ => {
+            eprintln!("usage: windlass-monitor --dir RUNDIR   (with the daemon's connection as standard input)");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("windlass-monitor: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! What a pod has besides containers: the monitor's place, the namespaces, the shared memory, the built-in init. Each is made
+//! here and given back by [`Pod::release`]; only the network namespace has a name outside (its pin).
+
+use super::note::note;
+use super::sysctl::{self, Home};
+use crate::cgroup::{self, Cgroup};
+use crate::process::{Context, Kind, PodNamespaces, StepError};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use windlass_proto::monitor::SetupRequest;
+
+/// Size of /dev/shm without a wish.
+const SHM_DEFAULT_BYTES: u64 = 64 << 20;
+
+/// How long the built-in init may take to be ready, and to go.
+const INIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[derive(Default)]
+pub(super) struct Pod {
+    pub(super) id: String,
+    pin: Option<PathBuf>,
+    net: Option<OwnedFd>,
+    ipc: Option<OwnedFd>,
+    uts: Option<OwnedFd>,
+    shm: Option<OwnedFd>,
+    init: Option<Init>,
+    init_cgroup: Option<Cgroup>,
+}
+
+struct Init {
+    pid: Pid,
+    pidfd: OwnedFd,
+    namespace: OwnedFd,
+}
+
+impl Pod {
+    /// Makes everything that is asked for, or nothing. With a network namespace, a NETLINK_ROUTE socket in it.
+    pub(super) fn setup(request: &SetupRequest) -> Result<(Pod, Option<OwnedFd>), StepError> {
+        let home = own_cgroup()?;
+        let leaf = Cgroup::create(Path::new(&request.monitor_cgroup))?;
+        let mut pod = Pod { id: request.pod_id.clone(), ..Pod::default() };
+        let built = join(leaf.path()).and_then(|()| pod.build(request));
+        if built.is_err() {
+            pod.release();
+            if let Err(error) = join(&home).and_then(|()| leaf.remove()) {
+                note(format_args!("undo setup: {error}"));
+            }
+        }
+        built.map(|socket| (pod, socket))
+    }
+
+    fn build(&mut self, request: &SetupRequest) -> Result<Option<OwnedFd>, StepError> {
+        sysctl::check(&request.sysctls, !request.netns_path.is_empty(), request.ipc)?;
+        let mut socket = None;
+        if !request.netns_path.is_empty() {
+            let pin = PathBuf::from(&request.netns_path);
+            let (net, made) = inside_new(CloneFlags::CLONE_NEWNET, "net", || {
+                loopback_up()?;
+                sysctl::write_net_defaults()?;
+                sysctl::write(&request.sysctls, Home::Net)?;
+                let socket = route_socket()?;
+                make_pin(&pin)?;
+                self.pin = Some(pin);
+                Ok(socket)
+            })?;
+            (self.net, socket) = (Some(net), Some(made));
+        }
+        if request.ipc {
+            let (ipc, ()) = inside_new(CloneFlags::CLONE_NEWIPC, "ipc", || sysctl::write(&request.sysctls, Home::Ipc))?;
+            self.ipc = Some(ipc);
+            self.shm = Some(shared_memory(request.shm_size_bytes)?);
+        }
+        if request.uts {
+            let name = &request.hostname;
+            let set = || rustix::system::sethostname(name.as_bytes()).context("set hostname", name);
+            self.uts = Some(inside_new(CloneFlags::CLONE_NEWUTS, "uts", set)?.0);
+        }
+        if request.shared_pid {
+            self.init_cgroup = Some(Cgroup::create(Path::new(&request.init_cgroup))?);
+            self.init = Some(start_init(Path::new(&request.init_cgroup))?);
+        }
+        Ok(socket)
+    }
+
+    /// Undoes [`Pod::setup`] but for the monitor's own place. What fails is noted: there is nobody to do it better.
+    pub(super) fn release(&mut self) {
+        if let Some(init) = self.init.take() {
+            let _ = rustix::process::pidfd_send_signal(&init.pidfd, Signal::KILL);
+            readable_within(init.pidfd.as_fd(), INIT_TIMEOUT);
+            let _ = rustix::process::waitpid(Some(init.pid), WaitOptions::NOHANG);
+        }
+        if let Some(cgroup) = self.init_cgroup.take() {
+            let emptied = cgroup.kill().and_then(|()| cgroup.wait_empty(INIT_TIMEOUT)).and_then(|_| cgroup.remove());
+            if let Err(error) = emptied {
+                note(format_args!("remove the init's cgroup: {error}"));
+            }
+        }
+        if let Some(pin) = self.pin.take() {
+            remove_pin(&pin);
+        }
+        (self.net, self.ipc, self.uts, self.shm) = (None, None, None, None);
+    }
+
+    /// What containers join.
+    pub(super) fn namespaces(&self) -> PodNamespaces<'_> {
+        let [net, ipc, uts, shm] = [&self.net, &self.ipc, &self.uts, &self.shm].map(|fd| fd.as_ref().map(AsFd::as_fd));
+        PodNamespaces { net, ipc, uts, shm }
+    }
+
+    /// The shared pid namespace.
+    pub(super) fn pid_namespace(&self) -> Option<BorrowedFd<'_>> {
+        self.init.as_ref().map(|init| init.namespace.as_fd())
+    }
+
+    /// Process id of the built-in init, 0 without one.
+    pub(super) fn init_pid(&self) -> i32 {
+        self.init.as_ref().map_or(0, |init| init.pid.as_raw_nonzero().get())
+    }
+}
+
+/// Runs `work` in a new namespace and comes back. The monitor must not go on in a namespace of its pod: it would make the next
+/// pod's things there, so a failed return ends it.
+fn inside_new<T>(flag: CloneFlags, kind: &str, work: impl FnOnce() -> Result<T, StepError>) -> Result<(OwnedFd, T), StepError> {
+    let path = format!("/proc/self/ns/{kind}");
+    let host = open_namespace(&path)?;
+    unshare(flag).context("unshare", kind)?;
+    let done = open_namespace(&path).and_then(|made| Ok((made, work()?)));
+    if let Err(errno) = setns(&host, flag) {
+        note(format_args!("return to the host's {kind} namespace: {errno}"));
+        std::process::exit(70);
+    }
+    done
+}
+
+fn open_namespace(path: &str) -> Result<OwnedFd, StepError> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).context("open namespace", path)
+}
+
+/// Binds the caller's network namespace onto a new file.
+fn make_pin(pin: &Path) -> Result<(), StepError> {
+    if let Some(directory) = pin.parent() {
+        std::fs::create_dir_all(directory).context("create", directory.display())?;
+    }
+    let flags = OFlags::RDONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    rustix::fs::open(pin, flags, Mode::from_raw_mode(0o444)).context("create", pin.display())?;
+    rustix::mount::mount_bind("/proc/self/ns/net", pin).context("bind network namespace", pin.display()).inspect_err(|_| {
+        let _ = std::fs::remove_file(pin);
+    })
+}
+
+fn remove_pin(pin: &Path) {
+    if let Err(errno) = rustix::mount::unmount(pin, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        note(format_args!("unmount {}: {errno}", pin.display()));
+    }
+    if let Err(error) = std::fs::remove_file(pin) {
+        note(format_args!("remove {}: {error}", pin.display()));
+    }
+}
+
+fn route_socket() -> Result<OwnedFd, StepError> {
+    // No protocol is protocol 0, which is NETLINK_ROUTE.
+    rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)
+        .context("open socket", "NETLINK_ROUTE")
+}
+
+/// Sets IFF_UP on link 1, which is lo in every network namespace. The socket is used once: a socket that has sent is bound, and
+/// the one that is passed on shall not be.
+fn loopback_up() -> Result<(), StepError> {
+    const LENGTH: u32 = 32;
+    let socket = route_socket()?;
+    let mut request = Vec::with_capacity(LENGTH as usize);
+    request.extend_from_slice(&LENGTH.to_ne_bytes());
+    request.extend_from_slice(&libc::RTM_NEWLINK.to_ne_bytes());
+    request.extend_from_slice(&((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+    request.extend_from_slice(&[0; 8]); // sequence, port
+    request.extend_from_slice(&[0; 4]); // ifinfomsg: family, padding, type
+    request.extend_from_slice(&1i32.to_ne_bytes());
+    request.extend_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+    request.extend_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+    rustix::net::send(&socket, &request, SendFlags::empty()).context("bring up", "lo")?;
+    let mut reply = [0u8; 256];
+    let (count, _) = rustix::net::recv(&socket, &mut reply, RecvFlags::empty()).context("bring up", "lo")?;
+    // nlmsghdr, then nlmsgerr whose first field is 0 or -errno.
+    let code = reply.get(16..20).filter(|_| count >= 20).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
+    match code {
+        Some(0) => Ok(()),
+        Some(code) => Err(StepError::errno("bring up", "lo", -code)),
+        None => Err(StepError::because(Kind::Internal, "bring up", "lo", "short netlink reply")),
+    }
+}
+
+/// A tmpfs that is mounted nowhere; it lives as long as its descriptor and its clones.
+fn shared_memory(size_bytes: u64) -> Result<OwnedFd, StepError> {
+    let size = if size_bytes == 0 { SHM_DEFAULT_BYTES } else { size_bytes };
+    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("make", "/dev/shm")?;
+    for (key, value) in [("source", "shm"), ("mode", "1777"), ("size", &size.to_string())] {
+        rustix::mount::fsconfig_set_string(&context, key, value).context("make /dev/shm with", format_args!("{key}={value}"))?;
+    }
+    rustix::mount::fsconfig_create(&context).context("make", "/dev/shm")?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).context("make", "/dev/shm")
+}
+
+/// Starts the built-in init as process 1 of a new pid namespace and waits until it is ready.
+fn start_init(cgroup: &Path) -> Result<Init, StepError> {
+    let host = open_namespace("/proc/self/ns/pid")?;
+    unshare(CloneFlags::CLONE_NEWPID).context("unshare", "pid")?;
+    let spawned = Command::new("/proc/self/exe")
+        .arg("--init")
+        .current_dir("/")
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn();
+    if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWPID) {
+        note(format_args!("return to the host's pid namespace: {errno}"));
+        std::process::exit(70);
+    }
+    let mut child = spawned.context("start", "the pod's init")?;
+    let pid = Pid::from_child(&child);
+    let ready = child.stdout.take();
+    let built = std::fs::write(cgroup.join("cgroup.procs"), child.id().to_string())
+        .context("move the pod's init to", cgroup.display())
+        .and_then(|()| rustix::process::pidfd_open(pid, PidfdFlags::empty()).context("open pidfd", "of the pod's init"))
+        .and_then(|pidfd| Ok((pidfd, open_namespace(&format!("/proc/{}/ns/pid", child.id()))?)))
+        .and_then(|(pidfd, namespace)| {
+            let came = ready.is_some_and(|pipe| readable_within(pipe.as_fd(), INIT_TIMEOUT));
+            // Both the pipe's end and the process's look the same there; only the second is a failure.
+            if !came || readable_within(pidfd.as_fd(), Duration::ZERO) {
+                return Err(StepError::because(Kind::Internal, "start", "the pod's init", "it ended or hangs"));
+            }
+            Ok(Init { pid, pidfd, namespace })
+        });
+    if built.is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    built
+}
+
+/// Whether something can be read (or the other end was closed) in time.
+fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let limit = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+    matches!(rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)), Ok(1))
+}
+
+/// Moves the monitor into a cgroup.
+fn join(cgroup: &Path) -> Result<(), StepError> {
+    std::fs::write(cgroup.join("cgroup.procs"), "0").context("join cgroup", cgroup.display())
+}
+
+/// Directory of the cgroup that the monitor was started in.
+fn own_cgroup() -> Result<PathBuf, StepError> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").context("read", "/proc/self/cgroup")?;
+    let relative = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    Ok(cgroup::mount_point()?.join(relative))
+}

@@ -1,0 +1,73 @@
+//! Turns a freshly started process into a monitor: session, reaper, log, descriptors. Then the loop runs.
+
+use super::note::note;
+use super::server::Monitor;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::DumpableBehavior;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+/// Name of the listening socket in the run directory.
+pub(super) const SOCKET_FILE: &str = "monitor.sock";
+
+/// Name of the monitor's own log in the run directory.
+const LOG_FILE: &str = "monitor.log";
+
+/// Serves the daemon whose connection is fd 0, and every later one at `monitor.sock` in `directory`, until Shutdown.
+pub fn run(directory: &Path) -> std::io::Result<()> {
+    let directory = directory.canonicalize()?;
+    // A caller may have made it a session leader already.
+    match rustix::process::setsid() {
+        Ok(_) | Err(Errno::PERM) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let control = std::io::stdin().as_fd().try_clone_to_owned()?;
+    redirect_standard_streams(&directory)?;
+    std::env::set_current_dir("/")?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    // Not allowed without CAP_SYS_RESOURCE: then the monitor is killed for memory like anything else.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let children = SigSet::from(Signal::SIGCHLD);
+    children.thread_block()?;
+    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let listener = listen(&directory)?;
+    let result = Monitor::new(directory, signals, listener, control)?.run();
+    if let Err(error) = &result {
+        note(format_args!("the event loop failed: {error}"));
+    }
+    result
+}
+
+/// fd 0 and 1 become /dev/null, fd 2 the monitor's log.
+fn redirect_standard_streams(directory: &Path) -> std::io::Result<()> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::APPEND | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let log = rustix::fs::open(directory.join(LOG_FILE), flags, Mode::from_raw_mode(0o600))?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    Ok(rustix::stdio::dup2_stderr(&log)?)
+}
+
+/// Listens in the run directory. The name goes through the directory's descriptor: a socket's path holds 107 bytes only.
+fn listen(directory: &Path) -> std::io::Result<OwnedFd> {
+    let opened = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::fs::unlinkat(&opened, SOCKET_FILE, rustix::fs::AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{SOCKET_FILE}", opened.as_raw_fd()))?;
+    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+    let bound = rustix::net::bind(&socket, &address);
+    rustix::process::umask(before);
+    bound?;
+    rustix::net::listen(&socket, 4)?;
+    Ok(socket)
+}

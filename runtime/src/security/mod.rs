@@ -1,0 +1,1 @@
+//! What a container's process may do.
