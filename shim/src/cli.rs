@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result},
     image::{Store, StoreConfig},
     monitor::Program,
-    network::{self, Network},
+    network::{Network, address::Subnet, bridge::{Bridge, BridgeConfig}},
     node::Node,
     pod,
 };
@@ -195,7 +195,7 @@ async fn serve(config: Config) -> Result<()> {
     }
     let program = Program::open(&config.monitor_path())?;
     let images = open_store(&config)?;
-    let network = Network::start(network_config(&config)?).map_err(|error| Error::internal(format!("start the pod network: {error}")))?;
+    let network = start_network(&config)?;
     let node = Arc::new(Node::new(config, tree, images, network, program));
     pod::recover(&node).await;
     let listener = listener(&node.config.socket)?;
@@ -209,9 +209,19 @@ async fn serve(config: Config) -> Result<()> {
     Ok(())
 }
 
-fn network_config(config: &Config) -> Result<network::Config> {
-    network::Config::new(&config.root.join("network"), &config.network.bridge, &config.network.subnet)
-        .map_err(|error| Error::invalid(format!("network: {error}")))
+fn start_network(config: &Config) -> Result<Network> {
+    let network = &config.network;
+    let invalid = || Error::invalid(format!("network.subnet {:?} is not an IPv4 network of /8 to /30", network.subnet));
+    let (address, prefix) = network.subnet.split_once('/').ok_or_else(invalid)?;
+    let subnet = Subnet::new(address.parse().map_err(|_| invalid())?, prefix.parse().map_err(|_| invalid())?).ok_or_else(invalid)?;
+    let bridge = BridgeConfig {
+        subnet,
+        name: network.bridge.clone(),
+        // One table for each bridge, so that two daemons keep apart.
+        table: format!("windlass-{}", network.bridge),
+        ..BridgeConfig::new(config.root.join("network"))
+    };
+    Bridge::start(bridge).map(Network::Bridge).map_err(|error| Error::from(error).during("start the pod network"))
 }
 
 /// The socket that systemd passes, else a new one, mode 0660 and root's.

@@ -92,7 +92,7 @@ impl Default for NetworkConfig {
     fn default() -> NetworkConfig {
         NetworkConfig {
             bridge: "windlass0".into(),
-            subnet: "10.88.0.0/16".into(),
+            subnet: "10.57.0.0/16".into(),
             netns_dir: "/run/netns".into(),
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dir: "/opt/cni/bin".into(),

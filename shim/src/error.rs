@@ -74,6 +74,19 @@ impl Error {
     }
 }
 
+impl From<crate::network::NetworkError> for Error {
+    /// With the causes behind it: this is where the chain is told.
+    fn from(error: crate::network::NetworkError) -> Error {
+        let mut message = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            message = format!("{message}: {error}");
+            cause = error.source();
+        }
+        Error::new(if error.is_exhausted() { Kind::Exhausted } else { Kind::Internal }, message)
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

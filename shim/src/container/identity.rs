@@ -11,7 +11,7 @@ const FILE_LIMIT_BYTES: u64 = 4 << 20;
 
 /// The resolved identity of a container's first process.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub(super) struct Identity {
     pub uid: u32,
     pub gid: u32,
     /// Supplementary groups, the primary one among them, sorted.
@@ -21,7 +21,7 @@ pub struct Identity {
 
 impl Identity {
     /// As ContainerStatus reports it.
-    pub fn status(&self) -> LinuxContainerUser {
+    pub(super) fn status(&self) -> LinuxContainerUser {
         LinuxContainerUser {
             uid: i64::from(self.uid),
             gid: i64::from(self.gid),
@@ -42,7 +42,7 @@ struct Wanted {
 }
 
 /// Resolves the identity. CRI: LinuxContainerSecurityContext; a user without a name in the image is fine when it is a number.
-pub fn resolve(config: &ContainerConfig, image: &Image) -> Result<Identity> {
+pub(super) fn resolve(config: &ContainerConfig, image: &Image) -> Result<Identity> {
     let image_user = image.config.config().as_ref().and_then(|config| config.user().clone()).unwrap_or_default();
     let wanted = wanted(config, &image_user)?;
     let read = |path: &str| -> Result<String> {

@@ -9,7 +9,7 @@ use std::{fmt::Write, fs, path::Path};
 use windlass_proto::cri::{DnsConfig, NamespaceMode};
 
 /// Writes the three files into the pod's directory.
-pub fn write(directory: &Path, record: &Record) -> Result<()> {
+pub(super) fn write(directory: &Path, record: &Record) -> Result<()> {
     let hostname = hostname(record);
     store::write_file(&directory.join("hostname"), format!("{hostname}\n").as_bytes())?;
     store::write_file(&directory.join("resolv.conf"), resolv_conf(record.config.dns_config.as_ref())?.as_bytes())?;
@@ -17,14 +17,14 @@ pub fn write(directory: &Path, record: &Record) -> Result<()> {
 }
 
 /// Writes `hosts` again, for example once the pod's addresses are known.
-pub fn write_hosts(directory: &Path, record: &Record) -> Result<()> {
+pub(super) fn write_hosts(directory: &Path, record: &Record) -> Result<()> {
     let host = namespace_modes(&record.config).network() == NamespaceMode::Node;
     let text = if host { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { hosts(record) };
     store::write_file(&directory.join("hosts"), text.as_bytes())
 }
 
 /// The pod's host name: the configured one, the host's on the host's network.
-pub fn hostname(record: &Record) -> String {
+pub(super) fn hostname(record: &Record) -> String {
     if record.config.hostname.is_empty() {
         return rustix::system::uname().nodename().to_string_lossy().into_owned();
     }

@@ -44,7 +44,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
 }
 
 /// Takes back everything a pod has, however far its making came. The caller holds the pod's turn.
-pub async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
+pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     stop_processes(node, pod).await;
     release_network(node, pod).await?;
     store::remove_tree(&node.run_directory(&pod.id))?;

@@ -15,7 +15,7 @@ use windlass_proto::monitor::frame::Body;
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Follows a monitor until its connection ends.
-pub fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut events: mpsc::Receiver<Body>) {
+pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut events: mpsc::Receiver<Body>) {
     tokio::spawn(async move {
         while let Some(event) = events.recv().await {
             match event {
@@ -47,7 +47,7 @@ pub fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut events:
 }
 
 /// The monitor is gone: kills every process of the pod, and only then says that they have ended. The caller holds the pod's turn.
-pub async fn lost(node: &Node, pod: &Pod) {
+pub(super) async fn lost(node: &Node, pod: &Pod) {
     pod.set_monitor(None);
     let record = pod.record();
     let containers = node.containers_of(&pod.id);

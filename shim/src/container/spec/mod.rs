@@ -6,7 +6,7 @@ mod mounts;
 mod resources;
 mod security;
 
-pub use resources::resources;
+pub(super) use resources::resources;
 
 use super::{identity::Identity, text};
 use crate::{
@@ -21,7 +21,7 @@ use std::path::Path;
 use windlass_proto::cri::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
 
 /// What a container's configuration is made from.
-pub struct Input<'a> {
+pub(super) struct Input<'a> {
     pub node: &'a Node,
     pub pod: &'a pod::Record,
     pub id: &'a str,
@@ -49,7 +49,7 @@ impl Input<'_> {
 }
 
 /// The configuration, and the names of the limits it asks for that this host does not enforce.
-pub fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
+pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
     security::check(input)?;
     let linux = input.config.linux.clone().unwrap_or_default();
     let asked = linux.resources.unwrap_or_default();
@@ -207,7 +207,7 @@ fn annotations(input: &Input<'_>) -> Value {
 }
 
 /// The signal that a stop begins with: the request's, the image's, else TERM.
-pub fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32> {
+pub(super) fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32> {
     if config.stop_signal() != Signal::RuntimeDefault {
         let name = config.stop_signal().as_str_name();
         return signal_number(name).ok_or_else(|| Error::invalid(format!("stop_signal {name} is not a signal of Linux")));
@@ -233,7 +233,7 @@ fn signal_number(name: &str) -> Option<i32> {
 }
 
 /// The OCI process of an exec, as JSON: the container's own with another command.
-pub fn exec_process(bundle: &Path, command: Vec<String>) -> Result<String> {
+pub(super) fn exec_process(bundle: &Path, command: Vec<String>) -> Result<String> {
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
     let mut spec: Value = serde_json::from_slice(&bytes).map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;

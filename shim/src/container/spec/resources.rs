@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use windlass_proto::cri::LinuxContainerResources;
 
 /// The OCI form of what is set; 0 and empty mean "not given" in the CRI.
-pub fn resources(asked: &LinuxContainerResources) -> Result<LinuxResources> {
+pub(crate) fn resources(asked: &LinuxContainerResources) -> Result<LinuxResources> {
     let mut cpu = Map::new();
     if asked.cpu_shares < 0 || asked.cpu_period < 0 {
         return Err(Error::invalid(format!("linux.resources: cpu_shares {} and cpu_period {} must not be negative", asked.cpu_shares, asked.cpu_period)));
@@ -48,7 +48,7 @@ pub fn resources(asked: &LinuxContainerResources) -> Result<LinuxResources> {
 }
 
 /// Names of the requested limits whose controllers this host's tree lacks.
-pub fn not_enforced(asked: &LinuxContainerResources, tree: &Tree) -> Vec<String> {
+pub(super) fn not_enforced(asked: &LinuxContainerResources, tree: &Tree) -> Vec<String> {
     let missing = tree.missing();
     let wanted = [
         ("cpu", asked.cpu_quota > 0 || asked.cpu_shares > 0),
