@@ -81,3 +81,22 @@ pub fn remove(directory: &Path) -> io::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_names_what_cannot_be_enforced() {
+        let tree = Tree { root: "/sys/fs/cgroup".into(), controllers: vec!["cpu".into(), "pids".into(), "io".into()] };
+        assert_eq!(tree.missing(), ["cpuset", "memory"]);
+        assert_eq!(tree.directory("/kubepods/pod1"), Path::new("/sys/fs/cgroup/kubepods/pod1"));
+    }
+
+    #[test]
+    fn an_absent_cgroup_is_empty_and_removed() {
+        let absent = Path::new("/sys/fs/cgroup/windlass-test-that-is-not-there");
+        assert!(!populated(absent));
+        remove(absent).expect("nothing to remove");
+    }
+}

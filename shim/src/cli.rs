@@ -137,7 +137,8 @@ pub fn run(cli: Cli) -> Result<()> {
 }
 
 fn start_log(level: &str) -> Result<()> {
-    let filter = EnvFilter::try_new(level).map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
+    // The transport's own debugging is asked for by its name, for example log_level = "debug,h2=debug".
+    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,tower=warn,rustls=warn,{level}")).map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_target(false);
     tracing_subscriber::registry().with(filter).with(layer).init();
@@ -204,9 +205,23 @@ async fn serve(config: Config) -> Result<()> {
         pods = node.pods().len(), containers = node.containers().len(), "serving"
     );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    cri::serve(node, listener, terminated()).await.map_err(|error| Error::internal(format!("serve: {error}")))?;
-    tracing::info!("stopped; pods go on running");
-    Ok(())
+    let served = cri::serve(node.clone(), listener, terminated()).await;
+    leave_nothing_unused(&node).await;
+    tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
+    served.map_err(|error| Error::internal(format!("serve: {error}")))
+}
+
+/// What only the daemon itself needed goes when no pod is left: socket, bridge, rules and the default cgroup.
+async fn leave_nothing_unused(node: &Node) {
+    let _ = fs::remove_file(&node.config.socket);
+    if !node.pods().is_empty() {
+        return;
+    }
+    if let Err(error) = node.network.teardown_if_unused().await {
+        tracing::warn!(error = %Error::from(error), "pod network not removed");
+    }
+    // Fails while somebody else's group is below it, which is right.
+    let _ = fs::remove_dir(node.tree.directory(&node.config.cgroup.parent));
 }
 
 fn start_network(config: &Config) -> Result<Network> {
