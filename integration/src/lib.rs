@@ -1,1 +1,8 @@
-//! The harness.
+//! The harness: a real daemon in mount and network namespaces of its own, driven over the CRI on the real kernel.
+
+pub mod client;
+pub mod daemon;
+pub mod image;
+pub mod leak;
+pub mod node;
+pub mod setup;
