@@ -270,3 +270,108 @@ fn set_aside(path: &Path, reason: &str) -> Result<Stored, NetworkError> {
 fn state(operation: &'static str, path: &Path, source: io::Error) -> NetworkError {
     NetworkError::State { operation, path: path.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Acquire(u8),
+        Release(u8),
+        Reopen,
+        Keep(u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0..20_u8).prop_map(Step::Acquire),
+            4 => (0..20_u8).prop_map(Step::Release),
+            1 => Just(Step::Reopen),
+            1 => (0..20_u8).prop_map(Step::Keep),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+        #[test]
+        fn addresses_are_distinct_stable_and_go_round(prefix in 27..=30_u8, steps in prop::collection::vec(step(), 1..80)) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("addresses.json");
+            let subnet = Subnet::new(Ipv4Addr::new(10, 1, 2, 77), prefix).unwrap();
+            let mut table = AddressTable::open(&path, subnet).unwrap();
+            let mut model: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
+            let mut last = None;
+            for step in steps {
+                match step {
+                    Step::Acquire(pod) => {
+                        let pod = pod.to_string();
+                        match table.acquire(&pod) {
+                            Ok(address) => {
+                                if let Some(held) = model.get(&pod) {
+                                    prop_assert_eq!(*held, address);
+                                } else {
+                                    prop_assert!(!model.values().any(|held| *held == address));
+                                    prop_assert!(subnet.contains(address) && address != subnet.gateway() && address != subnet.broadcast());
+                                    // Round robin: an address freed just now comes back only if no other is free.
+                                    prop_assert!(last != Some(address) || model.len() + 1 == subnet.capacity());
+                                    model.insert(pod, address);
+                                    last = Some(address);
+                                }
+                            }
+                            Err(error) => {
+                                prop_assert!(error.is_exhausted());
+                                prop_assert_eq!(model.len(), subnet.capacity());
+                            }
+                        }
+                    }
+                    Step::Release(pod) => prop_assert_eq!(table.release(&pod.to_string()), model.remove(&pod.to_string())),
+                    Step::Reopen => table = AddressTable::open(&path, subnet).unwrap(),
+                    Step::Keep(limit) => {
+                        let live = |pod: &str| pod.parse::<u8>().is_ok_and(|pod| pod < limit);
+                        table.retain(live);
+                        model.retain(|pod, _| live(pod));
+                    }
+                }
+                prop_assert_eq!(&table.by_pod, &model);
+            }
+            prop_assert_eq!(&AddressTable::open(&path, subnet).unwrap().by_pod, &model);
+        }
+    }
+
+    #[test]
+    fn subnets_are_read_strictly() {
+        for bad in ["10.0.0.1/24", "10.0.0.0", "10.0.0.0/31", "10.0.0.0/7", "::/64", "10.0.0.0/x"] {
+            assert!(bad.parse::<Subnet>().is_err(), "{bad}");
+        }
+        let subnet: Subnet = "10.4.0.0/14".parse().unwrap();
+        assert_eq!((subnet.gateway().to_string(), subnet.broadcast().to_string()), ("10.4.0.1".into(), "10.7.255.255".into()));
+    }
+
+    #[test]
+    fn overlap_is_seen_from_both_sides() {
+        let subnet: Subnet = "10.99.0.0/16".parse().unwrap();
+        for (address, prefix, expected) in [
+            ("10.99.7.0", 24, true),
+            ("10.0.0.0", 8, true),
+            ("10.98.0.0", 16, false),
+            ("10.98.0.0", 15, true),
+            ("0.0.0.0", 0, true),
+        ] {
+            assert_eq!(subnet.overlaps(address.parse().unwrap(), prefix), expected, "{address}/{prefix}");
+        }
+    }
+
+    #[test]
+    fn a_later_version_is_set_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("addresses.json");
+        std::fs::write(&path, r#"{"version":2,"last":null,"pods":{}}"#).unwrap();
+        assert!(AddressTable::open(&path, "10.0.0.0/24".parse().unwrap()).unwrap().is_empty());
+        assert!(path.with_extension("bad").exists());
+    }
+}

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkMessage, NetlinkPayload, NlasIterator,
+    NLA_ALIGNTO, NLA_HEADER_SIZE, NLA_TYPE_MASK, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
@@ -71,7 +71,8 @@ pub(super) struct Socket {
 impl Socket {
     /// Opens a socket in the calling thread's network namespace.
     pub(super) fn open() -> Result<Self, NetworkError> {
-        let fd = socket_with(rustix::net::AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::ROUTE))
+        // NETLINK_ROUTE is protocol 0, which rustix calls `None`.
+        let fd = socket_with(rustix::net::AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)
             .map_err(|errno| kernel("open", "netlink route socket", errno.into()))?;
         Self::from_fd(fd)
     }
@@ -112,7 +113,8 @@ impl Socket {
         let object = master.map_or_else(|| "of the host".to_owned(), |index| format!("of bridge {index}"));
         let request =
             Request { message: RouteNetlinkMessage::GetLink(message), flags: NLM_F_DUMP, operation: "list links", object };
-        let links = self.exchange(&[request])?.iter().map(|payload| parse_link(payload));
+        let answers = self.exchange(&[request])?;
+        let links = answers.iter().map(|payload| parse_link(payload));
         Ok(links.filter(|link| master.is_none() || link.master == master).collect())
     }
 
@@ -362,9 +364,16 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = Option<(u16, u32, &[u8])>> 
     })
 }
 
+/// Attributes after a header of `header` bytes, up to the first malformed one.
 fn attributes(payload: &[u8], header: usize) -> impl Iterator<Item = (u16, &[u8])> {
-    let nlas = NlasIterator::new(payload.get(header..).unwrap_or_default());
-    nlas.map_while(|nla| nla.ok().map(|nla| (nla.kind(), nla.value())))
+    let mut rest = payload.get(header..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let [l0, l1, k0, k1] = *rest.first_chunk()?;
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let value = rest.get(NLA_HEADER_SIZE..length)?;
+        rest = rest.get(length.next_multiple_of(NLA_ALIGNTO)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK, value))
+    })
 }
 
 fn word(bytes: &[u8]) -> u32 {

@@ -1,0 +1,382 @@
+//! On the real kernel, as root. Each test runs again as a child under `unshare --net --mount` with a private /run, so all it makes
+//! is gone with that process. Needs util-linux, iproute2 and nftables.
+
+use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::*;
+
+const CHILD: &str = "WINDLASS_TEST_NAMESPACE";
+
+/// Runs the named test in namespaces of its own; `false` in the parent, which has nothing more to do.
+fn isolated(test: &str) -> bool {
+    if std::env::var_os(CHILD).is_some() {
+        run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
+        run("ip", &["link", "set", "lo", "up"]);
+        return true;
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: {test} needs root");
+        return false;
+    }
+    let name = format!("{}::{test}", module_path!().trim_start_matches("windlass::"));
+    let output = Command::new("unshare")
+        .args(["--net", "--mount"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &name, "--nocapture", "--include-ignored"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("1 passed"), "no such test: {name}");
+    text.lines().filter(|line| line.starts_with("measured")).for_each(|line| println!("{line}"));
+    false
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn config() -> BridgeConfig {
+    BridgeConfig { subnet: "10.99.0.0/24".parse().unwrap(), ..BridgeConfig::new(PathBuf::from("/run/state")) }
+}
+
+fn namespace(name: &str) -> PathBuf {
+    run("ip", &["netns", "add", name]);
+    Path::new("/run/netns").join(name)
+}
+
+/// Runs `work` on a thread inside the namespace.
+fn inside<T: Send + 'static>(netns: &Path, work: impl FnOnce() -> T + Send + 'static) -> std::thread::JoinHandle<T> {
+    let namespace = File::open(netns).unwrap();
+    std::thread::spawn(move || {
+        move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(LinkNameSpaceType::Network)).unwrap();
+        work()
+    })
+}
+
+fn route_socket(netns: &Path) -> OwnedFd {
+    let open = || socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None).unwrap();
+    inside(netns, open).join().unwrap()
+}
+
+fn attach(bridge: &Bridge, pod: &str, netns: &Path) -> Result<PodNetwork, NetworkError> {
+    bridge.inner.attach(pod, netns, route_socket(netns))
+}
+
+fn ip4(network: &PodNetwork) -> Ipv4Addr {
+    match network.ips[..] {
+        [IpAddr::V4(address)] => address,
+        ref other => panic!("{other:?}"),
+    }
+}
+
+/// The address the server at `to` saw a client of `from` come from, and how long the connection took.
+fn connection(from: &Path, to: &Path, address: Ipv4Addr) -> (IpAddr, Duration) {
+    let listener = inside(to, || TcpListener::bind("0.0.0.0:7777").unwrap()).join().unwrap();
+    let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
+    let connect = move || {
+        let start = Instant::now();
+        TcpStream::connect_timeout(&SocketAddr::from((address, 7777)), Duration::from_secs(5)).unwrap();
+        start.elapsed()
+    };
+    let took = inside(from, connect).join().unwrap();
+    (server.join().unwrap(), took)
+}
+
+fn host() -> PathBuf {
+    PathBuf::from("/proc/self/ns/net")
+}
+
+/// The names of all links of the host but `lo` and those that every namespace has.
+fn links() -> Vec<String> {
+    let links = Socket::open().unwrap().links(None).unwrap();
+    links.into_iter().filter(|link| matches!(link.kind.as_deref(), Some("veth" | "bridge"))).map(|link| link.name).collect()
+}
+
+fn stored() -> usize {
+    AddressTable::open(Path::new("/run/state/addresses.json"), config().subnet).unwrap().len()
+}
+
+#[test]
+fn pods_reach_each_other_and_the_host_at_once() {
+    if !isolated("pods_reach_each_other_and_the_host_at_once") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    assert_eq!(bridge.ready(), Ok(()));
+    let (a, b) = (namespace("a"), namespace("b"));
+    let (first, second) = (attach(&bridge, "a", &a).unwrap(), attach(&bridge, "b", &b).unwrap());
+    assert_eq!((ip4(&first), ip4(&second)), (Ipv4Addr::new(10, 99, 0, 2), Ipv4Addr::new(10, 99, 0, 3)));
+    let (seen, took) = connection(&a, &b, ip4(&second));
+    assert_eq!(seen, first.ips[0], "pod to pod keeps the pod's address");
+    assert!(took < Duration::from_millis(500), "the port forwards only after {took:?}");
+    assert_eq!(connection(&b, &host(), Ipv4Addr::new(10, 99, 0, 1)).0, second.ips[0]);
+    connection(&host(), &a, ip4(&first));
+    let shown = run("ip", &["-n", "a", "-br", "addr", "show", "eth0"]);
+    assert!(shown.contains("UP") && shown.contains("10.99.0.2/24"), "{shown}");
+    assert!(run("ip", &["-n", "a", "link", "show", "eth0"]).contains(&first.mac));
+    assert_eq!(std::fs::read_to_string(IP_FORWARD).unwrap().trim(), "1");
+}
+
+#[test]
+fn what_leaves_the_subnet_is_masqueraded_once_after_three_starts() {
+    if !isolated("what_leaves_the_subnet_is_masqueraded_once_after_three_starts") {
+        return;
+    }
+    let outside = namespace("outside");
+    run("ip", &["link", "add", "up0", "mtu", "1400", "type", "veth", "peer", "name", "down0", "netns", "outside"]);
+    run("ip", &["addr", "add", "192.0.2.1/24", "dev", "up0"]);
+    run("ip", &["link", "set", "up0", "up"]);
+    run("ip", &["-n", "outside", "addr", "add", "192.0.2.2/24", "dev", "down0"]);
+    run("ip", &["-n", "outside", "link", "set", "down0", "up"]);
+    run("ip", &["route", "add", "default", "via", "192.0.2.2"]);
+    run("nft", &["add table ip other"]);
+    let [_, _, bridge] = [(); 3].map(|()| Bridge::start(config()).unwrap());
+    let pod = namespace("pod");
+    let network = attach(&bridge, "pod", &pod).unwrap();
+    let (seen, _) = connection(&pod, &outside, Ipv4Addr::new(192, 0, 2, 2));
+    assert_eq!(seen, IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
+    let rules = run("nft", &["list", "ruleset"]);
+    assert_eq!(rules.matches("masquerade").count(), 1, "{rules}");
+    assert!(rules.contains("table ip other"));
+    let shown = run("ip", &["-n", "pod", "link", "show", "eth0"]);
+    assert!(shown.contains("mtu 1400"), "the uplink's: {shown}");
+    assert!(!network.mac.is_empty());
+}
+
+#[test]
+fn a_restart_keeps_addresses_and_reconcile_frees_the_lost() {
+    if !isolated("a_restart_keeps_addresses_and_reconcile_frees_the_lost") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b, c) = (namespace("a"), namespace("b"), namespace("c"));
+    let first = attach(&bridge, "a", &a).unwrap();
+    let lost = attach(&bridge, "b", &b).unwrap();
+    drop(bridge);
+    let bridge = Bridge::start(config()).unwrap();
+    connection(&host(), &a, ip4(&first));
+    assert_eq!(attach(&bridge, "a", &a).unwrap(), first, "a retry gives the same");
+    connection(&host(), &a, ip4(&first));
+    bridge.reconcile(&HashSet::from(["a".to_owned()]));
+    assert_eq!(stored(), 1);
+    assert!(links().contains(&first.host_interface) && !links().contains(&lost.host_interface));
+    let next = attach(&bridge, "c", &c).unwrap();
+    assert_eq!(ip4(&next), Ipv4Addr::new(10, 99, 0, 4), "an address is not used again at once");
+}
+
+#[test]
+fn detach_leaves_nothing_and_is_idempotent() {
+    if !isolated("detach_leaves_nothing_and_is_idempotent") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    attach(&bridge, "a", &a).unwrap();
+    attach(&bridge, "b", &b).unwrap();
+    bridge.inner.detach("a").unwrap();
+    bridge.inner.detach("a").unwrap();
+    bridge.inner.detach("never").unwrap();
+    assert!(!bridge.inner.teardown_if_unused().unwrap(), "b is attached");
+    run("ip", &["netns", "del", "b"]);
+    bridge.inner.detach("b").unwrap();
+    assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
+    assert!(bridge.inner.teardown_if_unused().unwrap());
+    assert!(bridge.inner.teardown_if_unused().unwrap());
+    assert_eq!((links(), run("nft", &["list", "ruleset"])), (vec![], String::new()));
+    attach(&bridge, "a", &a).unwrap();
+    assert_eq!(bridge.ready(), Ok(()), "made again by the attach");
+}
+
+#[test]
+fn a_failed_attach_leaves_nothing() {
+    if !isolated("a_failed_attach_leaves_nothing") {
+        return;
+    }
+    let bridge = Bridge::start(BridgeConfig { subnet: "10.99.0.0/29".parse().unwrap(), ..config() }).unwrap();
+    let a = namespace("a");
+    let error = bridge.inner.attach("a", Path::new("/run/netns/none"), route_socket(&a)).unwrap_err();
+    assert_eq!(chain(&error), "open network namespace /run/netns/none: No such file or directory (os error 2)");
+    // A socket of the wrong namespace: the pair exists by then.
+    let error = bridge.inner.attach("a", &a, route_socket(&host())).unwrap_err();
+    assert!(chain(&error).contains("find in the pod eth0"), "{}", chain(&error));
+    assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
+    for pod in 0..5 {
+        attach(&bridge, &format!("pod{pod}"), &namespace(&format!("n{pod}"))).unwrap();
+    }
+    let error = attach(&bridge, "a", &a).unwrap_err();
+    assert!(error.is_exhausted());
+    assert_eq!(chain(&error), "no free pod address: all 5 of 10.99.0.0/29 are in use");
+    assert_eq!((links().len(), stored()), (6, 5));
+    bridge.inner.detach("pod3").unwrap();
+    assert_eq!(ip4(&attach(&bridge, "a", &a).unwrap()), Ipv4Addr::new(10, 99, 0, 5));
+}
+
+#[test]
+fn twenty_attaches_and_detaches_at_once() {
+    if !isolated("twenty_attaches_and_detaches_at_once") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let pods: Vec<_> =
+        (0..20).map(|n| (format!("{n:064x}").chars().rev().collect::<String>(), namespace(&format!("p{n}")))).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    let start = Instant::now();
+    let networks: Vec<_> = runtime.block_on(async {
+        let attaches = pods.iter().map(|(id, netns)| bridge.attach(id, netns, route_socket(netns)));
+        futures_util::future::try_join_all(attaches).await.unwrap()
+    });
+    println!("measured: 20 attaches at once {:?}", start.elapsed());
+    let addresses: HashSet<_> = networks.iter().map(ip4).collect();
+    assert_eq!((addresses.len(), stored(), links().len()), (20, 20, 21));
+    for (network, (_, netns)) in networks.iter().zip(&pods) {
+        connection(&host(), netns, ip4(network));
+    }
+    let start = Instant::now();
+    runtime.block_on(async { futures_util::future::try_join_all(pods.iter().map(|(id, _)| bridge.detach(id))).await.unwrap() });
+    println!("measured: 20 detaches at once {:?}", start.elapsed());
+    assert_eq!((links().len(), stored()), (1, 0));
+}
+
+#[test]
+fn what_others_removed_is_repaired() {
+    if !isolated("what_others_removed_is_repaired") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let a = namespace("a");
+    run("nft", &["flush", "ruleset"]);
+    assert_eq!(bridge.ready(), Ok(()));
+    assert!(run("nft", &["list", "ruleset"]).contains("masquerade"));
+    run("ip", &["link", "del", "windlass0"]);
+    let network = attach(&bridge, "a", &a).unwrap();
+    connection(&host(), &a, ip4(&network));
+    run("ip", &["link", "del", "windlass0"]);
+    assert_eq!(bridge.ready(), Ok(()));
+    assert!(links().contains(&"windlass0".to_owned()));
+}
+
+#[test]
+fn conflicts_are_named() {
+    if !isolated("conflicts_are_named") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let a = namespace("a");
+    let second = Bridge::start(BridgeConfig { name: "windlass1".into(), ..config() }).unwrap();
+    let reason = "pod subnet 10.99.0.0/24 overlaps the route 10.99.0.0/24 of windlass0: configure another subnet";
+    assert_eq!(second.ready(), Err(reason.to_owned()));
+    attach(&bridge, "a", &a).unwrap();
+    let other = BridgeConfig { state_dir: "/run/other".into(), ..config() };
+    let reason = "bridge windlass0 is in use by windlass /run/state: configure another name and subnet";
+    assert_eq!(Bridge::start(other).unwrap().ready(), Err(reason.to_owned()));
+    run("ip", &["link", "add", "taken", "type", "veth", "peer", "name", "taken1"]);
+    let other = BridgeConfig { name: "taken".into(), subnet: "10.98.0.0/24".parse().unwrap(), ..config() };
+    let reason = "link taken exists and is not a bridge: configure another name";
+    assert_eq!(Bridge::start(other).unwrap().ready(), Err(reason.to_owned()));
+    let side = BridgeConfig { name: "w1".into(), table: "w1".into(), state_dir: "/run/w1".into(), ..config() };
+    let side = Bridge::start(BridgeConfig { subnet: "10.98.0.0/24".parse().unwrap(), ..side }).unwrap();
+    assert_eq!((side.ready(), bridge.ready()), (Ok(()), Ok(())), "two daemons side by side");
+}
+
+#[test]
+fn a_damaged_address_file_is_set_aside_and_live_pods_are_adopted() {
+    if !isolated("a_damaged_address_file_is_set_aside_and_live_pods_are_adopted") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let network = attach(&bridge, "a", &a).unwrap();
+    std::fs::write("/run/state/addresses.json", "{").unwrap();
+    let bridge = Bridge::start(config()).unwrap();
+    assert!(Path::new("/run/state/addresses.bad").exists());
+    assert!(bridge.adopt("a", &network) && bridge.adopt("a", &network));
+    assert!(!bridge.adopt("b", &network));
+    assert_ne!(attach(&bridge, "b", &b).unwrap().ips, network.ips);
+}
+
+#[test]
+fn a_full_disk_refuses_attach_and_still_detaches() {
+    if !isolated("a_full_disk_refuses_attach_and_still_detaches") {
+        return;
+    }
+    std::fs::create_dir("/run/small").unwrap();
+    run("mount", &["-t", "tmpfs", "-o", "size=8k", "tmpfs", "/run/small"]);
+    let bridge = Bridge::start(BridgeConfig { state_dir: "/run/small".into(), ..config() }).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    attach(&bridge, "a", &a).unwrap();
+    let _ = std::fs::write("/run/small/fill", [0; 16384]);
+    let error = attach(&bridge, "b", &b).unwrap_err();
+    assert_eq!(chain(&error), "write /run/small/addresses.json: No space left on device (os error 28)");
+    bridge.inner.detach("a").unwrap();
+    assert_eq!(links(), ["windlass0"]);
+    std::fs::remove_file("/run/small/fill").unwrap();
+    attach(&bridge, "b", &b).unwrap();
+}
+
+#[test]
+fn attach_and_detach_are_quick() {
+    if !isolated("attach_and_detach_are_quick") {
+        return;
+    }
+    let start = Instant::now();
+    let bridge = Bridge::start(config()).unwrap();
+    println!("measured: first start {:?}", start.elapsed());
+    let start = Instant::now();
+    Bridge::start(config()).unwrap();
+    println!("measured: second start {:?}", start.elapsed());
+    let start = Instant::now();
+    bridge.ready().unwrap();
+    println!("measured: ready {:?}", start.elapsed());
+    let (mut attaches, mut detaches, mut firsts) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..50 {
+        let (name, netns) = (format!("p{n}"), namespace(&format!("p{n}")));
+        let socket = route_socket(&netns);
+        let start = Instant::now();
+        let network = bridge.inner.attach(&name, &netns, socket).unwrap();
+        attaches.push(start.elapsed());
+        if n % 5 == 0 {
+            firsts.push(
+                connection(
+                    &netns,
+                    &host(),
+                    match network.gateway {
+                        IpAddr::V4(gateway) => gateway,
+                        IpAddr::V6(_) => panic!(),
+                    },
+                )
+                .1,
+            );
+        }
+    }
+    for n in 0..50 {
+        let start = Instant::now();
+        bridge.inner.detach(&format!("p{n}")).unwrap();
+        detaches.push(start.elapsed());
+    }
+    for (what, times) in [("attach", &mut attaches), ("detach", &mut detaches), ("first connection", &mut firsts)] {
+        times.sort_unstable();
+        println!("measured: {what} median {:?} max {:?}", times[times.len() / 2], times[times.len() - 1]);
+    }
+    assert!(attaches[25] < Duration::from_millis(20), "far above the 1 ms of an idle machine: {:?}", attaches[25]);
+}
+
+#[test]
+fn host_names_fit_and_follow_the_id() {
+    assert_eq!(host_interface("0123456789abcdef"), "wl0123456789a");
+    for id in ["", "pod", "ü-is-not-hex-at-all", "0123456789ABCDEF"] {
+        let name = host_interface(id);
+        assert!(name.len() == 13 && name.is_ascii(), "{name}");
+    }
+}
