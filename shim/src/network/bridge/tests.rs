@@ -20,6 +20,8 @@ fn isolated(test: &str) -> bool {
     if std::env::var_os(CHILD).is_some() {
         run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
         run("ip", &["link", "set", "lo", "up"]);
+        // A new namespace may inherit the host's 1.
+        std::fs::write(IP_FORWARD, "0").unwrap();
         return true;
     }
     if !rustix::process::geteuid().is_root() {
