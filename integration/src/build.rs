@@ -57,11 +57,9 @@ pub fn all() -> Result<()> {
     if !installed.lines().any(|line| line == STATIC_TARGET) {
         step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;
     }
-    step("build windlass", cargo().args(["build", "--release", "-p", "windlass"]))?;
+    step("build windlass and bench", cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bins"]))?;
     let fixed = ["build", "--profile", "monitor", "--target", STATIC_TARGET];
-    step("build windlass-monitor and windlass-oci", cargo().args(fixed).args(["-p", "windlass-runtime", "--bins"]))?;
-    step("build probe and bench", cargo().args(["build", "--release", "-p", "windlass-integration", "--bin", "bench"]))?;
-    step("build probe", cargo().args(fixed).args(["-p", "windlass-probe"]))?;
+    step("build windlass-monitor, windlass-oci and probe", cargo().args(fixed).args(["-p", "windlass-runtime", "-p", "windlass-probe", "--bins"]))?;
     lay_out()
 }
 
