@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
 const OCI: &str = env!("CARGO_BIN_EXE_windlass-oci");
@@ -73,6 +73,11 @@ impl Bundle {
         fs::write(self.path("config.json"), self.config.to_string()).expect("config");
         let mut command = Command::new(OCI);
         command.arg("--root").arg(self.path("state")).args(words);
+        if words.first() == Some(&"create") {
+            // The container keeps the streams, so reading them to their end would wait for it.
+            let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("windlass-oci");
+            return Output { status, stdout: Vec::new(), stderr: Vec::new() };
+        }
         command.output().expect("windlass-oci")
     }
 

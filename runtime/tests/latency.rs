@@ -28,7 +28,7 @@ fn main() {
         fs::create_dir_all(at(path)).expect("directory");
     }
     fs::copy("/bin/busybox", at("lower/bin/true")).expect("busybox-static is needed");
-    let plan = json!({"version": 1, "lower": [at("lower")], "upper": at("upper"), "work": at("work"), "volatile": true});
+    let plan = json!({"version": 1, "lower": [at("lower")], "upper": at("upper"), "work": at("work")});
     fs::write(at("rootfs.json"), plan.to_string()).expect("plan");
     let config = json!({
         "ociVersion": "1.2.0", "root": {"path": "rootfs"},
