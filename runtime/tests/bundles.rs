@@ -191,7 +191,7 @@ fn a_hostile_image_reaches_nothing_of_the_host() {
     let outside = bundle.path("outside");
     fs::create_dir(&outside).expect("outside");
     for name in ["dev", "sys", "data"] {
-        symlink(&outside, bundle.path("lower").join(name)).expect("link");
+        symlink(outside.join(name), bundle.path("lower").join(name)).expect("link");
     }
     bundle.add_mount(json!({"destination": "/data/x/y", "type": "bind", "source": bundle.path("volume"), "options": ["bind"]}));
     let (code, out, err) = bundle.run();
