@@ -1,11 +1,196 @@
 //! Limits of one cgroup, from an OCI `LinuxResources`.
 
-use crate::process::StepError;
-use oci_spec::runtime::LinuxResources;
+use super::weight_of_shares;
+use crate::process::{Context, Kind, StepError};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+use std::fs;
 use std::path::Path;
 
-/// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce.
+/// Quota period where none is given, microseconds; the kernel's default.
+const PERIOD_US: u64 = 100_000;
+
+/// One file to write. `strict`: its absence is an error (the `unified` map names files, not wishes).
+#[derive(Debug, PartialEq, Eq)]
+struct Write {
+    file: String,
+    value: String,
+    strict: bool,
+}
+
+/// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce: their files
+/// are not there. Device rules are not enforced yet; they are reported as `devices` when one denies anything.
 pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
-    let _ = (cgroup, resources);
-    Ok(Vec::new())
+    let mut undo: Vec<(String, String)> = Vec::new();
+    let mut not_enforced: Vec<String> = Vec::new();
+    for write in plan(resources)? {
+        let path = cgroup.join(&write.file);
+        let controller = write.file.split('.').next().unwrap_or_default().to_owned();
+        let before = match fs::read_to_string(&path) {
+            Ok(before) => before,
+            Err(_) if !write.strict && !path.exists() => {
+                if !not_enforced.contains(&controller) {
+                    not_enforced.push(controller);
+                }
+                continue;
+            }
+            Err(error) if write.strict && error.kind() == std::io::ErrorKind::NotFound => {
+                restore(cgroup, &undo);
+                return Err(StepError::because(Kind::Invalid, "set limit", &write.file, "no such file in this cgroup tree"));
+            }
+            // Write-only files (memory.reclaim) have nothing to restore.
+            Err(_) => String::new(),
+        };
+        if let Err(error) = fs::write(&path, &write.value) {
+            restore(cgroup, &undo);
+            return Err(error).context("set limit", format!("{}={}", write.file, write.value));
+        }
+        undo.push((write.file, before));
+    }
+    let denies = resources.devices().iter().flatten().any(|rule| !rule.allow());
+    if denies {
+        not_enforced.push("devices".into());
+    }
+    Ok(not_enforced)
+}
+
+/// Puts old values back, the last written first. There is nothing better to do about one that fails.
+fn restore(cgroup: &Path, undo: &[(String, String)]) {
+    for (file, before) in undo.iter().rev() {
+        let value = before.trim_end();
+        if !value.is_empty() || file.starts_with("cpuset.") {
+            let _ = fs::write(cgroup.join(file), if value.is_empty() { "\n" } else { value });
+        }
+    }
+}
+
+fn plan(resources: &LinuxResources) -> Result<Vec<Write>, StepError> {
+    let mut writes = Vec::new();
+    if let Some(cpu) = resources.cpu() {
+        plan_cpu(cpu, &mut writes);
+    }
+    if let Some(memory) = resources.memory() {
+        plan_memory(memory, &mut writes)?;
+    }
+    if let Some(pids) = resources.pids() {
+        let limit = pids.limit();
+        push(&mut writes, "pids.max", if limit > 0 { limit.to_string() } else { "max".into() });
+    }
+    for page in resources.hugepage_limits().iter().flatten() {
+        push(&mut writes, &format!("hugetlb.{}.max", page.page_size()), limit_text(page.limit()));
+    }
+    let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
+    unified.sort();
+    for (file, value) in unified {
+        if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
+            return Err(StepError::because(Kind::Invalid, "set limit", file, "not a file of a controller"));
+        }
+        writes.push(Write { file: file.clone(), value: value.clone(), strict: true });
+    }
+    Ok(writes)
+}
+
+fn plan_cpu(cpu: &LinuxCpu, writes: &mut Vec<Write>) {
+    if let Some(idle) = cpu.idle() {
+        push(writes, "cpu.idle", idle.to_string());
+    }
+    // An idle cgroup has no weight.
+    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0 && cpu.idle() != Some(1)) {
+        push(writes, "cpu.weight", weight_of_shares(shares).to_string());
+    }
+    let quota = cpu.quota().filter(|quota| *quota != 0);
+    let period = cpu.period().filter(|period| *period != 0);
+    match (quota, period) {
+        (None, None) => {}
+        (Some(quota), period) if quota > 0 => push(writes, "cpu.max", format!("{quota} {}", period.unwrap_or(PERIOD_US))),
+        (Some(_), period) => push(writes, "cpu.max", format!("max {}", period.unwrap_or(PERIOD_US))),
+        (None, Some(period)) => push(writes, "cpu.max", format!("max {period}")),
+    }
+    if let Some(burst) = cpu.burst() {
+        push(writes, "cpu.max.burst", burst.to_string());
+    }
+    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            push(writes, file, value.clone());
+        }
+    }
+}
+
+fn plan_memory(memory: &LinuxMemory, writes: &mut Vec<Write>) -> Result<(), StepError> {
+    let limit = memory.limit().filter(|limit| *limit != 0);
+    // `swap` is memory and swap together, as in v1; v2 limits swap alone.
+    match (memory.swap().filter(|swap| *swap != 0), limit) {
+        (Some(-1), _) => push(writes, "memory.swap.max", "max".into()),
+        (Some(both), Some(limit)) if limit > 0 && both >= limit => push(writes, "memory.swap.max", (both - limit).to_string()),
+        (Some(both), _) => {
+            let why = "memory and swap together must not be less than a memory limit that is set";
+            return Err(StepError::because(Kind::Invalid, "set limit", format!("swap {both}"), why));
+        }
+        (None, _) => {}
+    }
+    if let Some(limit) = limit {
+        push(writes, "memory.max", limit_text(limit));
+    }
+    if let Some(reservation) = memory.reservation().filter(|reservation| *reservation != 0) {
+        push(writes, "memory.low", limit_text(reservation));
+    }
+    Ok(())
+}
+
+fn push(writes: &mut Vec<Write>, file: &str, value: String) {
+    writes.push(Write { file: file.into(), value, strict: false });
+}
+
+fn limit_text(limit: i64) -> String {
+    if limit < 0 { "max".into() } else { limit.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resources(json: &str) -> LinuxResources {
+        serde_json::from_str(json).expect("valid resources")
+    }
+
+    fn check(json: &str, expected: &[(&str, &str)]) {
+        let plan = plan(&resources(json)).expect(json);
+        let written: Vec<_> = plan.iter().map(|write| (write.file.as_str(), write.value.as_str())).collect();
+        assert_eq!(written, expected, "{json}");
+    }
+
+    #[test]
+    fn resources_become_writes() {
+        check(r#"{"cpu":{"shares":1024,"quota":50000}}"#, &[("cpu.weight", "100"), ("cpu.max", "50000 100000")]);
+        check(r#"{"cpu":{"quota":-1,"period":20000}}"#, &[("cpu.max", "max 20000")]);
+        check(r#"{"cpu":{"shares":0,"quota":0,"period":0,"cpus":""}}"#, &[]);
+        check(
+            r#"{"memory":{"limit":1000,"swap":1500,"reservation":500}}"#,
+            &[("memory.swap.max", "500"), ("memory.max", "1000"), ("memory.low", "500")],
+        );
+        check(
+            r#"{"memory":{"limit":-1,"swap":-1},"pids":{"limit":-1}}"#,
+            &[("memory.swap.max", "max"), ("memory.max", "max"), ("pids.max", "max")],
+        );
+    }
+
+    #[test]
+    fn swap_without_memory_and_escaping_files_are_refused() {
+        for json in [r#"{"memory":{"swap":5}}"#, r#"{"unified":{"../x.y":"1"}}"#, r#"{"unified":{"cgroup.procs":"1"}}"#] {
+            assert_eq!(plan(&resources(json)).expect_err(json).kind, Kind::Invalid, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_failure_restores_what_was_written_and_absent_controllers_are_reported() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let file = |name: &str| directory.path().join(name);
+        fs::write(file("pids.max"), "7\n").expect("file");
+        let error =
+            apply(directory.path(), &resources(r#"{"pids":{"limit":9},"unified":{"no.such":"1"}}"#)).expect_err("unknown");
+        assert_eq!((error.kind, error.object.as_str()), (Kind::Invalid, "no.such"));
+        assert_eq!(fs::read_to_string(file("pids.max")).expect("file"), "7");
+        let missing = apply(directory.path(), &resources(r#"{"memory":{"limit":9},"pids":{"limit":9}}"#)).expect("applied");
+        assert_eq!(missing, ["memory"]);
+        assert_eq!(fs::read_to_string(file("pids.max")).expect("file"), "9");
+    }
 }

@@ -1,13 +1,36 @@
 //! One directory of the cgroup v2 tree.
 
-use crate::process::StepError;
+use crate::process::{Context, Kind, StepError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// Where a v2 tree may be mounted: alone, or beside v1 trees on a hybrid host.
+const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// statfs type of cgroup v2.
+const CGROUP2_MAGIC: i64 = 0x6367_7270;
+
+/// The controllers that are enabled for containers.
+const CONTROLLERS: [&str; 6] = ["cpu", "memory", "pids", "cpuset", "io", "hugetlb"];
+
+/// How often removal of a directory that the kernel still counts as busy is tried, 1 ms apart: a process leaves its cgroup a
+/// moment before its end is complete.
+const REMOVE_TRIES: u32 = 50;
 
 /// Where the v2 tree is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on a hybrid host.
 pub fn mount_point() -> Result<PathBuf, StepError> {
-    Ok(PathBuf::new())
+    for candidate in MOUNTS {
+        if rustix::fs::statfs(candidate).is_ok_and(|found| found.f_type == CGROUP2_MAGIC) {
+            return Ok(candidate.into());
+        }
+    }
+    let why = format!("no cgroup v2 tree at {}", MOUNTS.join(" or "));
+    Err(StepError::because(Kind::Unsupported, "find cgroups", "", why))
 }
 
 /// A cgroup that stays until [`Cgroup::remove`]; dropping it leaves the directory.
@@ -21,17 +44,34 @@ impl Cgroup {
     /// Makes the directory and its parents if absent, and enables cpu, memory, pids, cpuset, io and hugetlb as far as they
     /// are available in every ancestor below the v2 root. `path` is absolute and below [`mount_point`].
     pub fn create(path: &Path) -> Result<Cgroup, StepError> {
+        let root = mount_point()?;
+        let invalid = |why: &str| StepError::because(Kind::Invalid, "make cgroup", path.display(), why);
+        let below = path.strip_prefix(&root).map_err(|_| invalid("not below the cgroup v2 tree"))?;
+        let parts: Vec<_> = below.components().collect();
+        if parts.is_empty() || !parts.iter().all(|part| matches!(part, std::path::Component::Normal(_))) {
+            return Err(invalid("must name a directory below the cgroup v2 tree"));
+        }
+        let mut at = root;
+        for part in parts {
+            enable_controllers(&at);
+            at.push(part);
+            make_directory(&at)?;
+        }
         Self::open(path)
     }
 
     /// Makes the directory alone, with nothing enabled in its parent: the sub-cgroup of an exec.
     pub fn create_child(&self, name: &str) -> Result<Cgroup, StepError> {
-        Self::open(&self.path.join(name))
+        let path = self.path.join(name);
+        make_directory(&path)?;
+        Self::open(&path)
     }
 
     /// Opens one that exists.
     pub fn open(path: &Path) -> Result<Cgroup, StepError> {
-        Err(StepError::errno("open cgroup", path.display(), libc::ENOENT))
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = open(path, flags, Mode::empty()).context("open cgroup", path.display())?;
+        Ok(Cgroup { path: path.into(), directory })
     }
 
     /// Absolute path.
@@ -41,32 +81,153 @@ impl Cgroup {
 
     /// Kills every process in it and below (cgroup.kill). One that is gone is done already.
     pub fn kill(&self) -> Result<(), StepError> {
-        Ok(())
+        gone_is_done(fs::write(self.path.join("cgroup.kill"), "1")).context("kill cgroup", self.path.display())
     }
 
     /// Whether a process lives in it or below. A removed one is empty.
     pub fn populated(&self) -> Result<bool, StepError> {
-        Ok(false)
+        match fs::read_to_string(self.path.join("cgroup.events")) {
+            Ok(text) => Ok(value_of(&text, "populated") != Some(0)),
+            Err(error) => gone_is_done(Err(error)).context("read cgroup.events of", self.path.display()).map(|()| false),
+        }
     }
 
     /// Waits until nothing lives in it or below. False at the deadline.
     pub fn wait_empty(&self, timeout: Duration) -> Result<bool, StepError> {
-        Ok(timeout.is_zero())
+        let deadline = Instant::now() + timeout;
+        let object = self.path.display();
+        let mut events = match File::open(self.path.join("cgroup.events")) {
+            Ok(file) => file,
+            Err(error) => return gone_is_done(Err(error)).context("open cgroup.events of", &object).map(|()| true),
+        };
+        loop {
+            let mut text = String::new();
+            match events.rewind().and_then(|()| events.read_to_string(&mut text)) {
+                Ok(_) if value_of(&text, "populated") != Some(0) => {}
+                Ok(_) => return Ok(true),
+                Err(error) => return gone_is_done(Err(error)).context("read cgroup.events of", &object).map(|()| true),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // The kernel marks the file as changed with POLLPRI.
+            let mut polled = [PollFd::new(&events, PollFlags::PRI)];
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut polled, Some(&left)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno).context("wait for cgroup", &object),
+            }
+        }
     }
 
     /// Removes it and everything below. EBUSY while processes live there; one that is gone is done already.
     pub fn remove(&self) -> Result<(), StepError> {
-        Ok(())
+        remove_tree(&self.path).context("remove cgroup", self.path.display())
     }
 
     /// `oom_kill` of memory.events; 0 where the memory controller is absent.
     pub fn oom_kills(&self) -> u64 {
-        0
+        let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        value_of(&text, "oom_kill").unwrap_or(0)
     }
 }
 
 impl AsFd for Cgroup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), StepError> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        other => other.context("make cgroup", path.display()),
+    }
+}
+
+/// One write for each, so that one that cannot be enabled does not keep the others off. What stays off is found out, and
+/// reported, when a limit is applied.
+fn enable_controllers(at: &Path) {
+    let available = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
+    let enabled = fs::read_to_string(at.join("cgroup.subtree_control")).unwrap_or_default();
+    let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    for name in CONTROLLERS.into_iter().filter(|name| has(&available, name) && !has(&enabled, name)) {
+        let _ = fs::write(at.join("cgroup.subtree_control"), format!("+{name}"));
+    }
+}
+
+fn remove_tree(path: &Path) -> std::io::Result<()> {
+    let entries = match fs::read_dir(path) {
+        Err(error) => return gone_is_done(Err(error)),
+        Ok(entries) => entries,
+    };
+    for entry in entries {
+        let Ok(entry) = entry else { break };
+        if entry.file_type().is_ok_and(|typ| typ.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    let mut tries = 0;
+    loop {
+        match gone_is_done(fs::remove_dir(path)) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && tries < REMOVE_TRIES => {
+                let empty =
+                    fs::read_to_string(path.join("cgroup.events")).is_ok_and(|text| value_of(&text, "populated") == Some(0));
+                if !empty {
+                    return Err(error);
+                }
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// ENODEV comes from a file of a cgroup that was removed after it was opened.
+fn gone_is_done(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        other => other,
+    }
+}
+
+fn value_of(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_made_killed_and_removed_with_what_is_below() {
+        use std::io::Write;
+        let top = mount_point().expect("a v2 tree").join(format!("windlass-unit-{}", std::process::id()));
+        let cgroup = Cgroup::create(&top.join("leaf")).expect("made");
+        let below = cgroup.create_child("exec").expect("made");
+        let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let mut procs = File::create(below.path().join("cgroup.procs")).expect("procs");
+        procs.write_all(sleeper.id().to_string().as_bytes()).expect("moved");
+        assert!(cgroup.populated().expect("readable"));
+        assert_eq!(cgroup.remove().expect_err("busy").errno, libc::EBUSY);
+        assert!(!cgroup.wait_empty(Duration::from_millis(1)).expect("waited"));
+        cgroup.kill().expect("killed");
+        assert!(cgroup.wait_empty(Duration::from_secs(5)).expect("waited"));
+        sleeper.wait().expect("reaped");
+        Cgroup::open(&top).expect("there").remove().expect("removed");
+        assert!(!top.exists());
+        cgroup.kill().expect("gone is done");
+        cgroup.remove().expect("gone is done");
+        assert!(!cgroup.populated().expect("gone is empty"));
+        assert_eq!(cgroup.oom_kills(), 0);
+    }
+
+    #[test]
+    fn only_paths_below_the_v2_tree_are_made() {
+        for path in ["/tmp/x", "/sys/fs/cgroup/unified/../memory/x"] {
+            assert_eq!(Cgroup::create(Path::new(path)).expect_err(path).kind, Kind::Invalid, "{path}");
+        }
     }
 }

@@ -1,1 +1,208 @@
-//! child
+//! The child that becomes a container's first process: [`Build::STEPS`] in order, then the report, the gate and exec.
+//!
+//! The order matters: descriptors first (a copy of a pipe's end would hide its end of file); everything that reads the host's tree
+//! (bundle, cgroup, bind sources, /proc/sys) before its mount namespace is left; the root before the identity, because
+//! mounting needs root; the search for the program last, with the rights that it will have.
+
+use super::entrypoint::Entrypoint;
+use super::report::ChildReport;
+use super::{Context, Kind, Spawn, Stdio, StepError, identity, stdio};
+use crate::bundle::{RootfsPlan, read_config, read_rootfs_plan};
+use crate::namespace::{self, Owned};
+use crate::rootfs::{Root, Sources};
+use crate::security;
+use crate::{cgroup, sys};
+use oci_spec::runtime::{Process, Spec};
+use rustix::fs::Mode;
+use std::convert::Infallible;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// A step: its name and what it does.
+type Step<'a> = (&'static str, fn(&mut Build<'a>) -> Result<(), StepError>);
+
+/// What the steps have made so far.
+struct Build<'a> {
+    spawn: &'a Spawn<'a>,
+    report: &'a ChildReport,
+    spec: Option<Spec>,
+    plan: Option<RootfsPlan>,
+    sources: Option<Sources>,
+    owned: Owned,
+    root: Option<Root>,
+    master: Option<OwnedFd>,
+    slave: Option<OwnedFd>,
+    entrypoint: Option<Entrypoint>,
+    not_enforced: Vec<String>,
+    /// The bounding set that was inherited.
+    available: u64,
+}
+
+/// Builds the container, waits at the gate and executes its program.
+pub(super) fn run(spawn: &Spawn<'_>, report: &ChildReport) -> Result<Infallible, StepError> {
+    let mut build = Build {
+        spawn,
+        report,
+        spec: None,
+        plan: None,
+        sources: None,
+        owned: Owned::default(),
+        root: None,
+        master: None,
+        slave: None,
+        entrypoint: None,
+        not_enforced: Vec::new(),
+        available: security::own_bounding_set(),
+    };
+    for (name, step) in Build::STEPS {
+        step(&mut build).map_err(|mut error| {
+            if error.step.is_empty() {
+                error.step = name.into();
+            }
+            error
+        })?;
+    }
+    let missing = || StepError::because(Kind::Internal, "entrypoint", "", "no program was found");
+    let entrypoint = build.entrypoint.take().ok_or_else(missing)?;
+    report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
+    // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
+    drop(build);
+    if !report.wait_at_gate().context("wait at the gate", "")? {
+        sys::process::exit_now(1);
+    }
+    sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
+    entrypoint.execute()
+}
+
+impl<'a> Build<'a> {
+    /// The steps, in order.
+    const STEPS: [Step<'a>; 12] = [
+        ("close descriptors", Self::descriptors),
+        ("make session", Self::session),
+        ("read bundle", Self::bundle),
+        ("set limits", Self::limits),
+        ("open bind sources", Self::bind_sources),
+        ("enter namespaces", Self::namespaces),
+        ("set sysctls", Self::sysctls),
+        ("build root", Self::root),
+        ("open terminal", Self::terminal),
+        ("change root", Self::pivot),
+        ("set identity", Self::identity),
+        ("find program", Self::entrypoint),
+    ];
+
+    fn spec(&self) -> Result<&Spec, StepError> {
+        self.spec.as_ref().ok_or_else(|| StepError::because(Kind::Internal, "bundle", "", "not read yet"))
+    }
+
+    fn process(&self) -> Result<&Process, StepError> {
+        let missing = || StepError::because(Kind::Invalid, "read", "config.json", "no process");
+        self.spec()?.process().as_ref().ok_or_else(missing)
+    }
+
+    fn built_root(&self) -> Result<&Root, StepError> {
+        self.root.as_ref().ok_or_else(|| StepError::because(Kind::Internal, "root", "", "not composed yet"))
+    }
+
+    fn descriptors(&mut self) -> Result<(), StepError> {
+        stdio::install(&self.spawn.stdio)?;
+        let pod = &self.spawn.namespaces;
+        let mut keep = vec![0, 1, 2, self.report.as_fd().as_raw_fd()];
+        keep.extend([pod.net, pod.ipc, pod.uts, pod.shm].into_iter().flatten().map(|fd| fd.as_raw_fd()));
+        // SAFETY: the child runs nothing of the parent's code any more; of the parent's descriptors it uses those kept here.
+        unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "")
+    }
+
+    fn session(&mut self) -> Result<(), StepError> {
+        rustix::process::setsid().context("make session", "")?;
+        // A kernel or quota without keyrings is no reason to fail.
+        let _ = sys::keyring::new_session();
+        sys::signal::reset_all();
+        rustix::process::umask(Mode::empty());
+        Ok(())
+    }
+
+    fn bundle(&mut self) -> Result<(), StepError> {
+        let spec = read_config(self.spawn.bundle)?;
+        self.plan = read_rootfs_plan(self.spawn.bundle)?;
+        namespace::check(&spec)?;
+        self.spec = Some(spec);
+        security::check(self.spec.as_ref(), self.process()?)
+    }
+
+    fn limits(&mut self) -> Result<(), StepError> {
+        if let Some(resources) = self.spec()?.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+            self.not_enforced = cgroup::apply(self.spawn.cgroup_path, resources)?;
+        }
+        let process = self.process()?;
+        security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
+        security::set_oom_score(process.oom_score_adj().unwrap_or(0))
+    }
+
+    fn bind_sources(&mut self) -> Result<(), StepError> {
+        self.sources = Some(Sources::open(self.spawn.bundle, self.spec()?, self.spawn.namespaces.shm)?);
+        Ok(())
+    }
+
+    fn namespaces(&mut self) -> Result<(), StepError> {
+        self.owned = namespace::enter(self.spec()?, &self.spawn.namespaces)?;
+        if !self.owned.new_uts {
+            return Ok(());
+        }
+        let spec = self.spec()?;
+        if let Some(name) = spec.hostname() {
+            rustix::system::sethostname(name.as_bytes()).context("set hostname", name)?;
+        }
+        match spec.domainname() {
+            Some(name) => rustix::system::setdomainname(name.as_bytes()).context("set domain name", name),
+            None => Ok(()),
+        }
+    }
+
+    fn sysctls(&mut self) -> Result<(), StepError> {
+        match self.spec()?.linux().as_ref().and_then(|linux| linux.sysctl().as_ref()) {
+            Some(sysctls) => namespace::write_sysctls(sysctls, self.owned),
+            None => Ok(()),
+        }
+    }
+
+    fn root(&mut self) -> Result<(), StepError> {
+        let sources = self.sources.take();
+        let root = Root::compose(self.spawn.bundle, self.spec()?, self.plan.as_ref())?;
+        if let Some(sources) = sources {
+            root.mount_all(self.spec()?, sources)?;
+        }
+        root.populate_dev(self.spec()?)?;
+        self.root = Some(root);
+        Ok(())
+    }
+
+    fn terminal(&mut self) -> Result<(), StepError> {
+        if !matches!(self.spawn.stdio, Stdio::Terminal) {
+            return Ok(());
+        }
+        let (master, slave) = self.built_root()?.open_terminal()?;
+        stdio::set_size(master.as_fd(), self.process()?);
+        (self.master, self.slave) = (Some(master), Some(slave));
+        Ok(())
+    }
+
+    fn pivot(&mut self) -> Result<(), StepError> {
+        let root = self.built_root()?;
+        root.restrict(self.spec()?)?;
+        root.pivot(self.spec()?)
+    }
+
+    fn identity(&mut self) -> Result<(), StepError> {
+        if let Some(slave) = &self.slave {
+            stdio::install_terminal(slave.as_fd())?;
+        }
+        let user = self.process()?.user();
+        stdio::give_to(user.uid(), user.gid())?;
+        identity::assume(self.process()?, self.available)
+    }
+
+    fn entrypoint(&mut self) -> Result<(), StepError> {
+        self.entrypoint = Some(Entrypoint::find(self.process()?)?);
+        Ok(())
+    }
+}

@@ -1,1 +1,63 @@
-//! exec
+//! The child that joins a running container and becomes one more process there. It reports Ready just before exec, so that a
+//! terminal's master arrives before the program's first byte.
+
+use super::entrypoint::Entrypoint;
+use super::report::ChildReport;
+use super::{Context, Enter, Kind, Stdio, StepError, identity, stdio};
+use crate::bundle::read_config;
+use crate::{namespace, rootfs, security, sys};
+use oci_spec::runtime::Process;
+use rustix::fs::{Mode, OFlags, open};
+use std::convert::Infallible;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Joins the container and executes the program.
+pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible, StepError> {
+    stdio::install(&enter.stdio)?;
+    let keep = [0, 1, 2, report.as_fd().as_raw_fd(), enter.target.as_raw_fd()];
+    // SAFETY: the child runs nothing of the parent's code any more; of the parent's descriptors it uses those kept here.
+    unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "")?;
+    rustix::process::setsid().context("make session", "")?;
+    let _ = sys::keyring::new_session();
+    sys::signal::reset_all();
+    rustix::process::umask(Mode::empty());
+    let process = read_process(enter)?;
+    security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
+    security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
+    let available = security::own_bounding_set();
+    namespace::join_process(enter.target)?;
+    let mut console = None;
+    if matches!(enter.stdio, Stdio::Terminal) {
+        let root = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", "/")?;
+        let (master, slave) = rootfs::open_pty(root.as_fd())?;
+        stdio::set_size(master.as_fd(), &process);
+        stdio::install_terminal(slave.as_fd())?;
+        console = Some(master);
+    }
+    stdio::give_to(process.user().uid(), process.user().gid())?;
+    identity::assume(&process, available)?;
+    let entrypoint = Entrypoint::find(&process)?;
+    report.ready(console.as_ref().map(AsFd::as_fd), Vec::new()).context("report", "")?;
+    sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
+    entrypoint.execute()
+}
+
+/// The process, with what it leaves open taken from the container's own.
+fn read_process(enter: &Enter<'_>) -> Result<Process, StepError> {
+    let parsed: Result<Process, _> = serde_json::from_str(enter.process_json);
+    let mut process = parsed.map_err(|error| StepError::because(Kind::Invalid, "read", "process", error))?;
+    let spec = read_config(enter.bundle)?;
+    if let Some(first) = spec.process() {
+        if process.rlimits().is_none() {
+            process.set_rlimits(first.rlimits().clone());
+        }
+        if process.oom_score_adj().is_none() {
+            process.set_oom_score_adj(first.oom_score_adj());
+        }
+        if first.no_new_privileges() == Some(true) {
+            process.set_no_new_privileges(Some(true));
+        }
+    }
+    security::check(Some(&spec), &process)?;
+    Ok(process)
+}

@@ -1,1 +1,98 @@
-//! The root file system of a container.
+//! The root file system of a container, built by the child in its own mount namespace. Everything below the root is reached by
+//! descriptors and `openat2` that cannot leave it, so a hostile image never makes us touch the host.
+//!
+//! 1. [`Sources::open`], still in the host's mount namespace: clones every bind source. A clone keeps its peer group, which is
+//!    what lets a Bidirectional volume's mounts reach the host.
+//! 2. (the caller makes the mount namespace)
+//! 3. [`Root::compose`]: makes every mount of the copy private, composes the overlay, attaches it over the bundle's directory,
+//!    which exists anyway: nothing is made on the host to mount on.
+//! 4. [`Root::mount_all`]: the mounts of `config.json`, in order.
+//! 5. [`Root::populate_dev`]: nodes and links.
+//! 6. [`Root::restrict`]: masked, read-only, root read-only. After everything that must write below the root.
+//! 7. [`Root::pivot`].
+
+mod dev;
+mod mask;
+mod mounts;
+mod options;
+mod overlay;
+mod target;
+
+pub(crate) use dev::open_pty;
+pub use mounts::Sources;
+pub use target::{Made, open_in_root};
+
+use crate::bundle::RootfsPlan;
+use crate::process::{Context, Kind, StepError};
+use crate::sys::mount_attr::{MountAttr, mount_setattr};
+use oci_spec::runtime::Spec;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// A root that is mounted in the calling process's private mount namespace.
+#[derive(Debug)]
+pub struct Root {
+    mount: OwnedFd,
+    readonly: bool,
+}
+
+impl Root {
+    /// Step 3. The calling process must have a mount namespace of its own.
+    pub fn compose(bundle: &Path, spec: &Spec, plan: Option<&RootfsPlan>) -> Result<Root, StepError> {
+        let private = MountAttr { propagation: libc::MS_PRIVATE, ..MountAttr::default() };
+        let host = open_path(Path::new("/"))?;
+        mount_setattr(host.as_fd(), true, &private).context("make private", "/")?;
+        let root = spec.root().as_ref();
+        let wanted = root.and_then(|root| root.readonly()).unwrap_or(false);
+        let mount = match plan {
+            Some(plan) => overlay::compose(plan)?,
+            None => {
+                let path = root.map(|root| root.path().clone());
+                let path = path.ok_or_else(|| StepError::because(Kind::Invalid, "mount root", "", "config.json has no root"))?;
+                overlay::ready(&bundle.join(path))?
+            }
+        };
+        let at = open_path(bundle)?;
+        attach(mount.as_fd(), at.as_fd()).context("attach root", bundle.display())?;
+        mount_setattr(mount.as_fd(), true, &private).context("make private", "root")?;
+        let readonly = wanted || plan.is_some_and(|plan| plan.readonly || plan.upper.is_none());
+        Ok(Root { mount, readonly })
+    }
+
+    /// The root directory.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+
+    /// Step 7: makes it `/` of the mount namespace and of the calling process; the host's tree is gone from view.
+    pub fn pivot(&self, spec: &Spec) -> Result<(), StepError> {
+        rustix::process::fchdir(&self.mount).context("change root", "")?;
+        rustix::process::pivot_root(".", ".").context("change root", "")?;
+        unmount(".", UnmountFlags::DETACH).context("detach the host's tree", "")?;
+        rustix::process::chdir("/").context("change root", "")?;
+        // Of the root mount alone: each volume has its own propagation, which a recursive change would undo.
+        let wanted = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
+        let propagation = match wanted {
+            None | Some("" | "private" | "rprivate" | "slave" | "rslave") => return Ok(()),
+            Some("shared" | "rshared") => libc::MS_SHARED,
+            Some("unbindable" | "runbindable") => libc::MS_UNBINDABLE,
+            Some(other) => {
+                return Err(StepError::because(Kind::Invalid, "set propagation of the root", other, "not a propagation"));
+            }
+        };
+        let attr = MountAttr { propagation, ..MountAttr::default() };
+        mount_setattr(self.mount.as_fd(), false, &attr).context("set propagation of the root", "")
+    }
+}
+
+/// Attaches a detached mount on a file or directory.
+fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), rustix::io::Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(mount, "", target, "", flags)
+}
+
+fn open_path(path: &Path) -> Result<OwnedFd, StepError> {
+    open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", path.display())
+}

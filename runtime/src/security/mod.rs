@@ -1,1 +1,11 @@
-//! What a container's process may do.
+//! What a container's process may do: capabilities, resource limits, out-of-memory score, system calls. Applied by the child to itself,
+//! never by the monitor: all of it survives exec and would spread.
+
+mod capabilities;
+mod limits;
+mod seccomp;
+
+pub use capabilities::Capabilities;
+pub(crate) use capabilities::own_bounding_set;
+pub use limits::{set_oom_score, set_rlimits};
+pub use seccomp::check;

@@ -1,0 +1,156 @@
+//! /dev of a container: nodes, links, and its terminal.
+
+use super::target::{Made, open_host, open_or_make, open_parent};
+use super::{Root, attach, open_in_root};
+use crate::process::{Context, Kind, StepError};
+use oci_spec::runtime::{LinuxDeviceType, Spec};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, symlinkat, unlinkat};
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// The nodes that the OCI runtime specification demands; /dev/console and /dev/ptmx have their own ways.
+const NODES: [(&str, u32, u32); 6] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+const LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+
+/// statfs type of devpts.
+const DEVPTS_MAGIC: i64 = 0x1cd1;
+
+struct Node<'a> {
+    path: &'a Path,
+    typ: FileType,
+    mode: u32,
+    major: u32,
+    minor: u32,
+    owner: (u32, u32),
+}
+
+impl Root {
+    /// Step 5: the default nodes and links, and `linux.devices`. Nothing is made in a /dev that is the host's.
+    pub fn populate_dev(&self, spec: &Spec) -> Result<(), StepError> {
+        let from_host = spec.mounts().iter().flatten().any(|mount| {
+            let bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
+            mount.destination() == Path::new("/dev") && (bind || mount.typ().as_deref() == Some("bind"))
+        });
+        if from_host {
+            return Ok(());
+        }
+        let dev = open_or_make(self.as_fd(), Path::new("/dev"), Made::Directory)?;
+        let listed = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
+        for (path, major, minor) in NODES {
+            if listed.into_iter().flatten().any(|device| device.path() == Path::new(path)) {
+                continue;
+            }
+            let path = Path::new(path);
+            self.make_node(&Node { path, typ: FileType::CharacterDevice, mode: 0o666, major, minor, owner: (0, 0) })?;
+        }
+        for device in listed.into_iter().flatten() {
+            let typ = match device.typ() {
+                LinuxDeviceType::B => FileType::BlockDevice,
+                LinuxDeviceType::P => FileType::Fifo,
+                LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
+                LinuxDeviceType::A => {
+                    return Err(StepError::because(Kind::Invalid, "make device", device.path().display(), "type a is no device"));
+                }
+            };
+            let (major, minor) = (device.major() as u32, device.minor() as u32);
+            let owner = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
+            let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
+            self.make_node(&Node { path: device.path(), typ, mode, major, minor, owner })?;
+        }
+        for (name, to) in LINKS {
+            link(dev.as_fd(), name, to).context("make link", format!("/dev/{name}"))?;
+        }
+        Ok(())
+    }
+
+    fn make_node(&self, node: &Node<'_>) -> Result<(), StepError> {
+        let (parent, name) = open_parent(self.as_fd(), node.path)?;
+        match mknod(parent.as_fd(), name, node) {
+            Err(Errno::PERM) => self.bind_node(node),
+            other => other.context("make device", node.path.display()),
+        }
+    }
+
+    /// Where mknod is not allowed, the host's node of the same name is bound.
+    fn bind_node(&self, node: &Node<'_>) -> Result<(), StepError> {
+        let object = node.path.display();
+        let host = open_host(node.path, OFlags::PATH).context("bind device", &object)?;
+        let target = open_or_make(self.as_fd(), node.path, Made::File)?;
+        bind(host.as_fd(), target.as_fd()).context("bind device", &object)
+    }
+
+    /// Opens a new pty of the container's own devpts and binds its slave on /dev/console. Master and slave.
+    pub fn open_terminal(&self) -> Result<(OwnedFd, OwnedFd), StepError> {
+        let (master, slave) = open_pty(self.as_fd())?;
+        let console = open_or_make(self.as_fd(), Path::new("/dev/console"), Made::File)?;
+        bind(slave.as_fd(), console.as_fd()).context("bind terminal", "/dev/console")?;
+        Ok((master, slave))
+    }
+}
+
+/// Opens a new pty of the devpts at /dev/pts below `root`, and nothing else that might be there: master and slave.
+pub(crate) fn open_pty(root: BorrowedFd<'_>) -> Result<(OwnedFd, OwnedFd), StepError> {
+    let path = "/dev/pts/ptmx";
+    // Looked at before it is opened: opening a device that an image put there could do anything.
+    let found = open_in_root(root, Path::new(path), OFlags::PATH).context("open terminal", path)?;
+    let stat = rustix::fs::fstat(&found).context("open terminal", path)?;
+    let magic = rustix::fs::fstatfs(&found).context("open terminal", path)?.f_type;
+    if magic != DEVPTS_MAGIC || stat.st_rdev != makedev(5, 2) {
+        return Err(StepError::because(Kind::Invalid, "open terminal", path, "not the ptmx of a devpts"));
+    }
+    let flags = OFlags::RDWR | OFlags::NOCTTY;
+    let master = open_in_root(root, Path::new(path), flags).context("open terminal", path)?;
+    let slave = crate::sys::terminal::open_peer(master.as_fd()).context("open terminal", path)?;
+    Ok((master, slave))
+}
+
+fn bind(source: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    attach(open_tree(source, "", flags)?.as_fd(), target)
+}
+
+fn mknod(parent: BorrowedFd<'_>, name: &OsStr, node: &Node<'_>) -> Result<(), Errno> {
+    let device = makedev(node.major, node.minor);
+    let make = || mknodat(parent, name, node.typ, Mode::from_raw_mode(node.mode), device);
+    match make() {
+        Err(Errno::EXIST) => {
+            unlinkat(parent, name, AtFlags::empty())?;
+            make()?;
+        }
+        other => other?,
+    }
+    let (uid, gid) = node.owner;
+    if node.owner == (0, 0) {
+        return Ok(());
+    }
+    chownat(parent, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::SYMLINK_NOFOLLOW)
+}
+
+fn link(dev: BorrowedFd<'_>, name: &str, to: &str) -> Result<(), Errno> {
+    match symlinkat(to, dev, name) {
+        Err(Errno::EXIST) => match unlinkat(dev, name, AtFlags::empty()) {
+            Ok(()) => symlinkat(to, dev, name),
+            // An image's own directory there is left alone.
+            Err(Errno::ISDIR) => Ok(()),
+            Err(errno) => Err(errno),
+        },
+        other => other,
+    }
+}

@@ -1,0 +1,62 @@
+//! The root's first mount: an overlay of layers, or a directory that is ready.
+
+use crate::bundle::RootfsPlan;
+use crate::process::{Context, StepError};
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
+    fsopen, open_tree,
+};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// Composes the overlay as a detached mount. A single layer without an upper directory is mounted by itself, because overlayfs
+/// wants two.
+pub(super) fn compose(plan: &RootfsPlan) -> Result<OwnedFd, StepError> {
+    if let (None, [only]) = (&plan.upper, plan.lower.as_slice()) {
+        return ready(only);
+    }
+    let mut options: Vec<(&str, Option<String>)> = vec![("source", Some("windlass".into()))];
+    options.extend(plan.lower.iter().map(|lower| ("lowerdir+", Some(lower.display().to_string()))));
+    if let (Some(upper), Some(work)) = (&plan.upper, &plan.work) {
+        options.push(("upperdir", Some(upper.display().to_string())));
+        options.push(("workdir", Some(work.display().to_string())));
+        if plan.volatile {
+            options.push(("volatile", None));
+        }
+    }
+    file_system("overlay", &options, MountAttrFlags::empty())
+}
+
+/// A clone of a directory with all that is mounted below, as a detached mount.
+pub(super) fn ready(path: &Path) -> Result<OwnedFd, StepError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    open_tree(CWD, path, flags).context("mount root", path.display())
+}
+
+/// Makes a detached mount of a new file system. The kernel's own words about a refused option become the error's message.
+pub(super) fn file_system(typ: &str, options: &[(&str, Option<String>)], attr: MountAttrFlags) -> Result<OwnedFd, StepError> {
+    let step = format!("mount {typ}");
+    let context = fsopen(typ, FsOpenFlags::FSOPEN_CLOEXEC).context(&step, "")?;
+    for (key, value) in options {
+        let set = match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), *key, value.as_str()),
+            None => fsconfig_set_flag(context.as_fd(), *key),
+        };
+        let object = value.as_ref().map_or_else(|| (*key).to_owned(), |value| format!("{key}={value}"));
+        set.map_err(|errno| explained(&step, &object, errno, context.as_fd()))?;
+    }
+    fsconfig_create(context.as_fd()).map_err(|errno| explained(&step, "", errno, context.as_fd()))?;
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attr).context(&step, "")
+}
+
+fn explained(step: &str, object: &str, errno: Errno, context: BorrowedFd<'_>) -> StepError {
+    let mut error = StepError::errno(step, object, errno.raw_os_error());
+    let mut text = [0u8; 512];
+    if let Ok(count) = rustix::io::read(context, &mut text) {
+        let words = String::from_utf8_lossy(text.get(..count).unwrap_or_default());
+        error.message = words.trim().trim_start_matches("e ").into();
+    }
+    error
+}
