@@ -1,5 +1,7 @@
 //! The real monitor over its socket, with a busybox root. Needs root, a cgroup v2 tree and a static busybox.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use std::collections::VecDeque;
 use std::io::{IoSliceMut, Read, Write};
