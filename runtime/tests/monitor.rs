@@ -438,7 +438,7 @@ fn times_over_the_socket() {
     }
     let [host, net, create, start, exec, joined] = times.map(median_us);
     println!(
-        "median us: setup host network {host}, setup own network {net}, create {create}, start {start}, exec to exit {exec}"
+        "median us: setup host network {host}, own network {net}, move into cgroup {joined}, create {create}, start {start}, exec to exit {exec}"
     );
     assert!([host, net, create, start, exec].iter().all(|us| *us < 100_000));
 }
