@@ -1,3 +1,4 @@
 //! The harness.
 
+pub mod critest;
 pub mod go;
