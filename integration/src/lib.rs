@@ -1,4 +1,13 @@
-//! The harness.
+//! The harness: a real daemon in mount and network namespaces of its own, driven over the CRI on the real kernel.
 
+pub mod build;
+pub mod client;
 pub mod critest;
+pub mod daemon;
+pub mod demo;
 pub mod go;
+pub mod image;
+pub mod leak;
+pub mod node;
+pub mod setup;
+pub mod suite;

@@ -1,1 +1,43 @@
-fn main() {}
+//! `cargo xtask`: the commands of this project's developers and users.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use windlass_integration::{build, demo, suite};
+
+/// Builds, shows and tests Windlass.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install what the machine lacks, and build the programs side by side into target/windlass.
+    Build,
+    /// Run a pod from nothing and show it from both sides; leaves no trace.
+    Demo,
+    /// Set up, build, and run every test.
+    Test,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<bool> {
+    match command {
+        Command::Build => build::all().map(|()| true),
+        Command::Demo => demo::run().map(|()| true),
+        Command::Test => suite::run(),
+    }
+}

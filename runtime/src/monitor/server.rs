@@ -4,7 +4,7 @@ use super::connection::{Connection, Lost};
 use super::container::{Container, Phase};
 use super::exec::Exec;
 use super::note::note;
-use super::pod::Pod;
+use super::pod::{self, Pod};
 use super::poll::{Poll, Source};
 use super::prepare::SOCKET_FILE;
 use crate::process::{Kind, StepError};
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use windlass_proto::frame::PROTOCOL_VERSION;
 use windlass_proto::monitor::{
@@ -218,6 +218,9 @@ impl Monitor {
         };
         self.pod = Some(pod);
         self.reply(to, Body::SetupReply(reply), socket.into_iter().collect());
+        if let Err(error) = pod::join(Path::new(&request.monitor_cgroup)) {
+            note(error);
+        }
         Ok(())
     }
 

@@ -23,6 +23,7 @@ type Step<'a> = (&'static str, fn(&mut Build<'a>) -> Result<(), StepError>);
 /// What the steps have made so far.
 struct Build<'a> {
     spawn: &'a Spawn<'a>,
+    gate: Option<&'a OwnedFd>,
     report: &'a ChildReport,
     spec: Option<Spec>,
     plan: Option<RootfsPlan>,
@@ -38,9 +39,10 @@ struct Build<'a> {
 }
 
 /// Builds the container, waits at the gate and executes its program.
-pub(super) fn run(spawn: &Spawn<'_>, report: &ChildReport) -> Result<Infallible, StepError> {
+pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildReport) -> Result<Infallible, StepError> {
     let mut build = Build {
         spawn,
+        gate,
         report,
         spec: None,
         plan: None,
@@ -66,7 +68,18 @@ pub(super) fn run(spawn: &Spawn<'_>, report: &ChildReport) -> Result<Infallible,
     report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
     // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
     drop(build);
-    if !report.wait_at_gate().context("wait at the gate", "")? {
+    let Some(gate) = gate else { return pass(report, &entrypoint) };
+    let starter = ChildReport::accept(gate).context("wait at the gate", "")?;
+    let failed = pass(&starter, &entrypoint);
+    if let Err(error) = &failed {
+        starter.failed(error.clone());
+    }
+    failed
+}
+
+/// Waits for the word to go on `gate`, and goes.
+fn pass(gate: &ChildReport, entrypoint: &Entrypoint) -> Result<Infallible, StepError> {
+    if !gate.wait_at_gate().context("wait at the gate", "")? {
         sys::process::exit_now(1);
     }
     sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
@@ -108,6 +121,7 @@ impl<'a> Build<'a> {
         let pod = &self.spawn.namespaces;
         let mut keep = vec![0, 1, 2, self.report.as_fd().as_raw_fd()];
         keep.extend([pod.net, pod.ipc, pod.uts, pod.shm].into_iter().flatten().map(|fd| fd.as_raw_fd()));
+        keep.extend(self.gate.map(AsRawFd::as_raw_fd));
         // SAFETY: the child runs nothing of the parent's code any more; of the parent's descriptors it uses those kept here.
         unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "")
     }

@@ -13,7 +13,7 @@ mod stdio;
 
 pub use error::{Kind, StepError};
 pub use report::{Message, Report};
-pub use spawn::{create, enter};
+pub use spawn::{create, create_behind, enter};
 
 pub(crate) use error::Context;
 

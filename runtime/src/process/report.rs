@@ -10,12 +10,13 @@ use super::{Kind, StepError};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SocketAddrUnix, SocketFlags, SocketType, accept_with, recvmsg, sendmsg, socket_with, socketpair,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 /// Longest datagram: an error has three bounded texts, JSON may escape each byte as six.
 const REPORT_LIMIT_BYTES: usize = 96 * 1024;
@@ -60,6 +61,14 @@ impl Report {
         let (parent, child) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         rustix::io::ioctl_fionbio(&parent, true)?;
         Ok((Report { socket: parent, gate_open: !gated, ended: false }, ChildReport { socket: child }))
+    }
+
+    /// Connects to the gate of a child that [`super::create_behind`] made. ECONNREFUSED when it has ended.
+    pub fn connect(path: &Path) -> std::io::Result<Report> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        Ok(Report { socket, gate_open: false, ended: false })
     }
 
     /// Takes the next message without waiting.
@@ -120,6 +129,16 @@ pub(super) struct ChildReport {
 }
 
 impl ChildReport {
+    /// Waits for the one connection to a gate that listens.
+    pub(super) fn accept(gate: &OwnedFd) -> Result<ChildReport, Errno> {
+        loop {
+            match accept_with(gate, SocketFlags::CLOEXEC) {
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                other => return other.map(|socket| ChildReport { socket }),
+            }
+        }
+    }
+
     /// Says that the child is at the gate. The master of a pty goes along.
     pub(super) fn ready(&self, console: Option<BorrowedFd<'_>>, not_enforced: Vec<String>) -> Result<(), Errno> {
         self.send(&Wire::Ready { not_enforced }, console)

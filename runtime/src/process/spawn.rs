@@ -6,19 +6,30 @@ use crate::namespace::PidForChildren;
 use crate::process::Context;
 use crate::sys::clone::{Forked, fork_into};
 use rustix::io::Errno;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// Starts to build the container of a bundle. Returns as soon as the child exists; what it reports comes by
 /// [`Child::report`]. The caller must be single-threaded.
 pub fn create(spawn: Spawn<'_>) -> Result<Child, StepError> {
+    create_gated(spawn, None)
+}
+
+/// As [`create`], with a gate that outlives the caller: a listening SEQPACKET socket. At the gate the child accepts one connection, which
+/// takes the place of its report; [`Report::connect`] makes the other end.
+pub fn create_behind(spawn: Spawn<'_>, gate: OwnedFd) -> Result<Child, StepError> {
+    create_gated(spawn, Some(gate))
+}
+
+fn create_gated(spawn: Spawn<'_>, gate: Option<OwnedFd>) -> Result<Child, StepError> {
     let (report, child_report) = Report::pair(true).context("make report socket", "")?;
     let guard = match spawn.pid {
         PidNamespace::Join(target) => Some(PidForChildren::join(target)?),
         PidNamespace::New | PidNamespace::Host => None,
     };
     let new = matches!(spawn.pid, PidNamespace::New);
-    let made = fork(spawn.cgroup, spawn.cgroup_path, new, report, child_report, |report| child::run(&spawn, report));
+    let made =
+        fork(spawn.cgroup, spawn.cgroup_path, new, report, child_report, |report| child::run(&spawn, gate.as_ref(), report));
     drop(guard);
     made
 }

@@ -3,10 +3,13 @@
 
 /// Sets every signal to its default disposition and unblocks all.
 pub fn reset_all() {
+    // The kernel's own struct, all zero: SIG_DFL, no flags, no restorer, empty mask. 32 bytes on every 64-bit architecture, or fewer.
+    let default = [0u64; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context. The C library refuses its own
-        // reserved numbers, and the kernel SIGKILL and SIGSTOP, with EINVAL, which changes nothing.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context; the struct lives through the call. The
+        // raw call is used because the C library refuses 32 and 33, which may be inherited as ignored. The kernel refuses SIGKILL
+        // and SIGSTOP with EINVAL, which changes nothing.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null::<u64>(), size_of::<u64>()) };
     }
     // SAFETY: the set is plain memory that sigemptyset initialises; the null pointer asks for no old set.
     unsafe {

@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use netlink_packet_route::link::{
     BridgeStpState, InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -28,6 +29,9 @@ use super::{NetworkError, PodNetwork};
 
 /// The interface's name inside every pod; kubelet's network statistics expect it.
 const POD_INTERFACE: &str = "eth0";
+/// How often and how long to wait for the link watch: 100 ms in all, usually none or one round.
+const PORT_POLLS: u32 = 1000;
+const PORT_POLL: Duration = Duration::from_micros(100);
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 /// First octets of hardware addresses made here: locally administered, unicast, then a `W`; the IPv4 address follows.
 const MAC_PREFIX: [u8; 2] = [0x0a, 0x57];
@@ -160,13 +164,13 @@ impl Inner {
         let address = self.table().acquire(pod_id)?;
         let link = host_interface(pod_id);
         let mut connected = self.connect(bridge, &link, address, netns);
-        if errno_of_result(&connected) == Some(Errno::NODEV) {
-            // Somebody deleted the bridge since it was made.
+        if connected.is_err() && self.vanished(bridge) {
+            // Somebody deleted the bridge since it was made (the kernel says only EINVAL).
             bridge = self.release_on_error(pod_id, self.installed(true))?;
             connected = self.connect(bridge, &link, address, netns);
         }
         self.release_on_error(pod_id, connected)?;
-        let configured = self.configure_pod(address, route_socket);
+        let configured = self.configure_pod(address, route_socket).and_then(|()| self.wait_for_port(&link));
         if configured.is_err() {
             self.detach_or_log(pod_id);
         }
@@ -193,6 +197,26 @@ impl Inner {
             }
             result => result,
         }
+    }
+
+    fn vanished(&self, bridge: Installed) -> bool {
+        let link = Socket::open().and_then(|mut host| host.link(&self.config.name));
+        link.is_ok_and(|link| link.is_none_or(|link| link.index != bridge.index))
+    }
+
+    /// Waits until the kernel's link watch, which runs beside us, has seen both carriers and opened the port. A packet that the pod
+    /// sends before is lost, and ARP repeats it only after a second. Bounded, and no failure: the port opens in any case.
+    fn wait_for_port(&self, link: &str) -> Result<(), NetworkError> {
+        let mut host = Socket::open()?;
+        for _ in 0..PORT_POLLS {
+            let ends = [host.link(link)?, host.link(&self.config.name)?];
+            if ends.iter().flatten().all(|end| end.operational) {
+                return Ok(());
+            }
+            std::thread::sleep(PORT_POLL);
+        }
+        tracing::warn!(link, "the bridge port is not open yet");
+        Ok(())
     }
 
     fn configure_pod(&self, address: Ipv4Addr, route_socket: OwnedFd) -> Result<(), NetworkError> {
@@ -440,10 +464,6 @@ fn enable_forwarding() -> Result<(), NetworkError> {
         return Ok(());
     }
     std::fs::write(IP_FORWARD, "1").map_err(failed)
-}
-
-fn errno_of_result<T>(result: &Result<T, NetworkError>) -> Option<Errno> {
-    result.as_ref().err().and_then(errno_of)
 }
 
 /// The error and its causes on one line.

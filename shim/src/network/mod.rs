@@ -108,6 +108,13 @@ impl Network {
         }
     }
 
+    /// Takes over what a record says a live pod has; false if another pod holds it. See [`Bridge::adopt`].
+    pub fn adopt(&self, pod_id: &str, network: &PodNetwork) -> bool {
+        match self {
+            Self::Bridge(bridge) => bridge.adopt(pod_id, network),
+        }
+    }
+
     /// `Err` says, for Status's NetworkReady, why pods cannot be attached.
     pub fn ready(&self) -> Result<(), String> {
         match self {

@@ -51,6 +51,8 @@ pub(super) struct Link {
     pub(super) alias: Option<String>,
     pub(super) mac: Vec<u8>,
     pub(super) up: bool,
+    /// Its operational state is "up" (RFC 2863).
+    pub(super) operational: bool,
 }
 
 /// An IPv4 route of the main table.
@@ -400,6 +402,7 @@ fn parse_link(payload: &[u8]) -> Link {
             3 => link.name = text(value),          // IFLA_IFNAME
             4 => link.mtu = word(value),           // IFLA_MTU
             10 => link.master = Some(word(value)), // IFLA_MASTER
+            16 => link.operational = value == [6], // IFLA_OPERSTATE, IF_OPER_UP
             18 => {
                 // IFLA_LINKINFO holding IFLA_INFO_KIND
                 link.kind = attributes(value, 0).find(|(kind, _)| *kind == 1).map(|(_, value)| text(value));

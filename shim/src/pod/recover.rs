@@ -45,6 +45,13 @@ pub async fn recover(node: &Arc<Node>) {
             Phase::NotReady => {}
         }
     }
+    for pod in node.pods() {
+        if let Some(network) = pod.look(|record| record.network.clone().filter(|_| record.network_attached))
+            && !node.network.adopt(&pod.id, &network)
+        {
+            tracing::error!(pod = %pod.id, addresses = ?network.ips, "another pod holds this pod's address");
+        }
+    }
     let live = node.pods().iter().filter(|pod| pod.look(|record| record.network_attached)).map(|pod| pod.id.clone()).collect();
     node.network.reconcile(&live);
 }

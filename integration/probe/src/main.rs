@@ -1,0 +1,89 @@
+//! Runs inside a container and says what it sees there, or behaves as a test needs it.
+
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let number = |index: usize| words.get(index).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+    match words.first().map(String::as_str) {
+        Some("exit") => return ExitCode::from(u8::try_from(number(1)).unwrap_or(255)),
+        Some("lines") => lines(number(1), Duration::from_micros(number(2))),
+        Some("sleep") => std::thread::sleep(Duration::from_secs(number(1))),
+        Some("hold-mem") => hold(number(1)),
+        Some("flood") => flood(number(1)),
+        _ => println!("{}", report()),
+    }
+    ExitCode::SUCCESS
+}
+
+/// `count` numbered lines, one each `interval`; 0 never ends.
+fn lines(count: u64, interval: Duration) {
+    let start = Instant::now();
+    let mut number = 0u64;
+    while count == 0 || number < count {
+        println!("line {number}");
+        number += 1;
+        let due = interval.saturating_mul(u32::try_from(number).unwrap_or(u32::MAX));
+        if let Some(rest) = due.checked_sub(start.elapsed()) {
+            std::thread::sleep(rest);
+        }
+    }
+}
+
+/// Touches and keeps this many MiB.
+fn hold(mebibytes: u64) {
+    let mut memory = vec![0u8; usize::try_from(mebibytes << 20).unwrap_or(0)];
+    for page in memory.iter_mut().step_by(4096) {
+        *page = 1;
+    }
+    println!("holding {mebibytes} MiB");
+    std::thread::sleep(Duration::from_secs(3600));
+    std::hint::black_box(&memory);
+}
+
+fn flood(bytes: u64) {
+    let chunk = [b'x'; 4096];
+    let mut out = std::io::stdout().lock();
+    for _ in 0..bytes / 4096 {
+        let _ = out.write_all(&chunk);
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn report() -> Value {
+    let status: BTreeMap<String, String> = read("/proc/self/status")
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(key, value)| (key.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
+        .collect();
+    let links = |directory: &str| -> BTreeMap<String, String> {
+        let listing = fs::read_dir(directory).into_iter().flatten().flatten();
+        listing
+            .filter_map(|entry| Some((entry.file_name().into_string().ok()?, fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned())))
+            .collect()
+    };
+    json!({
+        "status": status,
+        "cwd": std::env::current_dir().ok(),
+        "environment": std::env::vars().collect::<BTreeMap<_, _>>(),
+        "hostname": read("/proc/sys/kernel/hostname").trim(),
+        "mounts": read("/proc/self/mountinfo").lines().collect::<Vec<_>>(),
+        "namespaces": links("/proc/self/ns"),
+        "descriptors": links("/proc/self/fd"),
+        "limits": read("/proc/self/limits").lines().collect::<Vec<_>>(),
+        "cgroup": read("/proc/self/cgroup").trim(),
+        "oom_score_adj": read("/proc/self/oom_score_adj").trim(),
+        "processes": fs::read_dir("/proc").into_iter().flatten().flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).count(),
+    })
+}

@@ -1,0 +1,86 @@
+//! Building: Debian packages that are missing, the static target, and the programs side by side.
+
+use crate::{node::output_of, setup};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+/// The target of the static programs.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// Debian packages, and a program of each by which its presence is seen.
+const PACKAGES: [(&str, &str); 5] = [
+    ("busybox-static", "/bin/busybox"),
+    ("nftables", "/usr/sbin/nft"),
+    ("iproute2", "/sbin/ip"),
+    ("procps", "/usr/bin/pgrep"),
+    ("gcc", "/usr/bin/gcc"),
+];
+
+/// Runs a program with its output shown, and says how long it took.
+pub fn step(title: &str, command: &mut Command) -> Result<()> {
+    println!("==> {title}");
+    let start = Instant::now();
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("run {command:?}"))?;
+    if !status.success() {
+        bail!("{title}: {status}");
+    }
+    println!("    {:.1} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn packages() -> Result<()> {
+    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, program)| !Path::new(program).exists()).map(|(name, _)| *name).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    step("apt-get update", Command::new("apt-get").args(["update", "-qq"]))?;
+    let title = format!("install {}", missing.join(" "));
+    step(&title, Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing).stdout(Stdio::null()))
+}
+
+/// A cargo of this workspace.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(setup::workspace());
+    command
+}
+
+/// Installs what is missing and builds everything that a node or a test runs.
+pub fn all() -> Result<()> {
+    packages()?;
+    let installed = output_of("rustup", &["target", "list", "--installed"]).context("rustup is needed for the static target")?;
+    if !installed.lines().any(|line| line == STATIC_TARGET) {
+        step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;
+    }
+    step("build windlass and bench", cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bins"]))?;
+    let fixed = ["build", "--profile", "monitor", "--target", STATIC_TARGET];
+    step("build windlass-monitor, windlass-oci and probe", cargo().args(fixed).args(["-p", "windlass-runtime", "-p", "windlass-probe", "--bins"]))?;
+    lay_out()
+}
+
+fn lay_out() -> Result<()> {
+    let target = setup::target();
+    let directory = target.join("windlass");
+    fs::create_dir_all(&directory)?;
+    let monitor = target.join(STATIC_TARGET).join("monitor");
+    let release = target.join("release");
+    for (from, name) in [
+        (&release, "windlass"),
+        (&release, "bench"),
+        (&monitor, "windlass-monitor"),
+        (&monitor, "windlass-oci"),
+        (&monitor, "probe"),
+    ] {
+        // Replaced by rename: a running daemon keeps the file that it has open.
+        let temporary = directory.join(format!(".{name}"));
+        fs::copy(from.join(name), &temporary).with_context(|| format!("copy {name}"))?;
+        fs::rename(&temporary, directory.join(name))?;
+    }
+    println!("==> programs are in {}", directory.display());
+    Ok(())
+}

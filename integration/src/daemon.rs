@@ -1,0 +1,191 @@
+//! One daemon under a temporary root, with the programs that `cargo xtask build` laid side by side.
+
+use crate::setup;
+use anyhow::{Context, Result, bail};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Longest wait for the daemon's socket.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// A daemon of a test. Dropping it kills the daemon, every monitor below its state directory, and removes its files.
+pub struct Daemon {
+    directory: tempfile::TempDir,
+    process: Option<Child>,
+    extra: Vec<String>,
+    /// Parent of the cgroups of this daemon's pods.
+    pub cgroup: String,
+}
+
+impl Daemon {
+    /// Prepares a daemon without starting it.
+    pub fn prepare(extra: &[&str]) -> Result<Daemon> {
+        let directory = tempfile::Builder::new().prefix("windlass-test-").tempdir()?;
+        let unique = directory.path().file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let daemon =
+            Daemon { process: None, extra: extra.iter().map(|text| (*text).to_owned()).collect(), cgroup: format!("/{unique}"), directory };
+        let bridge = format!("wlt{}", &unique[unique.len() - 6..]);
+        let config = format!("[cgroup]\nparent = {:?}\n[network]\nbridge = {bridge:?}\n", daemon.cgroup);
+        fs::write(daemon.path("config.toml"), config)?;
+        Ok(daemon)
+    }
+
+    /// A daemon that serves, with the test images on it.
+    pub fn start(extra: &[&str]) -> Result<Daemon> {
+        let mut daemon = Daemon::prepare(extra)?;
+        let archive = daemon.path("images.tar");
+        crate::image::write_archive(&archive)?;
+        daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
+        fs::remove_file(archive)?;
+        daemon.serve()?;
+        Ok(daemon)
+    }
+
+    /// A path in the daemon's temporary directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.path("root")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.state().join("windlass.sock")
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
+    fn command(&self, words: &[&str]) -> Result<Command> {
+        let mut command = Command::new(setup::programs()?.join("windlass"));
+        let (subcommand, rest) = words.split_first().context("a subcommand")?;
+        command.arg(subcommand);
+        command.args(["--config".as_ref(), self.path("config.toml").as_os_str()]);
+        command.args(["--root".as_ref(), self.root().as_os_str()]);
+        command.args(["--state".as_ref(), self.state().as_os_str()]);
+        command.args(rest);
+        Ok(command)
+    }
+
+    /// Runs a command of the program on this daemon's root, which must not be served meanwhile.
+    pub fn windlass(&self, words: &[&str]) -> Result<String> {
+        let output = self.command(words)?.output().context("run windlass")?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if !output.status.success() {
+            bail!("windlass {}: {}{}", words.join(" "), text(&output.stdout), text(&output.stderr));
+        }
+        Ok(text(&output.stdout))
+    }
+
+    /// Starts the daemon and waits for its socket.
+    pub fn serve(&mut self) -> Result<()> {
+        let log = fs::File::options().create(true).append(true).open(self.path("log"))?;
+        let _ = fs::remove_file(self.socket());
+        let mut command = self.command(&["serve"])?;
+        command.args(&self.extra).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let mut process = command.spawn().context("start windlass")?;
+        let deadline = Instant::now() + START_LIMIT;
+        while !self.socket().exists() {
+            if let Some(status) = process.try_wait()? {
+                bail!("windlass ended with {status}:\n{}", self.log());
+            }
+            if Instant::now() > deadline {
+                let _ = process.kill();
+                bail!("windlass gave no socket in {START_LIMIT:?}:\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// SIGKILL, as a crash would be.
+    pub fn kill9(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon runs")?;
+        process.kill()?;
+        process.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM and a clean end.
+    pub fn stop(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon runs")?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
+        let status = process.wait()?;
+        if !status.success() {
+            bail!("windlass ended with {status}:\n{}", self.log());
+        }
+        Ok(())
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Monitors of this daemon's pods, by their run directories.
+    pub fn monitors(&self) -> Vec<i32> {
+        let state = self.state();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|text| text.parse::<i32>().ok()) else { continue };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if line.starts_with(b"windlass-monitor") && contains(&line, state.as_os_str().as_encoded_bytes()) {
+                found.push(pid);
+            }
+        }
+        found
+    }
+
+    /// Directory of the pods' cgroups.
+    pub fn cgroup_directory(&self) -> PathBuf {
+        let hybrid = Path::new("/sys/fs/cgroup/unified");
+        let root = if hybrid.exists() { hybrid } else { Path::new("/sys/fs/cgroup") };
+        root.join(self.cgroup.trim_start_matches('/'))
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- daemon log\n{}", self.log());
+        }
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        let cgroup = self.cgroup_directory();
+        if cgroup.exists() {
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+        }
+        for pid in self.monitors() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        remove_cgroup(&cgroup);
+    }
+}
+
+fn remove_cgroup(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while fs::remove_dir(directory).is_err() && directory.exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,83 @@
+//! Test images made from Debian's static busybox and the `probe` program, as an archive in the format of `docker save`.
+
+use crate::setup;
+use anyhow::{Context, Result};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::{fs, io::Write, path::Path, process::Command};
+use tar::{Builder, EntryType, Header};
+
+/// Name of the image with a shell, the usual tools, and /probe.
+pub const BUSYBOX: &str = "localhost/busybox:test";
+
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n";
+const GROUP: &str = "root:x:0:\nwww-data:x:33:\nextra:x:50000:user\n";
+
+fn file(builder: &mut Builder<Vec<u8>>, path: &str, mode: u32, bytes: &[u8]) -> Result<()> {
+    let mut header = Header::new_ustar();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(mode);
+    header.set_mtime(1_700_000_000);
+    builder.append_data(&mut header, path, bytes)?;
+    Ok(())
+}
+
+fn entry(builder: &mut Builder<Vec<u8>>, kind: EntryType, path: &str, mode: u32, target: Option<&str>) -> Result<()> {
+    let mut header = Header::new_ustar();
+    header.set_entry_type(kind);
+    header.set_size(0);
+    header.set_mode(mode);
+    header.set_mtime(1_700_000_000);
+    match target {
+        Some(target) => builder.append_link(&mut header, path, target)?,
+        None => builder.append_data(&mut header, path, std::io::empty())?,
+    }
+    Ok(())
+}
+
+fn busybox_layer() -> Result<Vec<u8>> {
+    let mut builder = Builder::new(Vec::new());
+    for directory in ["bin/", "etc/", "root/", "home/", "proc/", "sys/", "dev/", "var/"] {
+        entry(&mut builder, EntryType::Directory, directory, 0o755, None)?;
+    }
+    entry(&mut builder, EntryType::Directory, "tmp/", 0o1777, None)?;
+    let busybox = fs::read("/bin/busybox").context("read /bin/busybox (Debian package busybox-static)")?;
+    file(&mut builder, "bin/busybox", 0o755, &busybox)?;
+    let applets = Command::new("/bin/busybox").arg("--list").output()?;
+    for applet in String::from_utf8_lossy(&applets.stdout).lines().filter(|name| *name != "busybox") {
+        entry(&mut builder, EntryType::Link, &format!("bin/{applet}"), 0o755, Some("bin/busybox"))?;
+    }
+    file(&mut builder, "etc/passwd", 0o644, PASSWD.as_bytes())?;
+    file(&mut builder, "etc/group", 0o644, GROUP.as_bytes())?;
+    Ok(builder.into_inner()?)
+}
+
+fn probe_layer() -> Result<Vec<u8>> {
+    let mut builder = Builder::new(Vec::new());
+    let probe = setup::programs()?.join("probe");
+    file(&mut builder, "probe", 0o755, &fs::read(&probe).with_context(|| format!("read {}", probe.display()))?)?;
+    Ok(builder.into_inner()?)
+}
+
+/// Writes the archive with [`BUSYBOX`].
+pub fn write_archive(path: &Path) -> Result<()> {
+    let layers = [busybox_layer()?, probe_layer()?];
+    let digest = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
+    let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", digest(layer))).collect();
+    let config = json!({
+        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
+        "config": { "Cmd": ["sh"], "Env": ["PATH=/bin", "IMAGE=busybox"] },
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    })
+    .to_string();
+    let names: Vec<String> = layers.iter().map(|layer| format!("{}.tar", digest(layer))).collect();
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [BUSYBOX], "Layers": names }]).to_string();
+    let mut builder = Builder::new(Vec::new());
+    file(&mut builder, "manifest.json", 0o644, manifest.as_bytes())?;
+    file(&mut builder, "config.json", 0o644, config.as_bytes())?;
+    for (name, layer) in names.iter().zip(&layers) {
+        file(&mut builder, name, 0o644, layer)?;
+    }
+    fs::File::create(path)?.write_all(&builder.into_inner()?)?;
+    Ok(())
+}

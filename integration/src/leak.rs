@@ -1,0 +1,75 @@
+//! What a test may not leave behind, as lists that are compared before and after.
+
+use crate::{daemon::Daemon, node::output_of};
+use anyhow::{Result, ensure};
+use std::{collections::BTreeSet, fs, path::Path};
+
+/// Everything that a runtime makes and could forget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot(BTreeSet<String>);
+
+impl Snapshot {
+    /// What is there now, in the namespaces of the calling thread.
+    pub fn take(daemon: &Daemon) -> Result<Snapshot> {
+        let mut found = BTreeSet::new();
+        let mut note = |kind: &str, what: String| found.insert(format!("{kind} {what}"));
+        for line in fs::read_to_string("/proc/thread-self/mountinfo")?.lines() {
+            note("mount", line.split(' ').skip(3).collect::<Vec<_>>().join(" "));
+        }
+        for line in output_of("ip", &["-o", "link"])?.lines() {
+            // The bridge is the daemon's, not a pod's; its flags change with its ports.
+            note("link", line.split(": ").nth(1).unwrap_or(line).to_owned());
+        }
+        for line in output_of("nft", &["list", "ruleset"])?.lines() {
+            note("nft", line.trim().to_owned());
+        }
+        for name in names(Path::new("/run/netns")) {
+            note("netns", name);
+        }
+        for pid in daemon.monitors() {
+            note("monitor", pid.to_string());
+        }
+        walk(&daemon.cgroup_directory(), &mut |path| {
+            note("cgroup", path.to_string());
+        });
+        for directory in ["pods", "containers"] {
+            walk(&daemon.root().join(directory), &mut |path| {
+                note("file", path.to_string());
+            });
+        }
+        walk(&daemon.state().join("pods"), &mut |path| {
+            note("file", path.to_string());
+        });
+        if let Some(pid) = daemon.pid() {
+            for target in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()) {
+                let target = target.to_string_lossy().into_owned();
+                // Sockets come and go with clients; what could leak has a name of its own kind.
+                if !target.starts_with("socket:") {
+                    note("descriptor", target);
+                }
+            }
+        }
+        Ok(Snapshot(found))
+    }
+
+    /// Fails, listing the differences, unless `after` is the same.
+    pub fn expect_same(&self, after: &Snapshot) -> Result<()> {
+        let left: Vec<_> = after.0.difference(&self.0).collect();
+        let lost: Vec<_> = self.0.difference(&after.0).collect();
+        ensure!(left.is_empty() && lost.is_empty(), "left behind: {left:#?}\nlost: {lost:#?}");
+        Ok(())
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn walk(directory: &Path, note: &mut dyn FnMut(std::path::Display<'_>)) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        note(entry.path().display());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !entry.path().ends_with("rootfs") {
+            walk(&entry.path(), note);
+        }
+    }
+}

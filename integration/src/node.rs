@@ -1,0 +1,47 @@
+//! Namespaces of a test's own, so that nothing a test does meets the machine or another test.
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use std::process::Command;
+
+/// Runs `body` on a thread in new mount and network namespaces, which everything that it starts inherits. Mounts stay private, loopback
+/// is up, and `/run/netns` is empty. A panic of the body is the caller's.
+pub fn run<T: Send + 'static>(body: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let thread = std::thread::Builder::new().name("node".into()).spawn(move || {
+        enter()?;
+        body()
+    })?;
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn enter() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).context("unshare mount and network namespaces (root is needed)")?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
+    std::fs::create_dir_all("/run/netns").context("create /run/netns")?;
+    mount(Some("tmpfs"), "/run/netns", Some("tmpfs"), MsFlags::MS_NOSUID, Some("mode=755")).context("mount /run/netns")?;
+    run_command("ip", &["link", "set", "lo", "up"])
+}
+
+/// Runs a program to its end; an error carries its output.
+pub fn run_command(program: &str, arguments: &[&str]) -> Result<()> {
+    output_of(program, arguments).map(drop)
+}
+
+/// Standard output of a program that must succeed.
+pub fn output_of(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    ensure!(
+        output.status.success(),
+        "{program} {}: {}\n{}{}",
+        arguments.join(" "),
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    Ok(text(&output.stdout))
+}

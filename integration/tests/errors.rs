@@ -1,0 +1,141 @@
+//! Requests that must fail: each with a clear error and the right code, and each leaving nothing behind.
+
+use anyhow::{Context, Result, ensure};
+use tonic::Code;
+use windlass_integration::{
+    client::{Client, container, pod},
+    daemon::Daemon,
+    leak::Snapshot,
+    node,
+};
+use windlass_proto::cri;
+
+struct Ground {
+    daemon: Daemon,
+    client: Client,
+    config: cri::PodSandboxConfig,
+    pod: String,
+    before: Snapshot,
+}
+
+fn ground() -> Result<Ground> {
+    let daemon = Daemon::start(&[])?;
+    let client = Client::connect(&daemon)?;
+    let config = pod(&daemon.path("logs"));
+    let pod = client.run(&config)?;
+    let before = Snapshot::take(&daemon)?;
+    Ok(Ground { daemon, client, config, pod, before })
+}
+
+/// Creation of a container changed by `change` must fail with `code` and a message that contains `words`.
+fn refused(code: Code, words: &[&str], change: impl FnOnce(&mut cri::ContainerConfig) + Send + 'static) -> Result<()> {
+    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+    node::run(move || {
+        let ground = ground()?;
+        let mut wanted = container(&ground.config, "main", &["sleep", "1000"]);
+        change(&mut wanted);
+        let error = ground.client.create(&ground.pod, &ground.config, &wanted).expect_err("refused");
+        ensure!(error.code() == code, "{error:?}");
+        for word in &words {
+            ensure!(error.message().contains(word), "{word:?} in {:?}", error.message());
+        }
+        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
+    config.linux.get_or_insert_default().security_context.get_or_insert_default()
+}
+
+#[test]
+fn an_image_that_is_not_there() -> Result<()> {
+    refused(Code::NotFound, &["nothing:latest", "pull it first"], |config| {
+        config.image = Some(cri::ImageSpec { image: "nothing:latest".into(), ..Default::default() });
+    })
+}
+
+#[test]
+fn a_missing_mount_source() -> Result<()> {
+    refused(Code::InvalidArgument, &["/no/such/source", "/data"], |config| {
+        config.mounts =
+            vec![cri::Mount { container_path: "/data".into(), host_path: "/no/such/source".into(), ..Default::default() }];
+    })
+}
+
+#[test]
+fn an_unknown_user() -> Result<()> {
+    refused(Code::InvalidArgument, &["no-such-user", "/etc/passwd"], |config| security(config).run_as_username = "no-such-user".into())
+}
+
+#[test]
+fn a_group_without_a_user() -> Result<()> {
+    refused(Code::InvalidArgument, &["run_as_group"], |config| security(config).run_as_group = Some(cri::Int64Value { value: 7 }))
+}
+
+#[test]
+fn an_unknown_capability() -> Result<()> {
+    refused(Code::InvalidArgument, &["CAP_FLY"], |config| {
+        security(config).capabilities = Some(cri::Capability { add_capabilities: vec!["CAP_FLY".into()], ..Default::default() });
+    })
+}
+
+#[test]
+fn a_security_profile_that_is_not_served_is_never_left_out() -> Result<()> {
+    refused(Code::Unimplemented, &["seccomp"], |config| {
+        security(config).seccomp = Some(cri::SecurityProfile::default());
+    })
+}
+
+#[test]
+fn a_log_path_that_leaves_its_directory() -> Result<()> {
+    refused(Code::InvalidArgument, &["log_path"], |config| config.log_path = "../../escape.log".into())
+}
+
+#[test]
+fn a_limit_of_the_wrong_sign() -> Result<()> {
+    refused(Code::InvalidArgument, &["cpu_shares"], |config| {
+        let resources = cri::LinuxContainerResources { cpu_shares: -5, ..Default::default() };
+        config.linux.get_or_insert_default().resources = Some(resources);
+    })
+}
+
+#[test]
+fn an_entrypoint_that_is_not_there_is_an_exited_container() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let wanted = container(&ground.config, "main", &["/no/such/entrypoint"]);
+        let outcome = ground.client.create(&ground.pod, &ground.config, &wanted).map_err(anyhow::Error::from);
+        let id = outcome.context("creation does not look at the entrypoint")?;
+        let error = ground.client.start(&id).expect_err("no such entrypoint");
+        ensure!(error.message().contains("/no/such/entrypoint"), "{error}");
+        let status = ground.client.container(&id)?;
+        ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
+        ensure!(status.exit_code == 128 && status.reason == "StartError", "{status:?}");
+        ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
+        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+#[test]
+fn an_unknown_runtime_handler() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let config = pod(&ground.daemon.path("logs"));
+        let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: "kata".into() };
+        let error = ground.client.run_pod_sandbox(request).expect_err("unknown handler");
+        ensure!(error.code() == Code::InvalidArgument && error.message().contains("kata"), "{error}");
+        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+#[test]
+fn a_sysctl_of_the_host() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let mut config = pod(&ground.daemon.path("logs"));
+        config.linux.get_or_insert_default().sysctls = [("vm.swappiness".to_owned(), "10".to_owned())].into();
+        let error = ground.client.run(&config).expect_err("not namespaced");
+        ensure!(error.code() == Code::InvalidArgument && error.message().contains("vm.swappiness"), "{error}");
+        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
