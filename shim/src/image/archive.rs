@@ -168,7 +168,7 @@ impl<R: Read> Archive<R> {
                 b"uid" => entry.uid = id(number(&value)?)?,
                 b"gid" => entry.gid = id(number(&value)?)?,
                 b"mtime" => entry.mtime = pax_time(&value),
-            
+
                 k if k.starts_with(b"SCHILY.xattr.") => entry.xattrs.push((k[13..].to_vec(), value)),
                 k if k.starts_with(b"GNU.sparse.") => {
                     return Err(bad("holds a sparse file in PAX form, which is not supported"));

@@ -61,6 +61,23 @@ impl ImageError {
         }
     }
 
+    /// Puts the operation and object in front.
+    pub(super) fn within(self, context: impl Display) -> ImageError {
+        use ImageError::*;
+        let put = |text: String| format!("{context}: {text}");
+        match self {
+            InvalidReference { .. } => self,
+            NotFound(text) => NotFound(put(text)),
+            Unauthorized(text) => Unauthorized(put(text)),
+            RegistryUnavailable(text) => RegistryUnavailable(put(text)),
+            Corrupt(text) => Corrupt(put(text)),
+            NoPlatform { object, platform } => NoPlatform { object: put(object), platform },
+            NoSpace(text) => NoSpace(put(text)),
+            TooMany(text) => TooMany(put(text)),
+            Io(text) => Io(put(text)),
+        }
+    }
+
     /// As the payload of an `io::Error`, to pass through a `Read`.
     pub(super) fn into_io(self) -> io::Error {
         io::Error::other(self)

@@ -132,7 +132,8 @@ impl Extractor {
             Err(Errno::EXIST) => return Err(invalid("its directory is a symlink to nowhere")),
             Err(e) => return Err(e.into()),
         }
-        let made = fs::openat(&above, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        let made =
+            fs::openat(&above, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
         fs::chmod(proc_path(&made, None), Mode::from_raw_mode(0o755))?;
         Ok(made)
     }
@@ -224,7 +225,8 @@ impl Extractor {
             Errno::NOENT | Errno::NOTDIR | Errno::LOOP => invalid("a hard link to what the layer does not have"),
             e => e.into(),
         };
-        let target_dir = self.resolve(target.parent().unwrap_or(Path::new("")), OFlags::PATH | OFlags::DIRECTORY).map_err(lost)?;
+        let target_dir =
+            self.resolve(target.parent().unwrap_or(Path::new("")), OFlags::PATH | OFlags::DIRECTORY).map_err(lost)?;
         let found = fs::statat(&target_dir, target_name, AtFlags::SYMLINK_NOFOLLOW).map_err(lost)?;
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             return Err(invalid("a hard link to a directory"));

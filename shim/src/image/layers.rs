@@ -8,6 +8,7 @@ use super::record::{self, LayerRecord};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 
 /// Disk used by images, from records.
@@ -26,6 +27,8 @@ pub(super) struct Layers {
     held: Mutex<HashMap<String, Held>>,
     building: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     trash: mpsc::Sender<PathBuf>,
+    /// The store is gone: leases that end now end with the daemon, and keep their layers.
+    closed: AtomicBool,
 }
 
 #[derive(Default)]
@@ -73,7 +76,7 @@ impl Layers {
                 }
             }
         }
-        Ok(Layers { dir, held: Mutex::new(held), building: Mutex::default(), trash })
+        Ok(Layers { dir, held: Mutex::new(held), building: Mutex::default(), trash, closed: AtomicBool::new(false) })
     }
 
     pub(super) fn path(&self, chain_id: &str) -> PathBuf {
@@ -178,7 +181,15 @@ impl Layers {
         }
     }
 
+    /// From here on no lease's end removes anything.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
     fn release(&self, chain_ids: &[String]) {
+        if self.closed.load(Ordering::SeqCst) {
+            return;
+        }
         let mut held = self.lock();
         // The uppermost first: what is left after a crash in between is a whole lower part.
         for chain_id in chain_ids.iter().rev() {

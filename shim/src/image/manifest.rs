@@ -98,7 +98,9 @@ pub(super) fn parse(bytes: &[u8], object: &str) -> Result<Document, ImageError> 
             if layers.len() > MAX_LAYERS {
                 return Err(ImageError::TooMany(format!("{object}: {} layers are over the limit of {MAX_LAYERS}", layers.len())));
             }
-            if let Some(layer) = layers.iter().find(|l| l.media_type.contains("foreign") || l.media_type.contains("nondistributable")) {
+            if let Some(layer) =
+                layers.iter().find(|l| l.media_type.contains("foreign") || l.media_type.contains("nondistributable"))
+            {
                 return Err(corrupt(format!("layer {} is foreign ({}), which is not supported", layer.digest, layer.media_type)));
             }
             Ok(Document::Manifest(Manifest { config, layers }))
@@ -116,9 +118,9 @@ fn check<'a>(descriptors: impl IntoIterator<Item = &'a Descriptor>) -> Result<()
 
 /// The first entry for the platform; one that names none is taken if nothing fits better. Attestations name `unknown`.
 pub(super) fn select<'a>(index: &'a [Descriptor], platform: &Platform, object: &str) -> Result<&'a Descriptor, ImageError> {
-    let exact = index.iter().find(|d| {
-        d.platform.as_ref().is_some_and(|p| p.os == platform.os && p.architecture == platform.architecture)
-    });
+    let exact = index
+        .iter()
+        .find(|d| d.platform.as_ref().is_some_and(|p| p.os == platform.os && p.architecture == platform.architecture));
     let unnamed = || index.iter().find(|d| d.platform.is_none());
     exact.or_else(unnamed).ok_or_else(|| ImageError::NoPlatform { object: object.to_owned(), platform: platform.to_string() })
 }

@@ -70,9 +70,7 @@ fn try_write(path: &Path, temp: &Path, record: &impl Serialize, durable: bool) -
 /// Removes the record; one that is absent is fine.
 pub(super) fn remove(path: &Path) -> Result<(), ImageError> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(ImageError::io(format!("remove record {}", path.display()), e))
-        }
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(ImageError::io(format!("remove record {}", path.display()), e)),
         _ => Ok(()),
     }
 }

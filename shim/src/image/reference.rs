@@ -208,7 +208,22 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_reference() {
-        for bad in ["", "UPPER/x/", "a//b", "/a", "a/", "a:", "a:-x", "a@sha256:12", "a b", "q.io:x/a", "a..b", "a___b", ":t", "http://q.io/a"] {
+        for bad in [
+            "",
+            "UPPER/x/",
+            "a//b",
+            "/a",
+            "a/",
+            "a:",
+            "a:-x",
+            "a@sha256:12",
+            "a b",
+            "q.io:x/a",
+            "a..b",
+            "a___b",
+            ":t",
+            "http://q.io/a",
+        ] {
             assert!(matches!(bad.parse::<Reference>(), Err(ImageError::InvalidReference { .. })), "{bad:?}");
         }
         assert!("a".repeat(64).parse::<Reference>().is_err());
