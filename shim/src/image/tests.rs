@@ -156,6 +156,14 @@ async fn failures_have_their_kind_and_leave_nothing() {
     assert!(matches!(store.pull("A B", None).await, Err(ImageError::InvalidReference { .. })));
     let nobody = store.pull("127.0.0.1:1/a/b", None).await.unwrap_err();
     assert!(matches!(nobody, ImageError::RegistryUnavailable(_)), "{nobody}");
+    // Other bytes that unpack to the very same layer: only the blob's digest tells.
+    let path = format!("a/b/blobs/{}", digest::of(&made.layers[0]));
+    let mut same = made.layers[0].clone();
+    same[4] ^= 1;
+    registry.content.lock().unwrap().objects.insert(path.clone(), same);
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(matches!(error, ImageError::Corrupt(_)), "{error}");
+    registry.content.lock().unwrap().objects.insert(path, made.layers[0].clone());
     // Wrong bytes of a layer, then of a config, then a layer that fits no diff id.
     for blob in [&made.layers[0], &made.config] {
         let path = format!("a/b/blobs/{}", digest::of(blob));
