@@ -6,13 +6,20 @@ mod status;
 mod view;
 
 use crate::node::Node;
-use std::{future::Future, sync::Arc};
-use tokio::net::UnixListener;
+use std::{
+    future::{Future, pending},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{net::UnixListener, sync::oneshot, time::sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use windlass_proto::cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer};
 
 /// Largest message either way: what kubelet's client takes (cri-client, maxMsgSize).
 const MESSAGE_LIMIT_BYTES: usize = 16 << 20;
+
+/// Longest wait, once the end is asked for, for running requests and for clients to close their connections.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// The node as the two services see it.
 #[derive(Clone)]
@@ -20,7 +27,8 @@ struct Service {
     node: Arc<Node>,
 }
 
-/// Serves both services on `listener` until `shutdown` resolves. Pods are not touched by the end of it.
+/// Serves both services on `listener` until `shutdown` resolves, and [`END_LIMIT`] longer at most: a client that does not read
+/// the server's farewell would hold it up for ever. Pods are not touched by the end of it.
 pub async fn serve(node: Arc<Node>, listener: UnixListener, shutdown: impl Future<Output = ()>) -> Result<(), tonic::transport::Error> {
     let service = Service { node };
     let runtime = RuntimeServiceServer::new(service.clone())
@@ -29,9 +37,23 @@ pub async fn serve(node: Arc<Node>, listener: UnixListener, shutdown: impl Futur
     let image = ImageServiceServer::new(service)
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
-    tonic::transport::Server::builder()
+    let (ending, asked) = oneshot::channel();
+    let shutdown = async move {
+        shutdown.await;
+        let _ = ending.send(());
+    };
+    let served = tonic::transport::Server::builder()
         .add_service(runtime)
         .add_service(image)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
-        .await
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
+    let limit = async move {
+        match asked.await {
+            Ok(()) => sleep(END_LIMIT).await,
+            Err(_) => pending().await,
+        }
+    };
+    tokio::select! {
+        served = served => served,
+        () = limit => Ok(()),
+    }
 }
