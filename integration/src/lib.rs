@@ -7,5 +7,6 @@ pub mod demo;
 pub mod image;
 pub mod leak;
 pub mod node;
+pub mod registry;
 pub mod setup;
 pub mod suite;
