@@ -22,6 +22,8 @@ fn file(builder: &mut Builder<Vec<u8>>, path: &str, mode: u32, bytes: &[u8]) -> 
     header.set_size(bytes.len() as u64);
     header.set_mode(mode);
     header.set_mtime(1_700_000_000);
+    header.set_uid(0);
+    header.set_gid(0);
     builder.append_data(&mut header, path, bytes)?;
     Ok(())
 }
@@ -32,6 +34,8 @@ fn entry(builder: &mut Builder<Vec<u8>>, kind: EntryType, path: &str, mode: u32,
     header.set_size(0);
     header.set_mode(mode);
     header.set_mtime(1_700_000_000);
+    header.set_uid(0);
+    header.set_gid(0);
     match target {
         Some(target) => builder.append_link(&mut header, path, target)?,
         None => builder.append_data(&mut header, path, std::io::empty())?,

@@ -2,8 +2,10 @@
 
 pub mod build;
 pub mod client;
+pub mod critest;
 pub mod daemon;
 pub mod demo;
+pub mod go;
 pub mod image;
 pub mod leak;
 pub mod node;
