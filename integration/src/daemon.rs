@@ -160,7 +160,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() || std::env::var_os("WINDLASS_TEST_LOG").is_some() {
             eprintln!("--- daemon log\n{}", self.log());
         }
         if let Some(mut process) = self.process.take() {

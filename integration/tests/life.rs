@@ -97,8 +97,9 @@ fn a_pod_has_an_address_a_log_an_exec_and_an_end() -> Result<()> {
             .exec_sync(cri::ExecSyncRequest { container_id: created.clone(), cmd: vec!["sleep".into(), "60".into()], timeout: 1 })
             .expect_err("times out");
         ensure!(slow.code() == tonic::Code::DeadlineExceeded, "{slow}");
-        let processes = client.exec(&created, &["pgrep", "sleep"])?;
-        let _ = processes;
+        let processes = client.exec(&created, &["ps", "-o", "args"])?;
+        let text = String::from_utf8_lossy(&processes.stdout).into_owned();
+        ensure!(text.contains("sleep 1000") && !text.contains("sleep 60"), "the timed-out exec lives: {text}");
 
         client.stop(&created, 5)?;
         let ended = client.container(&created)?;
@@ -132,9 +133,10 @@ fn a_container_sees_what_the_specification_says() -> Result<()> {
         let status = &seen["status"];
         for (key, expected) in [
             ("Pid", "1"), ("Uid", "1000 1000 1000 1000"), ("Gid", "1000 1000 1000 1000"), ("Groups", "1000 50000"), ("NoNewPrivs", "1"),
-            ("CapEff", "0000000000000000"), ("CapBnd", "00000000a80425fb"), ("SigIgn", "0000000000000000"), ("SigBlk", "0000000000000000"),
+            ("CapEff", "0000000000000000"), ("CapBnd", "00000000a80425fb"), ("SigIgn", "0000000000001000"), ("SigBlk", "0000000000000000"),
             ("Umask", "0022"),
         ] {
+            // SIGPIPE is ignored by the probe itself, as Rust programs do.
             ensure!(status[key] == expected, "{key} is {}, not {expected}", status[key]);
         }
         ensure!(seen["cwd"] == "/tmp" && seen["environment"]["GREETING"] == "hello" && seen["environment"]["HOME"] == "/home/user");

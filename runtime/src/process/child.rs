@@ -32,7 +32,8 @@ struct Build<'a> {
     root: Option<Root>,
     master: Option<OwnedFd>,
     slave: Option<OwnedFd>,
-    entrypoint: Option<Entrypoint>,
+    /// Why the program cannot be run is told at the gate, to whoever starts the container: creating it did not fail.
+    entrypoint: Option<Result<Entrypoint, StepError>>,
     not_enforced: Vec<String>,
     /// The bounding set that was inherited.
     available: u64,
@@ -68,9 +69,9 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
     report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
     // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
     drop(build);
-    let Some(gate) = gate else { return pass(report, &entrypoint) };
+    let Some(gate) = gate else { return pass(report, entrypoint) };
     let starter = ChildReport::accept(gate).context("wait at the gate", "")?;
-    let failed = pass(&starter, &entrypoint);
+    let failed = pass(&starter, entrypoint);
     if let Err(error) = &failed {
         starter.failed(error.clone());
     }
@@ -78,12 +79,12 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
 }
 
 /// Waits for the word to go on `gate`, and goes.
-fn pass(gate: &ChildReport, entrypoint: &Entrypoint) -> Result<Infallible, StepError> {
+fn pass(gate: &ChildReport, entrypoint: Result<Entrypoint, StepError>) -> Result<Infallible, StepError> {
     if !gate.wait_at_gate().context("wait at the gate", "")? {
         sys::process::exit_now(1);
     }
     sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
-    entrypoint.execute()
+    entrypoint?.execute()
 }
 
 impl<'a> Build<'a> {
@@ -216,7 +217,7 @@ impl<'a> Build<'a> {
     }
 
     fn entrypoint(&mut self) -> Result<(), StepError> {
-        self.entrypoint = Some(Entrypoint::find(self.process()?)?);
+        self.entrypoint = Some(Entrypoint::find(self.process()?));
         Ok(())
     }
 }

@@ -109,10 +109,10 @@ impl Extractor {
 
     /// Opens the directory, making what is missing of it.
     fn open_parent(&mut self, path: &Path) -> io::Result<OwnedFd> {
-        if let Some((cached, fd)) = self.parent.take() {
-            if cached == path {
-                return Ok(fd);
-            }
+        if let Some((cached, fd)) = self.parent.take()
+            && cached == path
+        {
+            return Ok(fd);
         }
         self.open_dir(path)
     }
@@ -231,10 +231,10 @@ impl Extractor {
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             return Err(invalid("a hard link to a directory"));
         }
-        if let Ok(old) = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-            if (old.st_dev, old.st_ino) == (found.st_dev, found.st_ino) {
-                return Ok(());
-            }
+        if let Ok(old) = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
+            && (old.st_dev, old.st_ino) == (found.st_dev, found.st_ino)
+        {
+            return Ok(());
         }
         make(parent, name, || fs::linkat(&target_dir, target_name, parent, name, AtFlags::empty()))
     }

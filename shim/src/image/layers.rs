@@ -249,10 +249,10 @@ impl TempLayer {
 
 impl Drop for TempLayer {
     fn drop(&mut self) {
-        if !self.published {
-            if let Err(error) = fs::remove_dir_all(&self.path) {
-                tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
-            }
+        if !self.published
+            && let Err(error) = fs::remove_dir_all(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
         }
     }
 }

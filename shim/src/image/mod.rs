@@ -22,6 +22,13 @@ mod store;
 mod transfer;
 mod unpack;
 
+#[cfg(test)]
+mod test_images;
+#[cfg(test)]
+mod test_registry;
+#[cfg(test)]
+mod tests;
+
 pub use auth::RegistryAuth;
 pub use error::ImageError;
 pub use layers::{FsUsage, Lease};

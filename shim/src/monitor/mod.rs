@@ -84,8 +84,12 @@ impl Program {
 impl Monitor {
     /// Connects to a monitor that an earlier daemon started.
     pub async fn connect(run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
+        use std::os::fd::AsRawFd;
         let path: PathBuf = run_directory.join("monitor.sock");
-        let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(&path)).await;
+        let directory = std::fs::File::open(run_directory).map_err(|error| Error::io(format_args!("open {}", run_directory.display()), error))?;
+        // By way of the descriptor, because a socket's address takes 107 bytes (unix(7)) and a state directory may lie deep.
+        let short = format!("/proc/self/fd/{}/monitor.sock", directory.as_raw_fd());
+        let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(short)).await;
         let stream = connected
             .map_err(|_| Error::new(Kind::Deadline, format!("connect {}: no answer in 5 s", path.display())))?
             .map_err(|error| Error::io(format_args!("connect {}", path.display()), error))?;

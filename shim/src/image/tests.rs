@@ -1,0 +1,541 @@
+//! The store against a registry on loopback, on a real file system, as root.
+
+use super::test_images::{Made, Tar, gzip, image, index, noise, zstd};
+use super::test_registry::Registry;
+use super::*;
+use rustix::fs::{self as rfs, FileType};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tar::EntryType;
+
+fn open(root: &Path) -> Store {
+    let mut config = StoreConfig::new(root.join("images"), root.join("certs.d"));
+    config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+    config.layer_limit_bytes = 1 << 30;
+    Store::open(config).unwrap()
+}
+
+/// Waits until the layers' directory holds `expected` layers and nothing unfinished.
+fn assert_layers(root: &Path, expected: usize) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let names: Vec<String> = fs::read_dir(root.join("images/layers"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        let layers = names.iter().filter(|n| n.len() == 64).count();
+        let strays = names.iter().filter(|n| n.starts_with("tmp-") || n.starts_with("trash-")).count();
+        let records = names.len() - layers - strays;
+        if layers == expected && strays == 0 && records == layers {
+            return;
+        }
+        assert!(Instant::now() < deadline, "wanted {expected} layers, found {names:?}");
+        std::thread::yield_now();
+    }
+}
+
+fn one(plain: Vec<u8>) -> Made {
+    let stored = gzip(&plain);
+    image(&[(plain, stored)], false)
+}
+
+fn small() -> Made {
+    one(Tar::new().dir("etc", 0o755).file("etc/passwd", 0o644, b"root:x:0:0::/:/bin/sh\n").finish())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pulls_all_compressions_and_kinds_and_survives_reopening() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let tars: Vec<Vec<u8>> = (0..4).map(|i| Tar::new().file(&format!("f{i}"), 0o644, &noise(i + 1, 300_000)).finish()).collect();
+    let half = tars[3].len() / 2;
+    let members = [gzip(&tars[3][..half]), gzip(&tars[3][half..])].concat();
+    let stored = [gzip(&tars[0]), zstd(&tars[1]), tars[2].clone(), members];
+    let made = image(&tars.into_iter().zip(stored).collect::<Vec<_>>(), true);
+    registry.push("a/b", "multi", &made);
+    let list = index(&made.manifest);
+    registry.content.lock().unwrap().objects.insert("a/b/manifests/latest".into(), list.clone());
+    let store = open(root.path());
+    let image = store.pull(&registry.name("a/b"), None).await.unwrap();
+    assert_eq!(image.id, digest::of(&made.config));
+    assert_eq!(image.repo_tags, [registry.name("a/b:latest")]);
+    assert_eq!(image.repo_digests, [format!("{}@{}", registry.name("a/b"), digest::of(&list))]);
+    for (i, layer) in image.layers.iter().enumerate() {
+        assert_eq!(fs::read(layer.path.join(format!("f{i}"))).unwrap(), noise(i as u64 + 1, 300_000));
+    }
+    let usage = store.usage();
+    assert!(usage.used_bytes >= 1_200_000 && usage.inodes_used == 4, "{usage:?}");
+    drop(store);
+    let store = open(root.path());
+    let again = store.get(&registry.name("a/b")).unwrap();
+    assert_eq!((&again.layers, again.size_bytes), (&image.layers, image.size_bytes));
+    assert_eq!(store.usage(), usage);
+    assert_layers(root.path(), 4);
+    let blobs = registry.requests("/blobs/");
+    store.pull(&registry.name("a/b"), None).await.unwrap();
+    assert_eq!(registry.requests("/blobs/"), blobs + 1, "only the config is fetched again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn looked_up_by_every_name_and_removed_with_all_of_them() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let made = small();
+    registry.push("a/b", "1", &made);
+    registry.push("a/b", "2", &made);
+    let store = open(root.path());
+    store.pull(&registry.name("a/b:1"), None).await.unwrap();
+    let image = store.pull(&registry.name("a/b:2"), None).await.unwrap();
+    assert_eq!(image.repo_tags.len(), 2);
+    let digest = digest::of(&made.manifest);
+    let hex = digest::hex_of(&image.id);
+    let by_digest = registry.name(&format!("a/b@{digest}"));
+    let both = registry.name(&format!("a/b:1@{digest}"));
+    for name in [&image.id, hex, &hex[..3], &hex[..12], &image.repo_tags[0], &image.repo_tags[1], &by_digest, &both] {
+        assert_eq!(store.get(name).map(|i| i.id.clone()).as_ref(), Some(&image.id), "{name}");
+    }
+    assert!(store.get(&hex[..2]).is_none() && store.get("nothing").is_none() && store.get("").is_none());
+    let lease = store.lease(&image);
+    store.remove(&by_digest).unwrap();
+    store.remove(&by_digest).unwrap();
+    assert!(store.list().is_empty());
+    assert_layers(root.path(), 1);
+    // A container of an image that is gone keeps its layers over a restart.
+    let chain = lease.chain_ids().to_vec();
+    drop(store);
+    drop(lease);
+    let store = open(root.path());
+    let lease = store.lease_layers(&chain);
+    store.collect_unused();
+    assert_layers(root.path(), 1);
+    drop(lease);
+    assert_layers(root.path(), 0);
+    assert_eq!(store.usage().used_bytes, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_moves_leaves_the_old_image() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "t", &small());
+    let store = open(root.path());
+    let old = store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    registry.push("a/b", "t", &one(Tar::new().file("x", 0o644, b"x").finish()));
+    let new = store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    drop(store);
+    let store = open(root.path());
+    assert_eq!(store.get(&new.repo_tags[0]).unwrap().id, new.id);
+    let old = store.get(&old.id).unwrap();
+    assert!(old.repo_tags.is_empty() && old.repo_digests.len() == 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_connections_are_resumed() {
+    for ignore_ranges in [false, true] {
+        let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+        let made = one(Tar::new().file("big", 0o644, &noise(7, 1_000_000)).finish());
+        registry.push("a/b", "t", &made);
+        {
+            let mut content = registry.content.lock().unwrap();
+            (content.cut_after, content.ignore_ranges) = (Some(400_000), ignore_ranges);
+        }
+        let image = open(root.path()).pull(&registry.name("a/b:t"), None).await.unwrap();
+        assert_eq!(fs::read(image.layers[0].path.join("big")).unwrap(), noise(7, 1_000_000));
+        assert!(registry.requests("bytes=400000-") > 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_have_their_kind_and_leave_nothing() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let store = open(root.path());
+    let made = small();
+    registry.push("a/b", "t", &made);
+    let name = registry.name("a/b:t");
+    let missing = store.pull(&registry.name("a/b:none"), None).await.unwrap_err();
+    assert!(matches!(missing, ImageError::NotFound(_)), "{missing}");
+    assert!(matches!(store.pull("A B", None).await, Err(ImageError::InvalidReference { .. })));
+    let nobody = store.pull("127.0.0.1:1/a/b", None).await.unwrap_err();
+    assert!(matches!(nobody, ImageError::RegistryUnavailable(_)), "{nobody}");
+    // Other bytes that unpack to the very same layer: only the blob's digest tells.
+    let path = format!("a/b/blobs/{}", digest::of(&made.layers[0]));
+    let mut same = made.layers[0].clone();
+    same[4] ^= 1;
+    registry.content.lock().unwrap().objects.insert(path.clone(), same);
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(matches!(error, ImageError::Corrupt(_)), "{error}");
+    registry.content.lock().unwrap().objects.insert(path, made.layers[0].clone());
+    // Wrong bytes of a layer, then of a config, then a layer that fits no diff id.
+    for blob in [&made.layers[0], &made.config] {
+        let path = format!("a/b/blobs/{}", digest::of(blob));
+        let mut wrong = blob.clone();
+        let last = wrong.len() - 1;
+        wrong[last] ^= 1;
+        registry.content.lock().unwrap().objects.insert(path.clone(), wrong);
+        let error = store.pull(&name, None).await.unwrap_err();
+        assert!(matches!(error, ImageError::Corrupt(_)), "{error}");
+        registry.content.lock().unwrap().objects.insert(path, blob.clone());
+    }
+    let plain = Tar::new().file("x", 0o644, b"x").finish();
+    registry.push("a/b", "diff", &image(&[(plain, gzip(&Tar::new().finish()))], false));
+    let error = store.pull(&registry.name("a/b:diff"), None).await.unwrap_err();
+    assert!(error.to_string().contains("diff id"), "{error}");
+    registry.content.lock().unwrap().failures = 100;
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(matches!(error, ImageError::RegistryUnavailable(_)), "{error}");
+    registry.content.lock().unwrap().failures = 2;
+    assert!(store.list().is_empty());
+    assert_layers(root.path(), 0);
+    store.pull(&name, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_login() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "t", &small());
+    registry.content.lock().unwrap().login = Some("me:secret".into());
+    let store = open(root.path());
+    let name = registry.name("a/b:t");
+    let wrong = RegistryAuth::Basic { username: "me".into(), password: "guess".into() };
+    for auth in [None, Some(wrong)] {
+        let error = store.pull(&name, auth).await.unwrap_err();
+        assert!(matches!(error, ImageError::Unauthorized(_)), "{error}");
+    }
+    store.pull(&name, Some(RegistryAuth::Bearer { token: "let-me-in".into() })).await.unwrap();
+    store.remove(&name).unwrap();
+    let right = RegistryAuth::Basic { username: "me".into(), password: "secret".into() };
+    store.pull(&name, Some(right)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_serves_another_registrys_name() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("library/x", "latest", &small());
+    let dir = root.path().join("certs.d/docker.io");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(
+        dir.join("hosts.toml"),
+        format!("[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n", registry.address),
+    )
+    .unwrap();
+    let image = open(root.path()).pull("x", None).await.unwrap();
+    assert_eq!(image.repo_tags, ["docker.io/library/x:latest"]);
+    assert!(registry.requests("ns=docker.io") > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn identical_pulls_are_joined_and_shared_layers_fetched_once() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let base = Tar::new().file("base", 0o644, &noise(3, 2_000_000)).finish();
+    let top = Tar::new().file("top", 0o644, b"top").finish();
+    let base = (base.clone(), gzip(&base));
+    registry.push("a/b", "t", &image(std::slice::from_ref(&base), false));
+    registry.push("a/c", "t", &image(&[base.clone(), (top.clone(), gzip(&top))], false));
+    let store = open(root.path());
+    let (one, two) = (registry.name("a/b:t"), registry.name("a/c:t"));
+    let (a, b, c) = tokio::join!(store.pull(&one, None), store.pull(&one, None), store.pull(&two, None));
+    let (a, b, c) = (a.unwrap(), b.unwrap(), c.unwrap());
+    assert_eq!((&a.id, &a.layers[0]), (&b.id, &c.layers[0]));
+    assert_eq!(registry.requests(&digest::of(&base.1)), 1);
+    assert_eq!(registry.requests("a/b/manifests"), 1);
+    store.remove(&one).unwrap();
+    assert_layers(root.path(), 2);
+    store.remove(&two).unwrap();
+    assert_layers(root.path(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_nobody_waits_for_is_canceled() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "t", &one(Tar::new().file("big", 0o644, &noise(5, 20_000_000)).finish()));
+    registry.content.lock().unwrap().cut_after = Some(1_000_000);
+    let store = open(root.path());
+    let name = registry.name("a/b:t");
+    let pull = tokio::time::timeout(Duration::from_millis(300), store.pull(&name, None)).await;
+    assert!(pull.is_err(), "20 cuts take longer than this");
+    assert_layers(root.path(), 0);
+    assert!(store.list().is_empty());
+}
+
+/// Unpacks without a store.
+fn unpack(plain: Vec<u8>) -> (tempfile::TempDir, Result<extract::Written, ImageError>) {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("layer")).unwrap();
+    let limits = extract::Limits { bytes: 100 << 20, entries: 10_000 };
+    let result = unpack::unpack(&plain[..], &digest::of(&plain), &dir.path().join("layer"), limits);
+    (dir, result)
+}
+
+#[test]
+fn everything_a_layer_can_hold() {
+    let capability = [1, 0, 0, 2, 0x0a, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let plain = Tar::new()
+        .dir("./", 0o755)
+        .dir("d", 0o1777)
+        .pax(&[
+            ("SCHILY.xattr.security.capability", &capability),
+            ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
+            ("mtime", b"5.25"),
+        ])
+        .file("d/setuid", 0o4755, b"data")
+        .hard_link("d/hard", "d/setuid")
+        .symlink("d/sym", "/d/setuid")
+        .device("d/null", EntryType::Char, 1, 3)
+        .device("d/loop", EntryType::Block, 7, 9)
+        .device("d/fifo", EntryType::Fifo, 0, 0)
+        .file("a/b/c", 0o600, b"parents are made")
+        .file("sparse", 0o644, &[vec![0; 1 << 20], vec![1; 10]].concat())
+        .file("d/.wh.gone", 0o644, b"")
+        .file("a/b/.wh..wh..opq", 0o644, b"")
+        .file("twice", 0o644, b"first")
+        .dir("twice", 0o700)
+        .file("twice/in", 0o644, b"")
+        .file("twice", 0o640, b"last")
+        .pax(&[("path", "l".repeat(200).as_bytes())])
+        .file("short", 0o644, b"")
+        .finish();
+    let (dir, result) = unpack(plain);
+    result.unwrap();
+    let at = |p: &str| dir.path().join("layer").join(p);
+    let meta = |p: &str| fs::symlink_metadata(at(p)).unwrap();
+    let setuid = meta("d/setuid");
+    assert_eq!((setuid.mode() & 0o7777, setuid.uid(), setuid.gid(), setuid.nlink()), (0o4755, 1000, 2000, 2));
+    assert_eq!((setuid.mtime(), setuid.mtime_nsec()), (5, 250_000_000));
+    assert_eq!(meta("d/hard").ino(), setuid.ino());
+    let mut value = [0u8; 64];
+    let n = rfs::lgetxattr(at("d/setuid"), "security.capability", &mut value[..]).unwrap();
+    assert_eq!(&value[..n], capability);
+    assert!(rfs::lgetxattr(at("d/setuid"), "trusted.overlay.redirect", &mut value[..]).is_err());
+    assert_eq!((meta("d").mode() & 0o7777, meta("d").mtime()), (0o1777, 1_000_000_000));
+    assert_eq!(fs::read_link(at("d/sym")).unwrap(), Path::new("/d/setuid"));
+    assert_eq!(meta("d/sym").uid(), 1000);
+    for (path, kind, device) in [
+        ("d/null", FileType::CharacterDevice, (1, 3)),
+        ("d/loop", FileType::BlockDevice, (7, 9)),
+        ("d/fifo", FileType::Fifo, (0, 0)),
+        ("d/gone", FileType::CharacterDevice, (0, 0)),
+    ] {
+        let found = meta(path);
+        assert_eq!(FileType::from_raw_mode(found.mode()), kind, "{path}");
+        assert_eq!((rfs::major(found.rdev()), rfs::minor(found.rdev())), device, "{path}");
+    }
+    assert_eq!(meta("d/null").mode() & 0o7777, 0o620);
+    assert_eq!((meta("a").mode() & 0o7777, meta("a/b/c").mode() & 0o7777), (0o755, 0o600));
+    assert!(meta("sparse").len() == (1 << 20) + 10 && meta("sparse").blocks() * 512 < 1 << 19);
+    let n = rfs::lgetxattr(at("a/b"), "trusted.overlay.opaque", &mut value[..]).unwrap();
+    assert_eq!(&value[..n], b"y");
+    assert_eq!(fs::read(at("twice")).unwrap(), b"last");
+    assert!(at(&"l".repeat(200)).exists() && !at("short").exists());
+}
+
+#[test]
+fn hostile_entries_stay_inside_or_are_refused() {
+    let outside = tempfile::tempdir().unwrap();
+    let victim = outside.path().join("victim");
+    fs::write(&victim, "safe").unwrap();
+    let target = outside.path().to_str().unwrap();
+    let link = victim.to_str().unwrap();
+    let up = "../../../../../../../../../..";
+    // Refused, each with a reason.
+    for (what, plain) in [
+        ("dot-dot", Tar::new().file("../x", 0o644, b"x").finish()),
+        ("dot-dot inside", Tar::new().file("a/../../x", 0o644, b"x").finish()),
+        ("hard link up", Tar::new().hard_link("h", "../x").finish()),
+        ("hard link outside", Tar::new().hard_link("h", link).finish()),
+        ("hard link through a symlink", Tar::new().symlink("s", target).hard_link("h", "s/victim").finish()),
+        ("write through a symlink", Tar::new().symlink("s", target).file("s/victim", 0o644, b"x").finish()),
+        (
+            "write through a relative one",
+            Tar::new().symlink("s", &format!("{up}{target}")).file("s/victim", 0o644, b"x").finish(),
+        ),
+        ("magic link", Tar::new().symlink("s", "/proc/self/root").file("s/x", 0o644, b"x").finish()),
+        ("whiteout of nothing", Tar::new().file(".wh.", 0o644, b"").finish()),
+        ("whiteout of dot-dot", Tar::new().file("a/.wh...", 0o644, b"").finish()),
+        ("root as a file", Tar::new().file("/", 0o644, b"").symlink(".", "/etc").finish()),
+        ("a file as a directory", Tar::new().file("f", 0o644, b"").file("f/x", 0o644, b"").finish()),
+        ("cut short", Tar::new().file("f", 0o644, &[7; 5000]).finish()[..2000].to_vec()),
+        ("NUL", Tar::new().pax(&[("path", b"a\0b")]).file("f", 0o644, b"").finish()),
+        ("bad PAX", Tar::new().raw("p", EntryType::XHeader, 0o644, "", b"99 path=x\n").file("f", 0o644, b"").finish()),
+    ] {
+        let (dir, result) = unpack(plain);
+        let error = result.expect_err(what);
+        assert!(matches!(error, ImageError::Corrupt(_)), "{what}: {error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "{what}");
+        assert_eq!(fs::read(&victim).unwrap(), b"safe", "{what}");
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1, "{what}");
+    }
+    // Harmless: absolute paths lie below the root, and a symlink itself is replaced, not followed.
+    let (dir, result) = unpack(Tar::new().file("/abs/x", 0o644, b"x").symlink("s", link).file("s", 0o644, b"mine").finish());
+    result.unwrap();
+    assert!(dir.path().join("layer/abs/x").exists());
+    assert!(fs::symlink_metadata(dir.path().join("layer/s")).unwrap().is_file());
+    assert_eq!(fs::read(&victim).unwrap(), b"safe");
+    let (dir, result) = unpack(Tar::new().dir("in", 0o755).symlink("s", "/in").file("s/x", 0o644, b"x").finish());
+    result.unwrap();
+    assert!(dir.path().join("layer/in/x").exists(), "a symlink is followed with the layer as root");
+}
+
+#[test]
+fn bombs_meet_a_limit() {
+    let mut many = Tar::new();
+    for i in 0..10_001 {
+        many = many.file(&format!("f{i}"), 0o644, b"");
+    }
+    let long_name = Tar::new().raw("n", EntryType::GNULongName, 0o644, "", &vec![b'a'; 2 << 20]).file("f", 0o644, b"").finish();
+    let huge = Tar::new().file("zeros", 0o644, &vec![0; 101 << 20]).finish();
+    for plain in [many.finish(), long_name, huge] {
+        let error = unpack(plain).1.unwrap_err();
+        assert!(matches!(error, ImageError::TooMany(_)), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_files_as_the_overlay_would_show_them() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let low = Tar::new()
+        .file("etc/passwd", 0o644, b"low")
+        .file("etc/group", 0o644, b"group")
+        .file("etc/gone", 0o644, b"gone")
+        .file("opaque/hidden", 0o644, b"hidden")
+        .file("real/file", 0o644, b"through a link")
+        .finish();
+    let high = Tar::new()
+        .file("etc/passwd", 0o644, b"high")
+        .file("etc/.wh.gone", 0o644, b"")
+        .file("opaque/.wh..wh..opq", 0o644, b"")
+        .symlink("link", "/../real")
+        .symlink("out", "/etc/../../../../../etc/hostname")
+        .symlink("loop", "loop")
+        .finish();
+    let made = image(&[(low.clone(), gzip(&low)), (high.clone(), gzip(&high))], false);
+    registry.push("a/b", "t", &made);
+    let image = open(root.path()).pull(&registry.name("a/b:t"), None).await.unwrap();
+    let read = |path: &str| image.read_file(path, 100).unwrap();
+    assert_eq!(read("etc/passwd").as_deref(), Some(&b"high"[..]));
+    assert_eq!(read("/etc/group").as_deref(), Some(&b"group"[..]));
+    assert_eq!(read("link/file").as_deref(), Some(&b"through a link"[..]));
+    for absent in ["etc/gone", "opaque/hidden", "out", "etc", "nothing/here", "etc/passwd/x", ""] {
+        assert_eq!(read(absent), None, "{absent}");
+    }
+    assert!(image.read_file("loop", 100).is_err());
+    assert!(matches!(image.read_file("etc/group", 2), Err(ImageError::TooMany(_))));
+}
+
+fn write_layout(dir: &Path, made: &Made) {
+    let blobs = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    for blob in made.layers.iter().chain([&made.config, &made.manifest]) {
+        fs::write(blobs.join(digest::hex_of(&digest::of(blob))), blob).unwrap();
+    }
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [{
+        "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest::of(&made.manifest), "size": made.manifest.len(),
+        "annotations": { "org.opencontainers.image.ref.name": "q.example/app:1" } }] });
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
+    fs::write(dir.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn imports_layouts_and_docker_archives() {
+    let (root, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (store, made) = (open(root.path()), small());
+    let layout = work.path().join("layout");
+    write_layout(&layout, &made);
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append_dir_all(".", &layout).unwrap();
+    let packed = work.path().join("layout.tar.gz");
+    fs::write(&packed, gzip(&builder.into_inner().unwrap())).unwrap();
+    for path in [&layout, &packed] {
+        let images = store.import(path).await.unwrap();
+        assert_eq!(images[0].repo_tags, ["q.example/app:1"]);
+        assert_eq!(images[0].repo_digests, [format!("q.example/app@{}", digest::of(&made.manifest))]);
+        assert_layers(root.path(), 1);
+        store.remove("q.example/app:1").unwrap();
+        assert_layers(root.path(), 0);
+    }
+    let manifest = serde_json::json!([{ "Config": "c.json", "RepoTags": ["app:2"], "Layers": ["l/layer.tar"] }]);
+    let saved = Tar::new()
+        .file("c.json", 0o644, &made.config)
+        .file("l/layer.tar", 0o644, &made.layers[0])
+        .file("manifest.json", 0o644, manifest.to_string().as_bytes())
+        .finish();
+    let archive = work.path().join("saved.tar");
+    fs::write(&archive, saved).unwrap();
+    let images = store.import(&archive).await.unwrap();
+    assert_eq!(
+        (images[0].id.as_str(), &images[0].repo_tags[..]),
+        (digest::of(&made.config).as_str(), &["docker.io/library/app:2".to_owned()][..])
+    );
+    assert_eq!(images[0].read_file("etc/passwd", 1000).unwrap().unwrap(), b"root:x:0:0::/:/bin/sh\n");
+    fs::write(&archive, Tar::new().file("x", 0o644, b"").finish()).unwrap();
+    assert!(matches!(store.import(&archive).await, Err(ImageError::Corrupt(_))));
+    let blob = layout.join("blobs/sha256").join(digest::hex_of(&digest::of(&made.layers[0])));
+    fs::write(&blob, gzip(&Tar::new().finish())).unwrap();
+    store.remove("app:2").unwrap();
+    assert!(matches!(store.import(&layout).await, Err(ImageError::Corrupt(_))));
+    assert_layers(root.path(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unfinished_work_and_bad_records_do_not_stop_the_store() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "t", &small());
+    let name = registry.name("a/b:t");
+    let store = open(root.path());
+    let image = store.pull(&name, None).await.unwrap();
+    drop(store);
+    let layers = root.path().join("images/layers");
+    fs::create_dir_all(layers.join("tmp-1/x")).unwrap();
+    fs::create_dir_all(layers.join("trash-1")).unwrap();
+    fs::create_dir_all(layers.join("b".repeat(64))).unwrap();
+    fs::write(root.path().join(format!("images/{}.json", "c".repeat(64))), "{").unwrap();
+    let store = open(root.path());
+    assert_eq!(store.list().len(), 1);
+    assert_layers(root.path(), 1);
+    drop(store);
+    fs::remove_dir_all(&image.layers[0].path).unwrap();
+    let store = open(root.path());
+    assert!(store.list().is_empty());
+    store.pull(&name, None).await.unwrap();
+    assert!(image.layers[0].path.join("etc/passwd").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_fails_the_pull_and_leaves_nothing() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    struct Mounted(tempfile::TempDir);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+        }
+    }
+    let disk = Mounted(tempfile::tempdir().unwrap());
+    mount(Some("tmpfs"), disk.0.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+    let registry = Registry::start();
+    registry.push("a/b", "big", &one(Tar::new().file("big", 0o644, &noise(9, 4_000_000)).finish()));
+    registry.push("a/b", "small", &small());
+    let store = open(disk.0.path());
+    let error = store.pull(&registry.name("a/b:big"), None).await.unwrap_err();
+    assert!(matches!(error, ImageError::NoSpace(_)), "{error}");
+    assert_layers(disk.0.path(), 0);
+    store.pull(&registry.name("a/b:small"), None).await.unwrap();
+}
+
+/// Prints the speed of one layer of about 100 MB: run in release with `--nocapture`.
+#[test]
+fn unpack_speed() {
+    let mut plain = Tar::new();
+    let megabytes = if cfg!(debug_assertions) { 4 } else { 100 };
+    for i in 0..megabytes * 10 {
+        let text: Vec<u8> = noise(i + 1, 50_000).iter().flat_map(|b| [b % 64, 10 + b % 16]).collect();
+        plain = plain.file(&format!("dir{}/file{i}", i % 50), 0o644, &text);
+    }
+    let plain = plain.finish();
+    let (id, limits) = (digest::of(&plain), extract::Limits { bytes: 1 << 30, entries: 1 << 20 });
+    for (what, stored) in [("plain", plain.clone()), ("gzip", gzip(&plain)), ("zstd", zstd(&plain))] {
+        let dir = tempfile::tempdir().unwrap();
+        let started = Instant::now();
+        let written = unpack::unpack(&stored[..], &id, dir.path(), limits).unwrap();
+        let rate = plain.len() as f64 / 1e6 / started.elapsed().as_secs_f64();
+        println!("{what}: {} MB stored, {} MB on disk, {rate:.0} MB/s", stored.len() / 1_000_000, written.bytes / 1_000_000);
+        assert_eq!(fs::metadata(dir.path().join("dir0/file0")).unwrap().permissions().mode() & 0o7777, 0o644);
+    }
+}
