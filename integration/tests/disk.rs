@@ -72,6 +72,7 @@ fn a_pull_onto_a_full_disk() -> Result<()> {
         ensure!(error.code() == Code::ResourceExhausted, "{error:?}");
         ensure!(client.list_images(cri::ListImagesRequest::default())?.images.is_empty());
         ensure!(used(&disk)? == before, "{} blocks before, {} after", before, used(&disk)?);
+        drop(client);
         daemon.stop()
     })
 }
@@ -110,6 +111,7 @@ fn pods_and_containers_on_a_full_disk() -> Result<()> {
         fs::remove_file(filler)?;
         let again = client.run(&config)?;
         client.remove(&again)?;
+        drop(client);
         daemon.stop()
     })
 }
