@@ -11,6 +11,8 @@ use std::{
 
 /// Longest wait for the daemon's socket.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// Longest wait for the daemon's clean end.
+const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// A daemon of a test. Dropping it kills the daemon, every monitor below its state directory, and removes its files.
 pub struct Daemon {
@@ -121,7 +123,18 @@ impl Daemon {
     pub fn stop(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the daemon runs")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
-        let status = process.wait()?;
+        let deadline = Instant::now() + STOP_LIMIT;
+        let status = loop {
+            if let Some(status) = process.try_wait()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                process.kill()?;
+                process.wait()?;
+                bail!("windlass did not end within {STOP_LIMIT:?} of SIGTERM:\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
         if !status.success() {
             bail!("windlass ended with {status}:\n{}", self.log());
         }

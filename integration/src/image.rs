@@ -10,7 +10,11 @@ use tar::{Builder, EntryType, Header};
 /// Name of the image with a shell, the usual tools, and /probe.
 pub const BUSYBOX: &str = "localhost/busybox:test";
 
-const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n";
+/// This machine's architecture, as images name it.
+pub const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+
+const PASSWD: &str =
+    "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nwww-data:x:33:\nextra:x:50000:user\n";
 
 fn file(builder: &mut Builder<Vec<u8>>, path: &str, mode: u32, bytes: &[u8]) -> Result<()> {
@@ -63,13 +67,18 @@ fn probe_layer() -> Result<Vec<u8>> {
     Ok(builder.into_inner()?)
 }
 
+/// Uncompressed layers of the test image: busybox, then the probe.
+pub fn layers() -> Result<[Vec<u8>; 2]> {
+    Ok([busybox_layer()?, probe_layer()?])
+}
+
 /// Writes the archive with [`BUSYBOX`].
 pub fn write_archive(path: &Path) -> Result<()> {
-    let layers = [busybox_layer()?, probe_layer()?];
+    let layers = layers()?;
     let digest = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
     let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", digest(layer))).collect();
     let config = json!({
-        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
+        "architecture": ARCHITECTURE, "os": "linux",
         "config": { "Cmd": ["sh"], "Env": ["PATH=/bin", "IMAGE=busybox"] },
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     })

@@ -9,5 +9,6 @@ pub mod go;
 pub mod image;
 pub mod leak;
 pub mod node;
+pub mod registry;
 pub mod setup;
 pub mod suite;
