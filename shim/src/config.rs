@@ -135,6 +135,18 @@ impl Config {
 mod tests {
     use super::*;
 
+    /// manifests/config.toml shows every key with its default.
+    #[test]
+    fn the_reference_is_the_default() {
+        let reference = include_str!("../../manifests/config.toml");
+        let parsed: Config = toml::from_str(reference).expect("the reference parses");
+        assert_eq!(serde_json::json!(parsed), serde_json::json!(Config::default()));
+        let flat = toml::to_string(&Config::default()).expect("encodes");
+        for key in flat.lines().filter_map(|line| line.split_once(" =").map(|(key, _)| key)) {
+            assert!(reference.lines().any(|line| line.starts_with(&format!("{key} ="))), "{key} is not in the reference");
+        }
+    }
+
     #[test]
     fn an_unknown_key_is_named() {
         let directory = tempfile::tempdir().expect("temporary directory");

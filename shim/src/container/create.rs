@@ -92,8 +92,8 @@ async fn assemble(node: &Node, pod: &Pod, id: &str, config: ContainerConfig, ima
     write_bundle(directory, &oci, image)?;
     let log_path = log_path(&pod_record, &config)?;
     let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
-    let pid = match reply.0 {
-        Body::CreateReply(reply) => reply.pid,
+    let (pid, not_enforced) = match reply.0 {
+        Body::CreateReply(reply) => (reply.pid, reply.not_enforced),
         other => return Err(Error::internal(format!("unexpected reply of the monitor: {other:?}"))),
     };
     let record = Record {

@@ -235,9 +235,9 @@ impl RuntimeService for Service {
             condition("RuntimeReady", Ok(()), ""),
             condition("NetworkReady", self.node.network.ready(), "NetworkPluginNotReady"),
         ];
-        let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false, ..Default::default() };
+        let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
         let handlers = ["", "windlass"]
-            .map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features.clone()) })
+            .map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) })
             .into();
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),

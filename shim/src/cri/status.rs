@@ -28,11 +28,11 @@ pub(super) fn of_image(error: ImageError) -> Status {
     let message = error.to_string();
     match error {
         ImageError::InvalidReference { .. } => Status::invalid_argument(message),
-        ImageError::NotFound { .. } => Status::not_found(message),
-        ImageError::Unauthorized { .. } => Status::permission_denied(message),
-        ImageError::RegistryUnavailable { .. } => Status::unknown(format!("RegistryUnavailable: {message}")),
-        ImageError::Corrupt { .. } => Status::data_loss(message),
-        ImageError::NoSpace { .. } => Status::resource_exhausted(message),
+        ImageError::NotFound(..) => Status::not_found(message),
+        ImageError::Unauthorized(..) => Status::permission_denied(message),
+        ImageError::RegistryUnavailable(..) => Status::unknown(format!("RegistryUnavailable: {message}")),
+        ImageError::Corrupt(..) => Status::data_loss(message),
+        ImageError::NoSpace(..) => Status::resource_exhausted(message),
         _ => Status::internal(message),
     }
 }

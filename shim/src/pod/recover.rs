@@ -54,6 +54,8 @@ pub async fn recover(node: &Arc<Node>) {
     }
     let live = node.pods().iter().filter(|pod| pod.look(|record| record.network_attached)).map(|pod| pod.id.clone()).collect();
     node.network.reconcile(&live);
+    // Only now are the layers of every container held.
+    node.images.collect_unused();
 }
 
 async fn reconnect_for_shutdown(node: &Node, pod: &Pod) {

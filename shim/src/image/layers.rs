@@ -1,0 +1,299 @@
+//! Layers on disk, one directory each by chain id, and who uses them. A layer that no image and no lease uses is
+//! renamed away at once and deleted in the background.
+
+use super::digest::{hex_of, is_hex};
+use super::error::ImageError;
+use super::extract::Written;
+use super::record::{self, LayerRecord};
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+
+/// Disk used by images, from records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FsUsage {
+    /// The directory the layers are in.
+    pub mountpoint: PathBuf,
+    /// Whole blocks of all layers, in bytes.
+    pub used_bytes: u64,
+    /// Inodes of all layers.
+    pub inodes_used: u64,
+}
+
+pub(super) struct Layers {
+    dir: PathBuf,
+    held: Mutex<HashMap<String, Held>>,
+    building: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
+    trash: mpsc::Sender<PathBuf>,
+    /// The store is gone: leases that end now end with the daemon, and keep their layers.
+    closed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Held {
+    uses: usize,
+    on_disk: Option<Written>,
+    /// Its record is written: the data was synced before.
+    durable: bool,
+}
+
+impl Layers {
+    /// Takes up the layers in `dir` that have a record or are named in `imaged`; removes everything else.
+    pub(super) fn open(dir: PathBuf, imaged: &HashMap<String, LayerRecord>) -> Result<Layers, ImageError> {
+        let failed = |e| ImageError::io(format!("open layers in {}", dir.display()), e);
+        fs::create_dir_all(&dir).map_err(failed)?;
+        let trash = start_trash_thread().map_err(failed)?;
+        let mut held = HashMap::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            if !is_hex(&name) {
+                discard_stray(&dir, &path, &name, &trash);
+                continue;
+            }
+            let chain_id = format!("sha256:{name}");
+            let record_path = record_path(&dir, &chain_id);
+            let record = match imaged.get(&chain_id) {
+                Some(record) => {
+                    if !record_path.exists() {
+                        record::write(&record_path, record, false)?;
+                    }
+                    Some(record.clone())
+                }
+                None => record::read::<LayerRecord>(&record_path).ok(),
+            };
+            match record {
+                Some(r) => {
+                    let written = Written { bytes: r.bytes, inodes: r.inodes };
+                    held.insert(chain_id, Held { uses: 0, on_disk: Some(written), durable: true });
+                }
+                None => {
+                    tracing::warn!(layer = chain_id, "removing a layer without a record: it was never finished");
+                    let _ = record::remove(&record_path);
+                    discard(&dir, &path, &trash);
+                }
+            }
+        }
+        Ok(Layers { dir, held: Mutex::new(held), building: Mutex::default(), trash, closed: AtomicBool::new(false) })
+    }
+
+    pub(super) fn path(&self, chain_id: &str) -> PathBuf {
+        self.dir.join(hex_of(chain_id))
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn written(&self, chain_id: &str) -> Option<Written> {
+        self.lock().get(chain_id).and_then(|h| h.on_disk)
+    }
+
+    pub(super) fn usage(&self) -> FsUsage {
+        let mut usage = FsUsage { mountpoint: self.dir.clone(), used_bytes: 0, inodes_used: 0 };
+        for written in self.lock().values().filter_map(|h| h.on_disk) {
+            usage.used_bytes += written.bytes;
+            usage.inodes_used += written.inodes;
+        }
+        usage
+    }
+
+    /// The right to make this layer: others who want it wait until the guard is dropped.
+    pub(super) async fn building(&self, chain_id: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+            building.retain(|_, lock| lock.strong_count() > 0);
+            match building.get(chain_id).and_then(Weak::upgrade) {
+                Some(lock) => lock,
+                None => {
+                    let lock = Arc::new(tokio::sync::Mutex::new(()));
+                    building.insert(chain_id.to_owned(), Arc::downgrade(&lock));
+                    lock
+                }
+            }
+        };
+        lock.lock_owned().await
+    }
+
+    /// A directory to unpack into, gone when dropped unless published.
+    pub(super) fn temp_dir(&self) -> Result<TempLayer, ImageError> {
+        let path = random_name(&self.dir, "tmp");
+        let failed = |e| ImageError::io(format!("make layer directory {}", path.display()), e);
+        fs::create_dir(&path).map_err(failed)?;
+        let temp = TempLayer { path: path.clone(), published: false };
+        // A layer without an entry for its root has the usual one, whatever the umask.
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(failed)?;
+        Ok(temp)
+    }
+
+    /// Gives the unpacked directory its name. The caller holds a lease on it and the right to build it.
+    pub(super) fn publish(&self, chain_id: &str, mut temp: TempLayer, written: Written) -> Result<(), ImageError> {
+        let path = self.path(chain_id);
+        let mut held = self.lock();
+        fs::rename(&temp.path, &path).map_err(|e| ImageError::io(format!("name layer {chain_id}"), e))?;
+        temp.published = true;
+        let layer = held.entry(chain_id.to_owned()).or_default();
+        layer.on_disk = Some(written);
+        layer.durable = false;
+        Ok(())
+    }
+
+    /// Writes the records of layers that have none. To be called after a `syncfs`.
+    pub(super) fn record(&self, chain_ids: &[String]) -> Result<Vec<LayerRecord>, ImageError> {
+        let mut held = self.lock();
+        let mut records = Vec::new();
+        for chain_id in chain_ids {
+            let Some((layer, written)) = held.get_mut(chain_id).and_then(|h| h.on_disk.map(|w| (h, w))) else {
+                return Err(ImageError::Io(format!("record layer {chain_id}: it is not on disk")));
+            };
+            let record = LayerRecord {
+                version: record::VERSION,
+                chain_id: chain_id.clone(),
+                bytes: written.bytes,
+                inodes: written.inodes,
+            };
+            if !layer.durable {
+                record::write(&record_path(&self.dir, chain_id), &record, false)?;
+                layer.durable = true;
+            }
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Holds the layers until the lease is dropped.
+    pub(super) fn lease(self: &Arc<Self>, chain_ids: &[String]) -> Lease {
+        let mut held = self.lock();
+        for chain_id in chain_ids {
+            held.entry(chain_id.clone()).or_default().uses += 1;
+        }
+        Lease { layers: Arc::clone(self), chain_ids: chain_ids.to_vec() }
+    }
+
+    /// Removes layers that nobody uses.
+    pub(super) fn collect(&self) {
+        let mut held = self.lock();
+        let unused: Vec<String> = held.iter().filter(|(_, h)| h.uses == 0).map(|(id, _)| id.clone()).collect();
+        for chain_id in unused {
+            self.discard_layer(&mut held, &chain_id);
+        }
+    }
+
+    /// From here on no lease's end removes anything.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    fn release(&self, chain_ids: &[String]) {
+        if self.closed.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut held = self.lock();
+        // The uppermost first: what is left after a crash in between is a whole lower part.
+        for chain_id in chain_ids.iter().rev() {
+            let Some(layer) = held.get_mut(chain_id) else { continue };
+            layer.uses = layer.uses.saturating_sub(1);
+            if layer.uses == 0 {
+                self.discard_layer(&mut held, chain_id);
+            }
+        }
+    }
+
+    fn discard_layer(&self, held: &mut HashMap<String, Held>, chain_id: &str) {
+        if held.remove(chain_id).is_some_and(|h| h.on_disk.is_some()) {
+            if let Err(error) = record::remove(&record_path(&self.dir, chain_id)) {
+                tracing::warn!(%error, "removing a layer");
+            }
+            discard(&self.dir, &self.path(chain_id), &self.trash);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A hold on layers; they stay on disk until it is dropped.
+#[must_use = "dropping a lease releases its layers"]
+pub struct Lease {
+    layers: Arc<Layers>,
+    chain_ids: Vec<String>,
+}
+
+impl Lease {
+    /// The layers held, lowest first: what [`super::Store::lease_layers`] takes after a restart.
+    pub fn chain_ids(&self) -> &[String] {
+        &self.chain_ids
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.layers.release(&self.chain_ids);
+    }
+}
+
+/// A layer being unpacked.
+pub(super) struct TempLayer {
+    path: PathBuf,
+    published: bool,
+}
+
+impl TempLayer {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for TempLayer {
+    fn drop(&mut self) {
+        if !self.published {
+            if let Err(error) = fs::remove_dir_all(&self.path) {
+                tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
+            }
+        }
+    }
+}
+
+fn record_path(dir: &Path, chain_id: &str) -> PathBuf {
+    dir.join(format!("{}.json", hex_of(chain_id)))
+}
+
+fn random_name(dir: &Path, prefix: &str) -> PathBuf {
+    let number = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
+    dir.join(format!("{prefix}-{number:016x}"))
+}
+
+/// What is no layer: unfinished and half deleted directories go, a record whose layer is gone goes.
+fn discard_stray(dir: &Path, path: &Path, name: &str, trash: &mpsc::Sender<PathBuf>) {
+    if name.starts_with("tmp-") {
+        discard(dir, path, trash);
+    } else if name.starts_with("trash-") {
+        let _ = trash.send(path.to_path_buf());
+    } else if name.ends_with(".json.tmp") || name.strip_suffix(".json").is_some_and(|n| is_hex(n) && !dir.join(n).exists()) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn discard(dir: &Path, path: &Path, trash: &mpsc::Sender<PathBuf>) {
+    let away = random_name(dir, "trash");
+    match fs::rename(path, &away) {
+        Ok(()) => drop(trash.send(away)),
+        Err(error) => tracing::warn!(path = %path.display(), %error, "removing a layer"),
+    }
+}
+
+/// Deletes what it is sent; ends with the last sender.
+fn start_trash_thread() -> std::io::Result<mpsc::Sender<PathBuf>> {
+    let (sender, paths) = mpsc::channel::<PathBuf>();
+    std::thread::Builder::new().name("layer-trash".into()).spawn(move || {
+        for path in paths {
+            if let Err(error) = fs::remove_dir_all(&path) {
+                tracing::warn!(path = %path.display(), %error, "deleting a removed layer");
+            }
+        }
+    })?;
+    Ok(sender)
+}

@@ -1,0 +1,135 @@
+//! Reads one file of an image through its layers, as overlayfs would show it, with nothing mounted.
+
+use super::error::ImageError;
+use rustix::fs::{self, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+
+const MAX_SYMLINKS: u32 = 40;
+
+/// The regular file at `path`, symlinks followed inside the image; `None` if there is none.
+pub(super) fn read_file(layers: &[&Path], path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
+    let what = || format!("read {path:?} of image");
+    let roots: Vec<OwnedFd> = layers
+        .iter()
+        .rev()
+        .map(|dir| fs::openat(CWD, *dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()))
+        .collect::<Result<_, _>>()
+        .map_err(|e| ImageError::io(what(), e))?;
+    let Some((root, real)) = resolve(&roots, Path::new(path)).map_err(|e| ImageError::io(what(), e))? else {
+        return Ok(None);
+    };
+    let fd = open(root, &real, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|e| ImageError::io(what(), e))?;
+    let mut bytes = Vec::new();
+    std::fs::File::from(fd).take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| ImageError::io(what(), e))?;
+    if bytes.len() as u64 > limit_bytes {
+        return Err(ImageError::TooMany(format!("{}: is over the limit of {limit_bytes} bytes", what())));
+    }
+    Ok(Some(bytes))
+}
+
+/// Walks the path through the merged view; `roots` are uppermost first.
+fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd, PathBuf)>, Errno> {
+    let mut pending: VecDeque<OsString> = names(path).into();
+    let mut real = PathBuf::new();
+    let mut links = 0;
+    let mut found = None;
+    while let Some(name) = pending.pop_front() {
+        if name == ".." {
+            real.pop();
+            found = None;
+            continue;
+        }
+        real.push(&name);
+        let Some((root, kind)) = lookup(roots, &real)? else {
+            return Ok(None);
+        };
+        match kind {
+            FileType::Symlink => {
+                links += 1;
+                if links > MAX_SYMLINKS {
+                    return Err(Errno::LOOP);
+                }
+                let link = open(root, &real, OFlags::PATH | OFlags::NOFOLLOW)?;
+                let target = PathBuf::from(OsString::from_vec(fs::readlinkat(&link, "", Vec::new())?.into_bytes()));
+                real.pop();
+                if target.is_absolute() {
+                    real.clear();
+                }
+                names(&target).into_iter().rev().for_each(|n| pending.push_front(n));
+                found = None;
+            }
+            FileType::Directory => found = None,
+            FileType::RegularFile if pending.is_empty() => found = Some(root),
+            _ => return Ok(None),
+        }
+    }
+    Ok(found.map(|root| (root, real)))
+}
+
+fn names(path: &Path) -> Vec<OsString> {
+    path.components()
+        .filter_map(|c| match c {
+            Component::Normal(name) => Some(name.to_os_string()),
+            Component::ParentDir => Some("..".into()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The uppermost layer that shows the path (without symlinks on the way), and what it is there.
+fn lookup<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd, FileType)>, Errno> {
+    let prefixes: Vec<&Path> = path.ancestors().filter(|p| !p.as_os_str().is_empty()).collect();
+    for root in roots {
+        let mut opaque = false;
+        for (i, prefix) in prefixes.iter().rev().enumerate() {
+            let fd = match open(root, prefix, OFlags::PATH | OFlags::NOFOLLOW) {
+                Err(Errno::NOENT) => break,
+                other => other?,
+            };
+            let stat = fs::fstat(&fd)?;
+            let kind = FileType::from_raw_mode(stat.st_mode);
+            if kind == FileType::CharacterDevice && stat.st_rdev == 0 {
+                return Ok(None);
+            }
+            if i + 1 == prefixes.len() {
+                return Ok(Some((root, kind)));
+            }
+            if kind != FileType::Directory {
+                return Ok(None);
+            }
+            opaque |= is_opaque(root, prefix)?;
+        }
+        if opaque {
+            return Ok(None);
+        }
+    }
+    Ok(None)
+}
+
+fn is_opaque(root: &OwnedFd, path: &Path) -> Result<bool, Errno> {
+    let dir = open(root, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+    let mut value = [0u8; 1];
+    match fs::fgetxattr(&dir, "trusted.overlay.opaque", &mut value) {
+        Ok(n) => Ok(n == 1 && value == *b"y"),
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    // O_PATH with O_NOFOLLOW opens a symlink itself even where none may be followed.
+    fs::openat2(
+        root,
+        Path::new(std::ffi::OsStr::from_bytes(path.as_os_str().as_bytes())),
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+        resolve,
+    )
+}

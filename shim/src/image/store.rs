@@ -1,0 +1,478 @@
+//! The index of images and the operations on it. Pulls and imports prepare layers beside it; only the last step, the
+//! commit, changes it, one at a time: sync, layer records, image record, then the view that readers see.
+
+use super::auth::RegistryAuth;
+use super::digest::{self, chain_ids, hex_of, is_hex};
+use super::error::ImageError;
+use super::extract::Limits;
+use super::layers::{FsUsage, Layers, Lease};
+use super::manifest::{self, Document, Manifest, Platform};
+use super::record::{self, ImageRecord, LayerRecord};
+use super::reference::Reference;
+use super::registry::{Clients, Session};
+use super::transfer::{self, Source, Want};
+use super::{import, read};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared, WeakShared};
+use oci_spec::image::ImageConfiguration;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, spawn_blocking};
+
+const MAX_INDEX_DEPTH: u32 = 3;
+const MIN_SHORT_ID: usize = 3;
+
+/// How a store is opened.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// Everything the store has lies below it.
+    pub root: PathBuf,
+    /// containerd's `certs.d`; it need not exist.
+    pub registry_config_dir: PathBuf,
+    /// What is chosen from an index.
+    pub platform: Platform,
+    /// Layers fetched and unpacked at the same time, over all pulls.
+    pub parallel_layers: usize,
+    /// Most bytes of files in one layer, holes included.
+    pub layer_limit_bytes: u64,
+    /// Most entries in one layer.
+    pub layer_limit_entries: u64,
+}
+
+impl StoreConfig {
+    /// Defaults for this machine.
+    pub fn new(root: PathBuf, registry_config_dir: PathBuf) -> StoreConfig {
+        StoreConfig {
+            root,
+            registry_config_dir,
+            platform: Platform::default(),
+            parallel_layers: 4,
+            layer_limit_bytes: 256 << 30,
+            layer_limit_entries: 10_000_000,
+        }
+    }
+}
+
+/// One layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Digest over this layer's and all lower layers' diff ids.
+    pub chain_id: String,
+    /// The directory with the layer's files and overlayfs whiteouts.
+    pub path: PathBuf,
+}
+
+/// An image on disk, as it was when it was looked up.
+#[derive(Debug)]
+pub struct Image {
+    /// `sha256:` and the digest of the config.
+    pub id: String,
+    /// Normalised `name:tag`, sorted.
+    pub repo_tags: Vec<String>,
+    /// Normalised `name@digest`, sorted.
+    pub repo_digests: Vec<String>,
+    /// Bytes its layers and config take on disk; layers shared with other images count in full.
+    pub size_bytes: u64,
+    /// The parsed config.
+    pub config: ImageConfiguration,
+    /// Lowest first.
+    pub layers: Vec<Layer>,
+}
+
+impl Image {
+    /// The content of a regular file of the image, symlinks followed inside it; `None` if there is none.
+    ///
+    /// # Errors
+    /// `TooMany` if the file is longer than `limit_bytes`; `Io`.
+    pub fn read_file(&self, path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
+        let layers: Vec<&Path> = self.layers.iter().map(|l| l.path.as_path()).collect();
+        read::read_file(&layers, path, limit_bytes)
+    }
+
+    fn chain_ids(&self) -> Vec<String> {
+        self.layers.iter().map(|l| l.chain_id.clone()).collect()
+    }
+}
+
+type PullKey = (Reference, Option<RegistryAuth>);
+type PullFuture = BoxFuture<'static, Result<Arc<Image>, ImageError>>;
+
+/// The image store; clones are the same store.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    config: StoreConfig,
+    layers: Arc<Layers>,
+    index: RwLock<BTreeMap<String, Indexed>>,
+    /// Held while the index and its records change.
+    commit: Mutex<()>,
+    pulls: Mutex<HashMap<PullKey, WeakShared<PullFuture>>>,
+    clients: Arc<Clients>,
+    slots: Arc<Semaphore>,
+}
+
+struct Indexed {
+    image: Arc<Image>,
+    record: ImageRecord,
+    _lease: Lease,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.layers.close();
+    }
+}
+
+/// An image that is being made: its config, its names and where its layers come from.
+pub(super) struct Plan {
+    id: String,
+    config_text: String,
+    config: ImageConfiguration,
+    tags: Vec<String>,
+    digests: Vec<String>,
+    wants: Vec<Want>,
+}
+
+impl Plan {
+    pub(super) fn new(config: Vec<u8>, tags: Vec<String>, digests: Vec<String>) -> Result<Plan, ImageError> {
+        let id = digest::of(&config);
+        let corrupt = |cause: String| ImageError::Corrupt(format!("config {id}: {cause}"));
+        let config_text = String::from_utf8(config).map_err(|e| corrupt(e.to_string()))?;
+        let config: ImageConfiguration = serde_json::from_str(&config_text).map_err(|e| corrupt(e.to_string()))?;
+        if let Some(bad) = config.rootfs().diff_ids().iter().find(|d| !digest::is_digest(d)) {
+            return Err(corrupt(format!("{bad:?} is no sha256 digest")));
+        }
+        Ok(Plan { id, config_text, config, tags, digests, wants: Vec::new() })
+    }
+
+    /// Joins each layer's place to its diff id, lowest first.
+    pub(super) fn set_sources(&mut self, sources: Vec<Source>) -> Result<(), ImageError> {
+        let diff_ids = self.config.rootfs().diff_ids();
+        if diff_ids.len() != sources.len() {
+            let (config, manifest) = (diff_ids.len(), sources.len());
+            return Err(ImageError::Corrupt(format!("config {}: has {config} layers, the manifest {manifest}", self.id)));
+        }
+        let joined = chain_ids(diff_ids).into_iter().zip(diff_ids.clone()).zip(sources);
+        self.wants = joined.map(|((chain_id, diff_id), source)| Want { chain_id, diff_id, source }).collect();
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Opens the store and removes unfinished work. A record that cannot be read is set aside with a warning.
+    ///
+    /// # Errors
+    /// Only if the root itself cannot be made or read.
+    pub fn open(config: StoreConfig) -> Result<Store, ImageError> {
+        let failed = |e| ImageError::io(format!("open image store {}", config.root.display()), e);
+        std::fs::create_dir_all(&config.root).map_err(failed)?;
+        let mut records = Vec::new();
+        for entry in std::fs::read_dir(&config.root).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            match path.extension().and_then(|e| e.to_str()) {
+                Some("json") => records.extend(load_record(&path)),
+                Some("tmp") => drop(std::fs::remove_file(&path)),
+                _ => {}
+            }
+        }
+        let imaged: HashMap<String, LayerRecord> =
+            records.iter().flat_map(|(r, _): &(ImageRecord, _)| &r.layers).map(|l| (l.chain_id.clone(), l.clone())).collect();
+        let layers = Arc::new(Layers::open(config.root.join("layers"), &imaged)?);
+        let mut index = BTreeMap::new();
+        for (record, parsed) in records {
+            if let Some(lost) = record.layers.iter().find(|l| layers.written(&l.chain_id).is_none()) {
+                tracing::warn!(image = record.id, layer = lost.chain_id, "setting an image aside: a layer is missing");
+                set_aside(&record_path(&config.root, &record.id));
+                continue;
+            }
+            index.insert(record.id.clone(), indexed(&layers, record, parsed));
+        }
+        let slots = Arc::new(Semaphore::new(config.parallel_layers.max(1)));
+        Ok(Store(Arc::new(Inner {
+            config,
+            layers,
+            index: RwLock::new(index),
+            commit: Mutex::default(),
+            pulls: Mutex::default(),
+            clients: Arc::default(),
+            slots,
+        })))
+    }
+
+    /// Pulls an image. The same pull by several callers is done once; it is canceled when the last of them goes.
+    ///
+    /// # Errors
+    /// Every kind but `TooMany` has the reason in the registry's answer or the disk; nothing is left of a failed pull.
+    pub async fn pull(&self, reference: &str, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
+        let reference: Reference = reference.parse()?;
+        self.join_pull((reference, auth)).await
+    }
+
+    fn join_pull(&self, key: PullKey) -> Shared<PullFuture> {
+        let mut pulls = self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+        pulls.retain(|_, pull| pull.upgrade().is_some_and(|p| p.peek().is_none()));
+        if let Some(pull) = pulls.get(&key).and_then(WeakShared::upgrade) {
+            return pull;
+        }
+        let (store, (reference, auth)) = (self.clone(), key.clone());
+        let pull = async move {
+            let context = format!("pull {reference}");
+            store.pull_alone(&reference, auth).await.map_err(|e| e.within(context))
+        };
+        let pull = pull.boxed().shared();
+        if let Some(weak) = pull.downgrade() {
+            pulls.insert(key, weak);
+        }
+        pull
+    }
+
+    async fn pull_alone(&self, reference: &Reference, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
+        let inner = &self.0;
+        let clients = Arc::clone(&inner.clients);
+        let session = Arc::new(Session::new(clients, &inner.config.registry_config_dir, reference, auth)?);
+        let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
+        let (manifest, digest) = self.resolve(&session, wanted).await?;
+        let config = session.small_blob(&manifest.config).await?;
+        // A reference with a digest says which image it is; its tag may say another by now.
+        let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();
+        let mut plan = Plan::new(config, tag.into_iter().collect(), vec![reference.with_digest(&digest)])?;
+        plan.set_sources(manifest.layers.into_iter().map(|l| Source::Registry(Arc::clone(&session), l)).collect())?;
+        self.make(plan).await
+    }
+
+    /// The manifest for this platform, and the digest of what the name itself points to.
+    async fn resolve(&self, session: &Session, wanted: &str) -> Result<(Manifest, String), ImageError> {
+        let (mut bytes, top) = session.manifest(wanted).await?;
+        let mut object = format!("manifest {top}");
+        for _ in 0..=MAX_INDEX_DEPTH {
+            match manifest::parse(&bytes, &object)? {
+                Document::Manifest(manifest) => return Ok((manifest, top)),
+                Document::Index(index) => {
+                    let chosen = manifest::select(&index, &self.0.config.platform, &object)?.digest.clone();
+                    bytes = session.manifest(&chosen).await?.0;
+                    object = format!("manifest {chosen}");
+                }
+            }
+        }
+        Err(ImageError::TooMany(format!("{object}: indexes nest too deep")))
+    }
+
+    /// Imports every image of an OCI layout or a `docker save` archive.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is neither, `NoSpace`, `Io`; images imported before the failing one stay.
+    pub async fn import(&self, path: &Path) -> Result<Vec<Arc<Image>>, ImageError> {
+        let (inner, path) = (Arc::clone(&self.0), path.to_path_buf());
+        let found = spawn_blocking(move || import::scan(&path, &inner.layers, &inner.config.platform, inner.limits()));
+        let found = found.await.map_err(|e| ImageError::Io(format!("import: {e}")))??;
+        let mut images = Vec::new();
+        for plan in found.plans {
+            images.push(self.make(plan).await.map_err(|e| e.within("import"))?);
+        }
+        Ok(images)
+    }
+
+    /// Layers, all at once as far as slots allow, then the commit.
+    async fn make(&self, mut plan: Plan) -> Result<Arc<Image>, ImageError> {
+        let inner = &self.0;
+        let wants = std::mem::take(&mut plan.wants);
+        let chain: Vec<String> = wants.iter().map(|w| w.chain_id.clone()).collect();
+        let lease = inner.layers.lease(&chain);
+        let mut tasks = JoinSet::new();
+        for want in wants {
+            let object = format!("layer {}", want.diff_id);
+            let made = transfer::ensure(Arc::clone(&inner.layers), Arc::clone(&inner.slots), want, inner.limits());
+            tasks.spawn(async move { made.await.map_err(|e| e.within(object)) });
+        }
+        let mut result = Ok(());
+        while let Some(joined) = tasks.join_next().await {
+            let one =
+                joined.unwrap_or_else(|e| if e.is_cancelled() { Ok(()) } else { Err(ImageError::Io(format!("layer: {e}"))) });
+            // The first failure ends the others, and is the one to tell.
+            if result.is_ok() && one.is_err() {
+                result = one;
+                tasks.abort_all();
+            }
+        }
+        result?;
+        let inner = Arc::clone(inner);
+        let commit = spawn_blocking(move || inner.commit(plan, &chain, lease));
+        commit.await.map_err(|e| ImageError::Io(format!("record image: {e}")))?
+    }
+
+    /// All images, by id.
+    pub fn list(&self) -> Vec<Arc<Image>> {
+        self.0.read_index().values().map(|i| Arc::clone(&i.image)).collect()
+    }
+
+    /// An image by tag, digest reference, `name:tag@digest`, id with or without `sha256:`, or a unique start of the id.
+    pub fn get(&self, name: &str) -> Option<Arc<Image>> {
+        let index = self.0.read_index();
+        if let Some(indexed) = index.get(&format!("sha256:{}", hex_of(name))) {
+            return Some(Arc::clone(&indexed.image));
+        }
+        if let Ok(reference) = name.parse::<Reference>() {
+            let named = index.values().find(|i| is_named(&i.image, &reference));
+            if let Some(indexed) = named {
+                return Some(Arc::clone(&indexed.image));
+            }
+        }
+        let short = hex_of(name);
+        if short.len() < MIN_SHORT_ID || !short.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut starting = index.values().filter(|i| hex_of(&i.image.id).starts_with(short));
+        match (starting.next(), starting.next()) {
+            (Some(only), None) => Some(Arc::clone(&only.image)),
+            _ => None,
+        }
+    }
+
+    /// Removes the image that `name` means, with all its names; its disk is given back in the background as far as nobody else
+    /// uses the layers. An absent image is fine.
+    ///
+    /// # Errors
+    /// `Io` if the record cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<(), ImageError> {
+        let _commit = self.0.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(image) = self.get(name) else {
+            return Ok(());
+        };
+        record::remove(&record_path(&self.0.config.root, &image.id)).map_err(|e| e.within(format!("remove image {name}")))?;
+        let removed = self.0.index.write().unwrap_or_else(PoisonError::into_inner).remove(&image.id);
+        drop(removed);
+        Ok(())
+    }
+
+    /// A container's hold on the layers of its image, over the image's removal.
+    pub fn lease(&self, image: &Image) -> Lease {
+        self.0.layers.lease(&image.chain_ids())
+    }
+
+    /// Takes a lease again after a restart.
+    pub fn lease_layers(&self, chain_ids: &[String]) -> Lease {
+        self.0.layers.lease(chain_ids)
+    }
+
+    /// Removes layers that neither an image nor a lease uses: to be called once all leases of an earlier run are taken again.
+    pub fn collect_unused(&self) {
+        self.0.layers.collect();
+    }
+
+    /// What the layers take on disk.
+    pub fn usage(&self) -> FsUsage {
+        self.0.layers.usage()
+    }
+}
+
+impl Inner {
+    fn limits(&self) -> Limits {
+        Limits { bytes: self.config.layer_limit_bytes, entries: self.config.layer_limit_entries }
+    }
+
+    fn read_index(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Indexed>> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the image durable, then visible. The lease covers its layers until the index has its own.
+    fn commit(&self, plan: Plan, chain: &[String], lease: Lease) -> Result<Arc<Image>, ImageError> {
+        let context = format!("record image {}", plan.id);
+        let dir = std::fs::File::open(self.layers.dir()).map_err(|e| ImageError::io(&context, e))?;
+        rustix::fs::syncfs(&dir).map_err(|e| ImageError::io(&context, e))?;
+        let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        let layers = self.layers.record(chain).map_err(|e| e.within(&context))?;
+        let old = self.read_index().get(&plan.id).map(|i| i.record.clone());
+        let mut record = ImageRecord {
+            version: record::VERSION,
+            id: plan.id,
+            config: plan.config_text,
+            repo_tags: plan.tags.clone(),
+            repo_digests: plan.digests,
+            layers,
+        };
+        if let Some(old) = old {
+            record.repo_tags.extend(old.repo_tags);
+            record.repo_digests.extend(old.repo_digests);
+        }
+        for names in [&mut record.repo_tags, &mut record.repo_digests] {
+            names.sort();
+            names.dedup();
+        }
+        record::write(&record_path(&self.config.root, &record.id), &record, true).map_err(|e| e.within(&context))?;
+        self.untag_others(&record.id, &plan.tags)?;
+        let indexed = indexed(&self.layers, record, plan.config);
+        let image = Arc::clone(&indexed.image);
+        let replaced = self.index.write().unwrap_or_else(PoisonError::into_inner).insert(image.id.clone(), indexed);
+        drop((replaced, lease));
+        Ok(image)
+    }
+
+    /// A tag that moved leaves the image that had it.
+    fn untag_others(&self, id: &str, tags: &[String]) -> Result<(), ImageError> {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        for other in index.values_mut().filter(|i| i.image.id != id && i.record.repo_tags.iter().any(|t| tags.contains(t))) {
+            other.record.repo_tags.retain(|t| !tags.contains(t));
+            record::write(&record_path(&self.config.root, &other.image.id), &other.record, true)?;
+            other.image = Arc::new(image_of(&self.layers, &other.record, other.image.config.clone()));
+        }
+        Ok(())
+    }
+}
+
+fn is_named(image: &Image, reference: &Reference) -> bool {
+    match (reference.digest(), reference.tagged()) {
+        (Some(digest), _) => image.repo_digests.contains(&reference.with_digest(digest)),
+        (None, Some(tagged)) => image.repo_tags.contains(&tagged),
+        (None, None) => false,
+    }
+}
+
+fn record_path(root: &Path, id: &str) -> PathBuf {
+    root.join(format!("{}.json", hex_of(id)))
+}
+
+fn load_record(path: &Path) -> Option<(ImageRecord, ImageConfiguration)> {
+    let loaded = record::read::<ImageRecord>(path).and_then(|record| {
+        let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+        if !is_hex(stem) || digest::of(record.config.as_bytes()) != record.id || hex_of(&record.id) != stem {
+            return Err(ImageError::Corrupt(format!("record {}: its config has another digest", path.display())));
+        }
+        let config =
+            serde_json::from_str(&record.config).map_err(|e| ImageError::Corrupt(format!("record {}: {e}", path.display())))?;
+        Ok((record, config))
+    });
+    match loaded {
+        Ok(loaded) => Some(loaded),
+        Err(error) => {
+            tracing::warn!(%error, "setting an image record aside");
+            set_aside(path);
+            None
+        }
+    }
+}
+
+fn set_aside(path: &Path) {
+    if let Err(error) = std::fs::rename(path, path.with_extension("bad")) {
+        tracing::warn!(path = %path.display(), %error, "setting a record aside");
+    }
+}
+
+fn indexed(layers: &Arc<Layers>, record: ImageRecord, config: ImageConfiguration) -> Indexed {
+    let chain: Vec<String> = record.layers.iter().map(|l| l.chain_id.clone()).collect();
+    Indexed { image: Arc::new(image_of(layers, &record, config)), record, _lease: layers.lease(&chain) }
+}
+
+fn image_of(layers: &Layers, record: &ImageRecord, config: ImageConfiguration) -> Image {
+    let places = record.layers.iter().map(|l| Layer { chain_id: l.chain_id.clone(), path: layers.path(&l.chain_id) });
+    Image {
+        id: record.id.clone(),
+        repo_tags: record.repo_tags.clone(),
+        repo_digests: record.repo_digests.clone(),
+        size_bytes: record.config.len() as u64 + record.layers.iter().map(|l| l.bytes).sum::<u64>(),
+        config,
+        layers: places.collect(),
+    }
+}

@@ -1,0 +1,89 @@
+//! One layer's bytes on their way to disk: an async producer verifies the compressed digest and feeds a bounded channel; a blocking
+//! thread decompresses, hashes the plain bytes (the diff id) and extracts. The whole layer is in memory at no time.
+
+use super::digest::HashingReader;
+use super::error::ImageError;
+use super::extract::{self, Limits, Written};
+use bytes::{Buf, Bytes};
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+use tokio::sync::mpsc;
+
+/// Chunks in flight between network and extractor, each at most a network read.
+pub(super) const CHANNEL_CHUNKS: usize = 32;
+/// Bytes that may follow the archive's end marker (padding of the record size).
+const MAX_TRAILER_BYTES: u64 = 64 << 20;
+const BUFFER_BYTES: usize = 128 << 10;
+/// zstd's window, as a power of two: what `zstd --long` needs at most by default.
+const MAX_ZSTD_WINDOW_LOG: u32 = 27;
+
+/// What the producer sends.
+#[derive(Debug)]
+pub(super) enum Chunk {
+    Data(Bytes),
+    /// All bytes were sent and their digest is right.
+    End,
+    Failed(ImageError),
+}
+
+/// The blocking end of the channel. A producer that vanishes is an error, not an end.
+pub(super) struct ChannelReader {
+    chunks: mpsc::Receiver<Chunk>,
+    current: Bytes,
+    ended: bool,
+}
+
+impl ChannelReader {
+    pub(super) fn new(chunks: mpsc::Receiver<Chunk>) -> Self {
+        ChannelReader { chunks, current: Bytes::new(), ended: false }
+    }
+}
+
+impl Read for ChannelReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() && !self.ended {
+            match self.chunks.blocking_recv() {
+                Some(Chunk::Data(bytes)) => self.current = bytes,
+                Some(Chunk::End) => self.ended = true,
+                Some(Chunk::Failed(error)) => return Err(error.into_io()),
+                None => return Err(ImageError::Io("unpack: canceled".into()).into_io()),
+            }
+        }
+        let n = buf.len().min(self.current.len());
+        self.current.copy_to_slice(&mut buf[..n]);
+        Ok(n)
+    }
+}
+
+/// Unpacks the (compressed) layer into `dir` and checks that its plain bytes have `diff_id`.
+pub(super) fn unpack(reader: impl Read, diff_id: &str, dir: &Path, limits: Limits) -> Result<Written, ImageError> {
+    let mut raw = BufReader::with_capacity(BUFFER_BYTES, reader);
+    let plain = decompress(&mut raw).map_err(|e| ImageError::io("unpack", e))?;
+    let (written, rest) = extract::extract(HashingReader::new(BufReader::with_capacity(BUFFER_BYTES, plain)), dir, limits)?;
+    let mut rest = rest.take(MAX_TRAILER_BYTES);
+    io::copy(&mut rest, &mut io::sink()).map_err(|e| ImageError::io("unpack", e))?;
+    if rest.limit() == 0 {
+        return Err(ImageError::TooMany(format!("unpack: more than {MAX_TRAILER_BYTES} bytes follow the archive's end")));
+    }
+    let found = rest.into_inner().finish();
+    // Only at the raw stream's end is the compressed digest known to be right.
+    io::copy(&mut raw, &mut io::sink()).map_err(|e| ImageError::io("unpack", e))?;
+    if found != diff_id {
+        return Err(ImageError::Corrupt(format!("unpack: the layer's diff id is {found}, the image's config says {diff_id}")));
+    }
+    Ok(written)
+}
+
+/// Chooses by the first bytes, since media types are often wrong: gzip, zstd, else plain.
+pub(super) fn decompress<'a, R: BufRead + 'a>(raw: &'a mut R) -> io::Result<Box<dyn Read + 'a>> {
+    let magic = raw.fill_buf()?;
+    Ok(if magic.starts_with(&[0x1f, 0x8b]) {
+        Box::new(flate2::bufread::MultiGzDecoder::new(raw))
+    } else if magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || magic.get(1..4) == Some(&[0x2a, 0x4d, 0x18]) {
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(raw)?;
+        decoder.window_log_max(MAX_ZSTD_WINDOW_LOG)?;
+        Box::new(decoder)
+    } else {
+        Box::new(raw)
+    })
+}
