@@ -10,4 +10,6 @@ pub mod image;
 pub mod leak;
 pub mod node;
 pub mod setup;
+pub mod standin;
+pub mod standin_registry;
 pub mod suite;
