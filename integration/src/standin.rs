@@ -1,7 +1,6 @@
 //! Stand-ins for the images that critest pulls, built the same each time from Debian's static busybox, a small web server and a
 //! set-user-ID program. Owns their contents and names; serving them is `standin_registry`'s.
 
-use crate::go;
 use anyhow::{Context, Result, ensure};
 use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
