@@ -51,6 +51,8 @@ impl Tree {
         header.set_entry_type(kind);
         header.set_mode(mode);
         header.set_size(size as u64);
+        header.set_uid(0);
+        header.set_gid(0);
         header.set_mtime(1_700_000_000);
         header
     }
