@@ -17,12 +17,16 @@ const LOG_LIMIT: Duration = Duration::from_secs(10);
 struct Crictl {
     program: PathBuf,
     endpoint: String,
+    /// An empty configuration: the one of the machine has no say.
+    config: PathBuf,
 }
 
 impl Crictl {
     fn run(&self, words: &[&str]) -> Result<String> {
         let output = Command::new(&self.program)
-            .args(["--config", "/nonexistent", "--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint])
+            .arg("--config")
+            .arg(&self.config)
+            .args(["--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint])
             .args(words)
             .output()
             .context("run crictl")?;
@@ -57,7 +61,9 @@ fn session() -> Result<()> {
     registry.write_mirrors(&mirrors)?;
     let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
     daemon.serve()?;
-    let crictl = Crictl { program: tools.crictl, endpoint: format!("unix://{}", daemon.socket().display()) };
+    let config = scratch.path().join("crictl.yaml");
+    fs::write(&config, "")?;
+    let crictl = Crictl { program: tools.crictl, endpoint: format!("unix://{}", daemon.socket().display()), config };
 
     crictl.shows(&["version"], "windlass")?;
     ensure!(crictl.json(&["info"])?["status"]["conditions"][0]["status"] == true, "the runtime is not ready");
