@@ -11,4 +11,6 @@ pub mod leak;
 pub mod node;
 pub mod registry;
 pub mod setup;
+pub mod standin;
+pub mod standin_registry;
 pub mod suite;

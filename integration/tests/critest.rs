@@ -1,7 +1,8 @@
 //! The real `crictl` and `critest`. Needs `go` and its module cache or proxy.
 
-use std::process::Command;
-use windlass_integration::{critest, go};
+use anyhow::Result;
+use std::{path::Path, process::Command, time::Duration};
+use windlass_integration::{critest, daemon::Daemon, go, node, standin::Images, standin_registry::StandinRegistry};
 
 #[test]
 fn the_tools_are_built_and_the_digest_can_be_replaced() {
@@ -18,4 +19,44 @@ fn the_tools_are_built_and_the_digest_can_be_replaced() {
         critest::with_digest(&patched, &"cd".repeat(32), &scratch.path().join("again")).is_err(),
         "no published digest is left"
     );
+}
+
+/// Longest run of the whole suite.
+const SUITE_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+fn list(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance").join(name);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("read {}: {error}", path.display()))
+}
+
+/// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in `<target>/critest`.
+fn run_suite() -> Result<critest::Outcomes> {
+    let tools = go::tools()?;
+    let images = Images::build()?;
+    let output = go::target_dir().join("critest");
+    std::fs::create_dir_all(&output)?;
+    let scratch = tempfile::tempdir()?;
+    let suite = scratch.path().join("critest");
+    critest::with_digest(&tools.critest, &images.pinned_digest()?, &suite)?;
+    let registry = StandinRegistry::start(images)?;
+    let mirrors = scratch.path().join("certs.d");
+    registry.write_mirrors(&mirrors)?;
+    let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
+    daemon.serve()?;
+    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT);
+    std::fs::write(output.join("daemon.log"), daemon.log())?;
+    outcomes
+}
+
+#[test]
+fn the_listed_specs_pass() {
+    let outcomes = node::run(run_suite).expect("a run of critest");
+    let passed = outcomes.values().filter(|outcome| outcome.state == "passed").count();
+    let verdict = critest::compare(&outcomes, &list("must-pass.txt"), &list("not-yet.txt"));
+    println!("critest: {passed} of {} specs passed", outcomes.len());
+    for name in &verdict.gained {
+        println!("passes now, belongs to must-pass.txt: {name}");
+    }
+    assert!(verdict.unlisted.is_empty(), "in neither list or in both:\n{}", verdict.unlisted.join("\n"));
+    assert!(verdict.broken.is_empty(), "{} listed specs did not pass:\n{}", verdict.broken.len(), verdict.broken.join("\n"));
 }

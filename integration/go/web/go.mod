@@ -1,0 +1,3 @@
+module windlass.test/web
+
+go 1.24
