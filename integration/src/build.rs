@@ -40,7 +40,10 @@ fn packages() -> Result<()> {
     }
     step("apt-get update", Command::new("apt-get").args(["update", "-qq"]))?;
     let title = format!("install {}", missing.join(" "));
-    step(&title, Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing).stdout(Stdio::null()))
+    step(
+        &title,
+        Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing).stdout(Stdio::null()),
+    )
 }
 
 /// A cargo of this workspace.
@@ -57,9 +60,15 @@ pub fn all() -> Result<()> {
     if !installed.lines().any(|line| line == STATIC_TARGET) {
         step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;
     }
-    step("build windlass and bench", cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bins"]))?;
+    step(
+        "build windlass and bench",
+        cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bins"]),
+    )?;
     let fixed = ["build", "--profile", "monitor", "--target", STATIC_TARGET];
-    step("build windlass-monitor, windlass-oci and probe", cargo().args(fixed).args(["-p", "windlass-runtime", "-p", "windlass-probe", "--bins"]))?;
+    step(
+        "build windlass-monitor, windlass-oci and probe",
+        cargo().args(fixed).args(["-p", "windlass-runtime", "-p", "windlass-probe", "--bins"]),
+    )?;
     lay_out()
 }
 

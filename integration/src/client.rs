@@ -123,7 +123,12 @@ pub fn pod(logs: &Path) -> cri::PodSandboxConfig {
     let name = format!("pod-{}", SERIAL.fetch_add(1, Ordering::Relaxed));
     let options = cri::NamespaceOption { pid: cri::NamespaceMode::Container.into(), ..Default::default() };
     cri::PodSandboxConfig {
-        metadata: Some(cri::PodSandboxMetadata { name: name.clone(), uid: format!("uid-{name}"), namespace: "test".into(), attempt: 0 }),
+        metadata: Some(cri::PodSandboxMetadata {
+            name: name.clone(),
+            uid: format!("uid-{name}"),
+            namespace: "test".into(),
+            attempt: 0,
+        }),
         hostname: name.clone(),
         log_directory: logs.join(&name).to_string_lossy().into_owned(),
         labels: [("app".to_owned(), name)].into(),

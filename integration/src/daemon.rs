@@ -28,8 +28,12 @@ impl Daemon {
     pub fn prepare(extra: &[&str]) -> Result<Daemon> {
         let directory = tempfile::Builder::new().prefix("windlass-test-").tempdir()?;
         let unique = directory.path().file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let daemon =
-            Daemon { process: None, extra: extra.iter().map(|text| (*text).to_owned()).collect(), cgroup: format!("/{unique}"), directory };
+        let daemon = Daemon {
+            process: None,
+            extra: extra.iter().map(|text| (*text).to_owned()).collect(),
+            cgroup: format!("/{unique}"),
+            directory,
+        };
         let bridge = format!("wlt{}", &unique[unique.len() - 6..]);
         let config = format!("[cgroup]\nparent = {:?}\n[network]\nbridge = {bridge:?}\n", daemon.cgroup);
         fs::write(daemon.path("config.toml"), config)?;

@@ -62,8 +62,14 @@ fn show(daemon: &Daemon, client: &Client, steps: &mut Steps) -> Result<()> {
     let id = steps.time("RunPodSandbox", || Ok(client.run(&config)?))?;
     let address = client.pod(&id)?.network.context("the pod has no network")?.ip;
     println!("\n==> pod {} is ready at {address}", &id[..13]);
-    let mut wanted = client::container(&config, "main", &["sh", "-c", "echo \"hello from pid $$ on $(hostname)\"; exec sleep 3600"]);
-    let resources = cri::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, cpu_quota: 50_000, cpu_period: 100_000, ..Default::default() };
+    let mut wanted =
+        client::container(&config, "main", &["sh", "-c", "echo \"hello from pid $$ on $(hostname)\"; exec sleep 3600"]);
+    let resources = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 64 << 20,
+        cpu_quota: 50_000,
+        cpu_period: 100_000,
+        ..Default::default()
+    };
     wanted.linux.get_or_insert_default().resources = Some(resources);
     let container = steps.time("CreateContainer", || Ok(client.create(&id, &config, &wanted)?))?;
     steps.time("StartContainer", || Ok(client.start(&container)?))?;

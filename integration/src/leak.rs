@@ -41,7 +41,8 @@ impl Snapshot {
             note("file", path.to_string());
         });
         if let Some(pid) = daemon.pid() {
-            for target in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()) {
+            for target in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok())
+            {
                 let target = target.to_string_lossy().into_owned();
                 // Sockets come and go with clients; what could leak has a name of its own kind.
                 if !target.starts_with("socket:") {
@@ -62,7 +63,12 @@ impl Snapshot {
 }
 
 fn names(directory: &Path) -> Vec<String> {
-    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
 }
 
 fn walk(directory: &Path, note: &mut dyn FnMut(std::path::Display<'_>)) {

@@ -18,7 +18,8 @@ pub fn run<T: Send + 'static>(body: impl FnOnce() -> Result<T> + Send + 'static)
 }
 
 fn enter() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).context("unshare mount and network namespaces (root is needed)")?;
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+        .context("unshare mount and network namespaces (root is needed)")?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
     std::fs::create_dir_all("/run/netns").context("create /run/netns")?;

@@ -72,7 +72,9 @@ impl Tree {
 
 fn busybox() -> Result<Tree> {
     let mut tree = Tree::new();
-    for path in ["bin", "dev", "etc", "home", "proc", "root", "sbin", "sys", "usr", "usr/bin", "usr/sbin", "var", "var/log", "var/run"] {
+    for path in
+        ["bin", "dev", "etc", "home", "proc", "root", "sbin", "sys", "usr", "usr/bin", "usr/sbin", "var", "var/log", "var/run"]
+    {
         tree.directory(path, 0o755)?;
     }
     tree.directory("tmp", 0o1777)?;
@@ -86,7 +88,11 @@ fn busybox() -> Result<Tree> {
     }
     // Debian's build lacks these two; the specs need no more of them than this.
     if !applets.lines().any(|name| name == "pgrep") {
-        tree.file("bin/pgrep", 0o755, b"#!/bin/sh\nfor last; do :; done\nout=$(pidof \"$last\") || exit 1\nfor pid in $out; do echo \"$pid\"; done\n")?;
+        tree.file(
+            "bin/pgrep",
+            0o755,
+            b"#!/bin/sh\nfor last; do :; done\nout=$(pidof \"$last\") || exit 1\nfor pid in $out; do echo \"$pid\"; done\n",
+        )?;
     }
     if !applets.lines().any(|name| name == "ipcs") {
         tree.file("bin/ipcs", 0o755, b"#!/bin/sh\necho '------ Shared Memory Segments --------'\ncat /proc/sysvipc/shm\n")?;
@@ -99,7 +105,11 @@ fn busybox() -> Result<Tree> {
 fn predefined_group() -> Result<Tree> {
     let mut tree = Tree::new();
     tree.file("etc/passwd", 0o644, format!("{PASSWD}default-user:x:1000:1000::/home/default-user:/bin/sh\n").as_bytes())?;
-    tree.file("etc/group", 0o644, format!("{GROUP}default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n").as_bytes())?;
+    tree.file(
+        "etc/group",
+        0o644,
+        format!("{GROUP}default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n").as_bytes(),
+    )?;
     Ok(tree)
 }
 
@@ -113,7 +123,9 @@ fn compiled(command: &mut Command, output: &Path) -> Result<Vec<u8>> {
 fn programs() -> Result<(Vec<u8>, Vec<u8>)> {
     let scratch = tempfile::tempdir().context("make a folder for the stand-ins' programs")?;
     let mut web = Command::new("go");
-    web.args(["build", "-trimpath", "-ldflags", "-s -w -buildid="]).env("GOFLAGS", "-mod=readonly -buildvcs=false").env("GOWORK", "off");
+    web.args(["build", "-trimpath", "-ldflags", "-s -w -buildid="])
+        .env("GOFLAGS", "-mod=readonly -buildvcs=false")
+        .env("GOWORK", "off");
     let web = compiled(web.env("CGO_ENABLED", "0").current_dir(WEB_MODULE), &scratch.path().join("web"))?;
     let mut nnp = Command::new("gcc");
     let nnp = compiled(nnp.args(["-O2", "-static", "-s", "-Wl,--build-id=none", NNP_SOURCE]), &scratch.path().join("nnp"))?;
@@ -149,8 +161,16 @@ impl Images {
             self.add(&format!("k8s-staging-cri-tools/test-image-user-{name}"), "latest", base, &shell(json!({ "User": user })))?;
         }
         let marked = [
-            ("latest", "latest", "latest"), ("tag", "test", "tag"), ("tag", "all", "all"), ("digest", "latest", "digest"), ("1", "latest", "1"),
-            ("2", "latest", "2"), ("3", "latest", "3"), ("tags", "1", "tags"), ("tags", "2", "tags"), ("tags", "3", "tags"),
+            ("latest", "latest", "latest"),
+            ("tag", "test", "tag"),
+            ("tag", "all", "all"),
+            ("digest", "latest", "digest"),
+            ("1", "latest", "1"),
+            ("2", "latest", "2"),
+            ("3", "latest", "3"),
+            ("tags", "1", "tags"),
+            ("tags", "2", "tags"),
+            ("tags", "3", "tags"),
         ];
         for (name, tag, mark) in marked {
             let mut tree = Tree::new();

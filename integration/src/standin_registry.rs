@@ -58,7 +58,10 @@ impl StandinRegistry {
         for name in MIRRORED {
             let directory = directory.join(name);
             fs::create_dir_all(&directory)?;
-            let text = format!("server = \"http://{0}\"\n\n[host.\"http://{0}\"]\ncapabilities = [\"pull\", \"resolve\"]\n", self.address);
+            let text = format!(
+                "server = \"http://{0}\"\n\n[host.\"http://{0}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
+                self.address
+            );
             fs::write(directory.join("hosts.toml"), text).context("write hosts.toml")?;
         }
         Ok(())
@@ -94,7 +97,8 @@ fn serve(mut stream: TcpStream, images: &Images) -> Result<()> {
         Some((kind, body)) => ("200 OK", kind, body),
         None => ("404 Not Found", "application/json", &b"{\"errors\":[{\"code\":\"NAME_UNKNOWN\",\"message\":\"unknown\"}]}"[..]),
     };
-    let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\nContent-Type: {kind}\r\n", body.len());
+    let mut head =
+        format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\nContent-Type: {kind}\r\n", body.len());
     if kind == MANIFEST_TYPE {
         head.push_str(&format!("Docker-Content-Digest: {}\r\n", digest(body)));
     }

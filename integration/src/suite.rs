@@ -31,7 +31,8 @@ pub fn run() -> Result<bool> {
     good &= tests(&mut tally, "integration tests", &["-p", "windlass-integration"], Some("1"))?;
     let list = crate::setup::workspace().join("integration").join(MUST_RUN);
     let list = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;
-    let missing: Vec<&str> = list.lines().filter(|name| !name.is_empty() && !tally.passed.contains(*name) && !tally.failed.contains(*name)).collect();
+    let missing: Vec<&str> =
+        list.lines().filter(|name| !name.is_empty() && !tally.passed.contains(*name) && !tally.failed.contains(*name)).collect();
     for name in &missing {
         println!("did not run: {name}");
     }
@@ -48,7 +49,7 @@ pub fn run() -> Result<bool> {
 fn tests(tally: &mut Tally, title: &str, arguments: &[&str], threads: Option<&str>) -> Result<bool> {
     println!("==> {title}");
     let mut command = cargo();
-    command.args(["test", "--no-fail-fast"]).args(arguments).args(["--", "--nocapture"]);
+    command.args(["test", "--no-fail-fast"]).args(arguments).arg("--");
     if let Some(threads) = threads {
         command.args(["--test-threads", threads]);
     }

@@ -31,7 +31,14 @@ impl Crictl {
             .output()
             .context("run crictl")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        ensure!(output.status.success(), "crictl {}: {}\n{}{}", words.join(" "), output.status, text(&output.stdout), text(&output.stderr));
+        ensure!(
+            output.status.success(),
+            "crictl {}: {}\n{}{}",
+            words.join(" "),
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr)
+        );
         Ok(text(&output.stdout).trim().to_owned())
     }
 
@@ -106,7 +113,11 @@ fn in_its_life(crictl: &Crictl, pod: &str, id: &str) -> Result<()> {
 fn in_its_end(crictl: &Crictl, pod: &str, id: &str) -> Result<()> {
     crictl.run(&["stop", "--timeout", "5", id])?;
     let status = crictl.json(&["inspect", id])?;
-    ensure!(status["status"]["state"] == "CONTAINER_EXITED" && status["status"]["exitCode"] == 3, "after stop: {}", status["status"]);
+    ensure!(
+        status["status"]["state"] == "CONTAINER_EXITED" && status["status"]["exitCode"] == 3,
+        "after stop: {}",
+        status["status"]
+    );
     crictl.run(&["rm", id])?;
     crictl.run(&["stopp", pod])?;
     ensure!(crictl.json(&["inspectp", pod])?["status"]["state"] == "SANDBOX_NOTREADY", "after stopp");

@@ -64,7 +64,9 @@ fn a_missing_mount_source() -> Result<()> {
 
 #[test]
 fn an_unknown_user() -> Result<()> {
-    refused(Code::InvalidArgument, &["no-such-user", "/etc/passwd"], |config| security(config).run_as_username = "no-such-user".into())
+    refused(Code::InvalidArgument, &["no-such-user", "/etc/passwd"], |config| {
+        security(config).run_as_username = "no-such-user".into()
+    })
 }
 
 #[test]

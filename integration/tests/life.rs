@@ -132,14 +132,23 @@ fn a_container_sees_what_the_specification_says() -> Result<()> {
         let seen: Value = serde_json::from_str(&text).context("the probe's report")?;
         let status = &seen["status"];
         for (key, expected) in [
-            ("Pid", "1"), ("Uid", "1000 1000 1000 1000"), ("Gid", "1000 1000 1000 1000"), ("Groups", "1000 50000"), ("NoNewPrivs", "1"),
-            ("CapEff", "0000000000000000"), ("CapBnd", "00000000a80425fb"), ("SigIgn", "0000000000001000"), ("SigBlk", "0000000000000000"),
+            ("Pid", "1"),
+            ("Uid", "1000 1000 1000 1000"),
+            ("Gid", "1000 1000 1000 1000"),
+            ("Groups", "1000 50000"),
+            ("NoNewPrivs", "1"),
+            ("CapEff", "0000000000000000"),
+            ("CapBnd", "00000000a80425fb"),
+            ("SigIgn", "0000000000001000"),
+            ("SigBlk", "0000000000000000"),
             ("Umask", "0022"),
         ] {
             // SIGPIPE is ignored by the probe itself, as Rust programs do.
             ensure!(status[key] == expected, "{key} is {}, not {expected}", status[key]);
         }
-        ensure!(seen["cwd"] == "/tmp" && seen["environment"]["GREETING"] == "hello" && seen["environment"]["HOME"] == "/home/user");
+        ensure!(
+            seen["cwd"] == "/tmp" && seen["environment"]["GREETING"] == "hello" && seen["environment"]["HOME"] == "/home/user"
+        );
         ensure!(seen["hostname"] == config.hostname.as_str(), "hostname {}", seen["hostname"]);
         ensure!(seen["cgroup"].as_str().is_some_and(|line| line.ends_with("0::/")), "cgroup {}", seen["cgroup"]);
         let descriptors = seen["descriptors"].as_object().context("descriptors")?;

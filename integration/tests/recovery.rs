@@ -85,7 +85,8 @@ fn a_killed_monitor_ends_its_pod_before_any_status_says_so() -> Result<()> {
         let before = Snapshot::take(&daemon)?;
         let mut config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;
-        let created = client.create(&id, &config, &container(&config, "main", &["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"]))?;
+        let created =
+            client.create(&id, &config, &container(&config, "main", &["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"]))?;
         client.start(&created)?;
         let monitors = daemon.monitors();
         ensure!(monitors.len() == 1, "{monitors:?}");
@@ -97,7 +98,10 @@ fn a_killed_monitor_ends_its_pod_before_any_status_says_so() -> Result<()> {
             if status.state() != cri::ContainerState::ContainerExited {
                 return Ok(false);
             }
-            ensure!(!fs::read_to_string(leaf.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")), "it still runs");
+            ensure!(
+                !fs::read_to_string(leaf.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")),
+                "it still runs"
+            );
             ensure!(status.exit_code == 255, "{status:?}");
             Ok(true)
         })?;

@@ -7,7 +7,11 @@ use crate::{
     error::{Error, Result},
     image::{Store, StoreConfig},
     monitor::Program,
-    network::{Network, address::Subnet, bridge::{Bridge, BridgeConfig}},
+    network::{
+        Network,
+        address::Subnet,
+        bridge::{Bridge, BridgeConfig},
+    },
     node::Node,
     pod,
 };
@@ -138,7 +142,8 @@ pub fn run(cli: Cli) -> Result<()> {
 
 fn start_log(level: &str) -> Result<()> {
     // The transport's own debugging is asked for by its name, for example log_level = "debug,h2=debug".
-    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,tower=warn,rustls=warn,{level}")).map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
+    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,tower=warn,rustls=warn,{level}"))
+        .map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_target(false);
     tracing_subscriber::registry().with(filter).with(layer).init();
@@ -175,9 +180,10 @@ fn lock(config: &Config) -> Result<fs::File> {
     let path = config.root.join("lock");
     let file = fs::File::create(&path).map_err(|error| Error::io(format_args!("open {}", path.display()), error))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-        rustix::io::Errno::WOULDBLOCK => {
-            Error::precondition(format!("{} is in use by another windlass; stop it or give another --root", config.root.display()))
-        }
+        rustix::io::Errno::WOULDBLOCK => Error::precondition(format!(
+            "{} is in use by another windlass; stop it or give another --root",
+            config.root.display()
+        )),
         error => Error::io(format_args!("lock {}", path.display()), error),
     })?;
     Ok(file)
@@ -228,7 +234,8 @@ fn start_network(config: &Config) -> Result<Network> {
     let network = &config.network;
     let invalid = || Error::invalid(format!("network.subnet {:?} is not an IPv4 network of /8 to /30", network.subnet));
     let (address, prefix) = network.subnet.split_once('/').ok_or_else(invalid)?;
-    let subnet = Subnet::new(address.parse().map_err(|_| invalid())?, prefix.parse().map_err(|_| invalid())?).ok_or_else(invalid)?;
+    let subnet =
+        Subnet::new(address.parse().map_err(|_| invalid())?, prefix.parse().map_err(|_| invalid())?).ok_or_else(invalid)?;
     let bridge = BridgeConfig {
         subnet,
         name: network.bridge.clone(),

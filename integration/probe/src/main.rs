@@ -69,7 +69,9 @@ fn report() -> Value {
     let links = |directory: &str| -> BTreeMap<String, String> {
         let listing = fs::read_dir(directory).into_iter().flatten().flatten();
         listing
-            .filter_map(|entry| Some((entry.file_name().into_string().ok()?, fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned())))
+            .filter_map(|entry| {
+                Some((entry.file_name().into_string().ok()?, fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned()))
+            })
             .collect()
     };
     json!({

@@ -50,12 +50,8 @@ async fn main() -> Result<()> {
     let options = Options::parse();
     let endpoint = Endpoint::from_shared(format!("unix://{}", options.socket.display()))?;
     let channel = endpoint.connect().await.with_context(|| format!("connect {}", options.socket.display()))?;
-    let mut bench = Bench {
-        client: RuntimeServiceClient::new(channel),
-        image: options.image.clone(),
-        logs: tempfile::tempdir()?,
-        serial: 0,
-    };
+    let mut bench =
+        Bench { client: RuntimeServiceClient::new(channel), image: options.image.clone(), logs: tempfile::tempdir()?, serial: 0 };
     for (title, host_network) in [("host network", true), ("pod network", false)] {
         let mut samples = Samples::new();
         bench.life(host_network, &mut Samples::new()).await?;
@@ -86,17 +82,22 @@ impl Bench {
         let directory = self.logs.path().join(&name);
         fs::create_dir(&directory)?;
         let network = if host_network { cri::NamespaceMode::Node } else { cri::NamespaceMode::Pod };
-        let options = cri::NamespaceOption {
-            network: network.into(),
-            pid: cri::NamespaceMode::Container.into(),
-            ..Default::default()
-        };
+        let options =
+            cri::NamespaceOption { network: network.into(), pid: cri::NamespaceMode::Container.into(), ..Default::default() };
         Ok(cri::PodSandboxConfig {
-            metadata: Some(cri::PodSandboxMetadata { name: name.clone(), uid: name.clone(), namespace: "bench".into(), attempt: 0 }),
+            metadata: Some(cri::PodSandboxMetadata {
+                name: name.clone(),
+                uid: name.clone(),
+                namespace: "bench".into(),
+                attempt: 0,
+            }),
             hostname: if host_network { String::new() } else { name },
             log_directory: directory.to_string_lossy().into_owned(),
             linux: Some(cri::LinuxPodSandboxConfig {
-                security_context: Some(cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() }),
+                security_context: Some(cri::LinuxSandboxSecurityContext {
+                    namespace_options: Some(options),
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
@@ -104,7 +105,8 @@ impl Bench {
     }
 
     fn container_config(&self, pod: &cri::PodSandboxConfig) -> cri::ContainerConfig {
-        let options = pod.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).and_then(|s| s.namespace_options.clone());
+        let options =
+            pod.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).and_then(|s| s.namespace_options.clone());
         cri::ContainerConfig {
             metadata: Some(cri::ContainerMetadata { name: "main".into(), attempt: 0 }),
             image: Some(cri::ImageSpec { image: self.image.clone(), ..Default::default() }),
@@ -183,7 +185,10 @@ impl Bench {
         println!("memory with {count} idle pods (PSS): helpers {:.0} KiB for a pod", helpers as f64 / count as f64);
         if let (Some(before), Some(after)) = (before, after) {
             let growth = after.saturating_sub(before);
-            println!("  daemon {before} -> {after} KiB; helpers and growth {:.0} KiB for a pod", (helpers + growth) as f64 / count as f64);
+            println!(
+                "  daemon {before} -> {after} KiB; helpers and growth {:.0} KiB for a pod",
+                (helpers + growth) as f64 / count as f64
+            );
         }
         for pod_sandbox_id in pods {
             self.client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id }).await?;

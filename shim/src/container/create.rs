@@ -32,7 +32,10 @@ pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> 
             }
             return Err(Error::new(
                 Kind::AlreadyExists,
-                format!("create container {}: container {} of this pod has the same name and attempt; remove it first", meta.name, existing.id),
+                format!(
+                    "create container {}: container {} of this pod has the same name and attempt; remove it first",
+                    meta.name, existing.id
+                ),
             ));
         }
         let id = new_id()?;
@@ -54,7 +57,10 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     if image_name.is_empty() {
         return Err(Error::invalid("config.image.image is empty"));
     }
-    let image = node.images.get(&image_name).ok_or_else(|| Error::not_found(format!("image {image_name:?} is not on this node; pull it first")))?;
+    let image = node
+        .images
+        .get(&image_name)
+        .ok_or_else(|| Error::not_found(format!("image {image_name:?} is not on this node; pull it first")))?;
     let directory = node.container_directory(&id);
     let result = assemble(&node, &pod, &id, config, &image, &directory).await;
     match result {
@@ -76,7 +82,14 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     }
 }
 
-async fn assemble(node: &Node, pod: &Pod, id: &str, config: ContainerConfig, image: &Arc<Image>, directory: &Path) -> Result<Container> {
+async fn assemble(
+    node: &Node,
+    pod: &Pod,
+    id: &str,
+    config: ContainerConfig,
+    image: &Arc<Image>,
+    directory: &Path,
+) -> Result<Container> {
     let monitor = pod.monitor()?;
     let lease = node.images.lease(image);
     let pod_record = pod.record();
@@ -85,7 +98,10 @@ async fn assemble(node: &Node, pod: &Pod, id: &str, config: ContainerConfig, ima
     let (oci, not_enforced) = spec::build(&input)?;
     if !not_enforced.is_empty() {
         if node.config.cgroup.strict {
-            return Err(Error::unimplemented(format!("this host cannot enforce {} and cgroup.strict is set", not_enforced.join(", "))));
+            return Err(Error::unimplemented(format!(
+                "this host cannot enforce {} and cgroup.strict is set",
+                not_enforced.join(", ")
+            )));
         }
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
@@ -117,7 +133,10 @@ async fn assemble(node: &Node, pod: &Pod, id: &str, config: ContainerConfig, ima
 }
 
 fn image_name(config: &ContainerConfig, image: &Image) -> String {
-    let asked = config.image.as_ref().map(|spec| if spec.user_specified_image.is_empty() { &spec.image } else { &spec.user_specified_image });
+    let asked = config
+        .image
+        .as_ref()
+        .map(|spec| if spec.user_specified_image.is_empty() { &spec.image } else { &spec.user_specified_image });
     match asked {
         Some(name) if !name.trim_start_matches("sha256:").chars().all(|c| c.is_ascii_hexdigit()) => name.clone(),
         _ => image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone(),
@@ -152,13 +171,22 @@ fn log_path(pod: &pod::Record, config: &ContainerConfig) -> Result<String> {
     }
     let path = Path::new(pod.log_directory()).join(relative);
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|error| Error::io(format_args!("create log directory {}", parent.display()), error))?;
+        fs::create_dir_all(parent)
+            .map_err(|error| Error::io(format_args!("create log directory {}", parent.display()), error))?;
     }
     Ok(text(&path))
 }
 
-fn request(node: &Node, pod: &pod::Record, id: &str, config: &ContainerConfig, bundle: &Path, log_path: &str) -> Result<CreateRequest> {
-    let options = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).and_then(|s| s.namespace_options.clone());
+fn request(
+    node: &Node,
+    pod: &pod::Record,
+    id: &str,
+    config: &ContainerConfig,
+    bundle: &Path,
+    log_path: &str,
+) -> Result<CreateRequest> {
+    let options =
+        config.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).and_then(|s| s.namespace_options.clone());
     let options = options.unwrap_or_else(|| pod::namespace_modes(&pod.config));
     let mut target_container_id = String::new();
     let pid_mode = match options.pid() {
@@ -168,7 +196,10 @@ fn request(node: &Node, pod: &pod::Record, id: &str, config: &ContainerConfig, b
         NamespaceMode::Target => {
             let target = node.container(&options.target_id)?;
             if target.pod_id != pod.id {
-                return Err(Error::invalid(format!("namespace_options.target_id {:?} is a container of another pod", options.target_id)));
+                return Err(Error::invalid(format!(
+                    "namespace_options.target_id {:?} is a container of another pod",
+                    options.target_id
+                )));
             }
             target_container_id = target.id.clone();
             PidMode::Target

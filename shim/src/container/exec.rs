@@ -71,7 +71,8 @@ pub async fn sync(node: &Node, container: &Container, command: Vec<String>, time
         stderr: true,
         terminal: false,
     };
-    let (_, descriptors) = monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {:?}", command.first())))?;
+    let (_, descriptors) =
+        monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {:?}", command.first())))?;
     let mut descriptors = descriptors.into_iter();
     let (Some(stdout), Some(stderr)) = (descriptors.next(), descriptors.next()) else {
         return Err(Error::internal("the monitor gave no pipes"));

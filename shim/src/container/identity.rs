@@ -46,7 +46,9 @@ pub(super) fn resolve(config: &ContainerConfig, image: &Image) -> Result<Identit
     let image_user = image.config.config().as_ref().and_then(|config| config.user().clone()).unwrap_or_default();
     let wanted = wanted(config, &image_user)?;
     let read = |path: &str| -> Result<String> {
-        let bytes = image.read_file(path, FILE_LIMIT_BYTES).map_err(|error| Error::invalid(format!("read {path} of the image: {error}")))?;
+        let bytes = image
+            .read_file(path, FILE_LIMIT_BYTES)
+            .map_err(|error| Error::invalid(format!("read {path} of the image: {error}")))?;
         Ok(String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned())
     };
     look_up(&wanted, &read("etc/passwd")?, &read("etc/group")?)
@@ -122,7 +124,9 @@ fn look_up(wanted: &Wanted, passwd: &str, group: &str) -> Result<Identity> {
     let mut groups = wanted.extra.clone();
     groups.push(gid);
     if wanted.merge && !name.is_empty() {
-        groups.extend(group_entries(group).filter(|(_, _, members)| members.split(',').any(|member| member == name)).map(|(_, gid, _)| gid));
+        groups.extend(
+            group_entries(group).filter(|(_, _, members)| members.split(',').any(|member| member == name)).map(|(_, gid, _)| gid),
+        );
     }
     groups.sort_unstable();
     groups.dedup();
@@ -133,7 +137,8 @@ fn look_up(wanted: &Wanted, passwd: &str, group: &str) -> Result<Identity> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n";
     const GROUP: &str = "root:x:0:\nwww-data:x:33:\nusers:x:100:\nextra:x:50000:user,other\n";
 
     fn check(user: &str, group: &str, extra: &[u32], merge: bool, expected: (u32, u32, &[u32], &str)) {

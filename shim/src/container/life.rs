@@ -81,7 +81,10 @@ pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duratio
 
 async fn wait(container: &Container) -> Result<()> {
     tokio::time::timeout(KILL_LIMIT, container.wait_exited()).await.map_err(|_| {
-        Error::new(Kind::Deadline, format!("container {} did not end within {} s of being killed", container.id, KILL_LIMIT.as_secs()))
+        Error::new(
+            Kind::Deadline,
+            format!("container {} did not end within {} s of being killed", container.id, KILL_LIMIT.as_secs()),
+        )
     })
 }
 
@@ -154,5 +157,9 @@ pub async fn reopen_log(node: &Node, container: &Container) -> Result<()> {
     }
     let monitor = node.pod(&container.pod_id)?.monitor()?;
     let request = Body::ReopenLog(ReopenLogRequest { container_id: container.id.clone() });
-    monitor.call(request).await.map(|_| ()).map_err(|error| error.during(format_args!("reopen log of container {}", container.id)))
+    monitor
+        .call(request)
+        .await
+        .map(|_| ())
+        .map_err(|error| error.during(format_args!("reopen log of container {}", container.id)))
 }

@@ -16,12 +16,7 @@ mod spec;
 pub use create::create;
 pub use life::{remove, reopen_log, start, stop, update};
 
-use crate::{
-    error::Result,
-    image::Lease,
-    node::Node,
-    store,
-};
+use crate::{error::Result, image::Lease, node::Node, store};
 use serde::{Deserialize, Serialize};
 use std::{
     path::{Path, PathBuf},

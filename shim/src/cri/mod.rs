@@ -29,7 +29,11 @@ struct Service {
 
 /// Serves both services on `listener` until `shutdown` resolves, and [`END_LIMIT`] longer at most: a client that does not read
 /// the server's farewell would hold it up for ever. Pods are not touched by the end of it.
-pub async fn serve(node: Arc<Node>, listener: UnixListener, shutdown: impl Future<Output = ()>) -> Result<(), tonic::transport::Error> {
+pub async fn serve(
+    node: Arc<Node>,
+    listener: UnixListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
     let service = Service { node };
     let runtime = RuntimeServiceServer::new(service.clone())
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)

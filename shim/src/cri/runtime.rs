@@ -182,7 +182,8 @@ impl RuntimeService for Service {
         let mut info = HashMap::new();
         if request.verbose {
             let record = container.record();
-            let cgroup = self.node.pod(&record.pod_id).ok().map(|pod| pod.look(|pod| pod.container_cgroup(&self.node, &record.id)));
+            let cgroup =
+                self.node.pod(&record.pod_id).ok().map(|pod| pod.look(|pod| pod.container_cgroup(&self.node, &record.id)));
             let pid = match record.state {
                 container::State::Created { pid } | container::State::Running { pid, .. } => pid,
                 container::State::Exited { .. } => 0,
@@ -208,7 +209,10 @@ impl RuntimeService for Service {
         Ok(Response::new(cri::UpdateContainerResourcesResponse {}))
     }
 
-    async fn reopen_container_log(&self, request: Request<cri::ReopenContainerLogRequest>) -> Reply<cri::ReopenContainerLogResponse> {
+    async fn reopen_container_log(
+        &self,
+        request: Request<cri::ReopenContainerLogRequest>,
+    ) -> Reply<cri::ReopenContainerLogResponse> {
         let container = self.container(&request.into_inner().container_id)?;
         container::reopen_log(&self.node, &container).await.map_err(status::of)?;
         Ok(Response::new(cri::ReopenContainerLogResponse {}))
@@ -236,9 +240,7 @@ impl RuntimeService for Service {
             condition("NetworkReady", self.node.network.ready(), "NetworkPluginNotReady"),
         ];
         let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
-        let handlers = ["", "windlass"]
-            .map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) })
-            .into();
+        let handlers = ["", "windlass"].map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) }).into();
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),
             info: if request.into_inner().verbose { self.node_info() } else { HashMap::new() },
@@ -274,11 +276,17 @@ impl RuntimeService for Service {
         Err(status::not_built("ListContainerStats"))
     }
 
-    async fn list_pod_sandbox_stats(&self, _: Request<cri::ListPodSandboxStatsRequest>) -> Reply<cri::ListPodSandboxStatsResponse> {
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Reply<cri::ListPodSandboxStatsResponse> {
         Err(status::not_built("ListPodSandboxStats"))
     }
 
-    async fn update_runtime_config(&self, _: Request<cri::UpdateRuntimeConfigRequest>) -> Reply<cri::UpdateRuntimeConfigResponse> {
+    async fn update_runtime_config(
+        &self,
+        _: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Reply<cri::UpdateRuntimeConfigResponse> {
         Err(status::not_built("UpdateRuntimeConfig"))
     }
 
@@ -294,15 +302,24 @@ impl RuntimeService for Service {
         Err(status::not_built("RestorePod"))
     }
 
-    async fn list_metric_descriptors(&self, _: Request<cri::ListMetricDescriptorsRequest>) -> Reply<cri::ListMetricDescriptorsResponse> {
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Reply<cri::ListMetricDescriptorsResponse> {
         Err(status::not_built("ListMetricDescriptors"))
     }
 
-    async fn list_pod_sandbox_metrics(&self, _: Request<cri::ListPodSandboxMetricsRequest>) -> Reply<cri::ListPodSandboxMetricsResponse> {
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Reply<cri::ListPodSandboxMetricsResponse> {
         Err(status::not_built("ListPodSandboxMetrics"))
     }
 
-    async fn update_pod_sandbox_resources(&self, _: Request<cri::UpdatePodSandboxResourcesRequest>) -> Reply<cri::UpdatePodSandboxResourcesResponse> {
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Reply<cri::UpdatePodSandboxResourcesResponse> {
         Err(status::not_built("UpdatePodSandboxResources"))
     }
 
@@ -320,13 +337,19 @@ impl RuntimeService for Service {
 
     type StreamContainerStatsStream = NoStream<cri::StreamContainerStatsResponse>;
 
-    async fn stream_container_stats(&self, _: Request<cri::StreamContainerStatsRequest>) -> Reply<Self::StreamContainerStatsStream> {
+    async fn stream_container_stats(
+        &self,
+        _: Request<cri::StreamContainerStatsRequest>,
+    ) -> Reply<Self::StreamContainerStatsStream> {
         Err(status::not_built("StreamContainerStats"))
     }
 
     type StreamPodSandboxStatsStream = NoStream<cri::StreamPodSandboxStatsResponse>;
 
-    async fn stream_pod_sandbox_stats(&self, _: Request<cri::StreamPodSandboxStatsRequest>) -> Reply<Self::StreamPodSandboxStatsStream> {
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Reply<Self::StreamPodSandboxStatsStream> {
         Err(status::not_built("StreamPodSandboxStats"))
     }
 
@@ -338,7 +361,10 @@ impl RuntimeService for Service {
 
     type StreamPodSandboxMetricsStream = NoStream<cri::StreamPodSandboxMetricsResponse>;
 
-    async fn stream_pod_sandbox_metrics(&self, _: Request<cri::StreamPodSandboxMetricsRequest>) -> Reply<Self::StreamPodSandboxMetricsStream> {
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Reply<Self::StreamPodSandboxMetricsStream> {
         Err(status::not_built("StreamPodSandboxMetrics"))
     }
 }

@@ -86,7 +86,8 @@ impl Monitor {
     pub async fn connect(run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
         use std::os::fd::AsRawFd;
         let path: PathBuf = run_directory.join("monitor.sock");
-        let directory = std::fs::File::open(run_directory).map_err(|error| Error::io(format_args!("open {}", run_directory.display()), error))?;
+        let directory = std::fs::File::open(run_directory)
+            .map_err(|error| Error::io(format_args!("open {}", run_directory.display()), error))?;
         // By way of the descriptor, because a socket's address takes 107 bytes (unix(7)) and a state directory may lie deep.
         let short = format!("/proc/self/fd/{}/monitor.sock", directory.as_raw_fd());
         let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(short)).await;
@@ -101,8 +102,7 @@ impl Monitor {
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         tokio::spawn(read_frames(stream.clone(), pending.clone(), events));
-        let monitor =
-            Monitor { stream, pending, next_id: AtomicU64::new(1), writing: tokio::sync::Mutex::new(()) };
+        let monitor = Monitor { stream, pending, next_id: AtomicU64::new(1), writing: tokio::sync::Mutex::new(()) };
         (Arc::new(monitor), receiver)
     }
 

@@ -46,9 +46,13 @@ impl Reader {
         let mut chunk = [0u8; CHUNK_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FRAME_FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received =
-            rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut chunk)], &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT)
-                .map_err(|error| if error == Errno::INTR { Errno::AGAIN } else { error })?;
+        let received = rustix::net::recvmsg(
+            stream,
+            &mut [IoSliceMut::new(&mut chunk)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+        )
+        .map_err(|error| if error == Errno::INTR { Errno::AGAIN } else { error })?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                 self.descriptors.extend(descriptors);

@@ -21,7 +21,9 @@ pub async fn recover(node: &Arc<Node>) {
     }
     for id in store::entries(&node.config.root.join("containers")) {
         match store::read::<container::Record>(&node.container_directory(&id).join("record.json")) {
-            Some(record) if node.pod(&record.pod_id).is_ok() => node.insert_container(Arc::new(Container::restored(node, record))),
+            Some(record) if node.pod(&record.pod_id).is_ok() => {
+                node.insert_container(Arc::new(Container::restored(node, record)))
+            }
             // Its making did not come as far as a record, or its pod is gone: nothing can be running in it.
             _ => {
                 if let Err(error) = store::remove_tree(&node.container_directory(&id)) {

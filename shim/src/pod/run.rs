@@ -37,7 +37,10 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, runtime_handler: Str
         }
         let id = new_id()?;
         let span = tracing::info_span!("run", pod = %id, name = %name);
-        create(node, id, config, runtime_handler).instrument(span).await.map_err(|error| error.during(format_args!("run pod {name}")))
+        create(node, id, config, runtime_handler)
+            .instrument(span)
+            .await
+            .map_err(|error| error.during(format_args!("run pod {name}")))
     })
     .await
 }
@@ -55,7 +58,9 @@ fn check(config: &PodSandboxConfig, runtime_handler: &str) -> Result<String> {
         }
     }
     if !matches!(runtime_handler, "" | "windlass") {
-        return Err(Error::invalid(format!("runtime_handler {runtime_handler:?} is not configured; this node has \"\" and \"windlass\"")));
+        return Err(Error::invalid(format!(
+            "runtime_handler {runtime_handler:?} is not configured; this node has \"\" and \"windlass\""
+        )));
     }
     if config.hostname.len() > 64 {
         return Err(Error::invalid(format!("config.hostname has {} bytes, the kernel takes 64", config.hostname.len())));
@@ -78,7 +83,9 @@ fn check_security(config: &PodSandboxConfig) -> Result<()> {
     }
     let modes = namespace_modes(config);
     if modes.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
-        return Err(Error::unimplemented("config.linux.security_context.namespace_options.userns_options: user namespaces are not served yet"));
+        return Err(Error::unimplemented(
+            "config.linux.security_context.namespace_options.userns_options: user namespaces are not served yet",
+        ));
     }
     Ok(())
 }
@@ -95,7 +102,11 @@ fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
 async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
     let own_network = namespace_modes(&config).network() != NamespaceMode::Node;
     let record = Record {
-        netns: if own_network { node.config.network.netns_dir.join(format!("windlass-{}", &id[..32])) } else { Default::default() },
+        netns: if own_network {
+            node.config.network.netns_dir.join(format!("windlass-{}", &id[..32]))
+        } else {
+            Default::default()
+        },
         cgroup_parent: cgroup_parent(&node, &config)?,
         id: id.clone(),
         config,

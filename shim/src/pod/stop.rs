@@ -94,7 +94,9 @@ pub(super) fn unpin(path: &Path) -> Result<()> {
         Err(error) => return Err(Error::io(format_args!("unmount {}", path.display()), error)),
     }
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format_args!("remove {}", path.display()), error)),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(format_args!("remove {}", path.display()), error))
+        }
         _ => Ok(()),
     }
 }

@@ -24,7 +24,10 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
     }
     for device in &input.config.devices {
         if device.permissions.is_empty() || device.permissions.chars().any(|c| !"rwm".contains(c)) {
-            return Err(Error::invalid(format!("config.devices: permissions {:?} of {} are not made of r, w, m", device.permissions, device.host_path)));
+            return Err(Error::invalid(format!(
+                "config.devices: permissions {:?} of {} are not made of r, w, m",
+                device.permissions, device.host_path
+            )));
         }
         let target = if device.container_path.is_empty() { &device.host_path } else { &device.container_path };
         let mut found = Vec::new();
@@ -33,7 +36,10 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
         if source.is_dir() {
             walk(&source, Path::new(target), 0, &mut found)?;
         } else {
-            found.push(node(&source, Path::new(target)).ok_or_else(|| Error::invalid(format!("config.devices: {:?} is no device", device.host_path)))?);
+            found.push(
+                node(&source, Path::new(target))
+                    .ok_or_else(|| Error::invalid(format!("config.devices: {:?} is no device", device.host_path)))?,
+            );
         }
         for device_node in found {
             rules.push(json!({

@@ -96,7 +96,12 @@ fn process(input: &Input<'_>) -> Result<Value> {
         return Err(Error::invalid(format!("working_dir {cwd:?} is not absolute")));
     }
     let identity = input.identity;
-    let oom = config.linux.as_ref().and_then(|linux| linux.resources.as_ref()).map(|resources| resources.oom_score_adj).unwrap_or_default();
+    let oom = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref())
+        .map(|resources| resources.oom_score_adj)
+        .unwrap_or_default();
     if !(-1000..=1000).contains(&oom) {
         return Err(Error::invalid(format!("linux.resources.oom_score_adj {oom} is not between -1000 and 1000")));
     }
@@ -183,7 +188,9 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
         }
     }
     if options.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
-        return Err(Error::unimplemented("security_context.namespace_options.userns_options: user namespaces are not served yet"));
+        return Err(Error::unimplemented(
+            "security_context.namespace_options.userns_options: user namespaces are not served yet",
+        ));
     }
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "cgroup" })];
     if options.pid() != NamespaceMode::Node {
@@ -202,7 +209,8 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
 fn annotations(input: &Input<'_>) -> Value {
     let mut annotations = json!(input.config.annotations);
     annotations["io.kubernetes.cri.sandbox-id"] = json!(input.pod.id);
-    annotations["io.kubernetes.cri.container-name"] = json!(input.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default());
+    annotations["io.kubernetes.cri.container-name"] =
+        json!(input.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default());
     annotations
 }
 
@@ -222,7 +230,8 @@ fn signal_number(name: &str) -> Option<i32> {
         return (1..=64).contains(&number).then_some(number);
     }
     let name = if name.starts_with("SIG") { name.to_owned() } else { format!("SIG{name}") };
-    let offset = |rest: &str| rest.trim_start_matches("PLUS").trim_start_matches("MINUS").trim_start_matches(['+', '-']).parse::<i32>();
+    let offset =
+        |rest: &str| rest.trim_start_matches("PLUS").trim_start_matches("MINUS").trim_start_matches(['+', '-']).parse::<i32>();
     if let Some(rest) = name.strip_prefix("SIGRTMIN") {
         return if rest.is_empty() { Some(34) } else { offset(rest).ok().map(|offset| 34 + offset) };
     }
@@ -236,7 +245,8 @@ fn signal_number(name: &str) -> Option<i32> {
 pub(super) fn exec_process(bundle: &Path, command: Vec<String>) -> Result<String> {
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
-    let mut spec: Value = serde_json::from_slice(&bytes).map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;
+    let mut spec: Value =
+        serde_json::from_slice(&bytes).map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;
     let mut process = spec["process"].take();
     process["args"] = json!(command);
     process["terminal"] = json!(false);
@@ -264,7 +274,15 @@ mod tests {
 
     #[test]
     fn signals_in_every_form() {
-        for (name, number) in [("SIGTERM", 15), ("TERM", 15), ("9", 9), ("SIGRTMIN", 34), ("SIGRTMIN+3", 37), ("SIGRTMINPLUS3", 37), ("SIGRTMAX", 64)] {
+        for (name, number) in [
+            ("SIGTERM", 15),
+            ("TERM", 15),
+            ("9", 9),
+            ("SIGRTMIN", 34),
+            ("SIGRTMIN+3", 37),
+            ("SIGRTMINPLUS3", 37),
+            ("SIGRTMAX", 64),
+        ] {
             assert_eq!(signal_number(name), Some(number), "{name}");
         }
         for name in ["", "SIGNOPE", "0", "99"] {

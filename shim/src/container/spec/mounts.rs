@@ -37,7 +37,9 @@ fn kernel(input: &Input<'_>) -> Vec<Value> {
         mount("/sys/fs/cgroup", "cgroup2", &["nosuid", "noexec", "nodev", "relatime", writable]),
     ];
     mounts.push(match input.namespaces().ipc() {
-        NamespaceMode::Node => json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "rprivate"] }),
+        NamespaceMode::Node => {
+            json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "rprivate"] })
+        }
         _ => mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
     });
     mounts
@@ -53,7 +55,8 @@ fn pod_files(input: &Input<'_>) -> Vec<(String, Value)> {
         .map(|name| (format!("/etc/{name}"), directory.join(name)))
         .filter(|(path, _)| !taken(path))
         .map(|(path, source)| {
-            let mount = json!({ "destination": path, "type": "bind", "source": text(&source), "options": ["bind", "rprivate", mode] });
+            let mount =
+                json!({ "destination": path, "type": "bind", "source": text(&source), "options": ["bind", "rprivate", mode] });
             (path, mount)
         })
         .collect()
@@ -84,7 +87,9 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
         MountPropagation::PropagationPrivate => "rprivate",
         MountPropagation::PropagationHostToContainer => "rslave",
         MountPropagation::PropagationBidirectional if !input.privileged() => {
-            return Err(Error::invalid(format!("config.mounts: {target}: bidirectional propagation needs a privileged container")));
+            return Err(Error::invalid(format!(
+                "config.mounts: {target}: bidirectional propagation needs a privileged container"
+            )));
         }
         MountPropagation::PropagationBidirectional => "rshared",
     });
@@ -93,7 +98,9 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
         (true, false) => "ro",
         (true, true) if mount.propagation() == MountPropagation::PropagationPrivate => "rro",
         (_, true) => {
-            return Err(Error::invalid(format!("config.mounts: {target}: recursive_read_only needs readonly and private propagation")));
+            return Err(Error::invalid(format!(
+                "config.mounts: {target}: recursive_read_only needs readonly and private propagation"
+            )));
         }
     });
     check_propagation(&source, mount)?;
@@ -122,7 +129,10 @@ fn check_propagation(source: &Path, mount: &Mount) -> Result<()> {
     if shared {
         return Ok(());
     }
-    let message = format!("config.mounts: host_path {:?} is not on a shared mount, so its mounts cannot be passed on; run `mount --make-shared` on it", mount.host_path);
+    let message = format!(
+        "config.mounts: host_path {:?} is not on a shared mount, so its mounts cannot be passed on; run `mount --make-shared` on it",
+        mount.host_path
+    );
     Err(Error::invalid(message))
 }
 

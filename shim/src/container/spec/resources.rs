@@ -12,7 +12,10 @@ use windlass_proto::cri::LinuxContainerResources;
 pub(crate) fn resources(asked: &LinuxContainerResources) -> Result<LinuxResources> {
     let mut cpu = Map::new();
     if asked.cpu_shares < 0 || asked.cpu_period < 0 {
-        return Err(Error::invalid(format!("linux.resources: cpu_shares {} and cpu_period {} must not be negative", asked.cpu_shares, asked.cpu_period)));
+        return Err(Error::invalid(format!(
+            "linux.resources: cpu_shares {} and cpu_period {} must not be negative",
+            asked.cpu_shares, asked.cpu_period
+        )));
     }
     for (name, value) in [("shares", asked.cpu_shares), ("quota", asked.cpu_quota), ("period", asked.cpu_period)] {
         if value != 0 {
