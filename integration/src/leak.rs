@@ -38,7 +38,10 @@ impl Snapshot {
             });
         }
         walk(&daemon.state().join("pods"), &mut |path| {
-            note("file", path.to_string());
+            // The monitor makes this directory with the first exit; the pod's end removes it.
+            if !path.to_string().ends_with("/exits") {
+                note("file", path.to_string());
+            }
         });
         if let Some(pid) = daemon.pid() {
             for target in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok())

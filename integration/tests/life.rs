@@ -75,7 +75,7 @@ fn a_pod_has_an_address_a_log_an_exec_and_an_end() -> Result<()> {
         ensure!(address.starts_with("10."), "address {address:?}");
         node::run_command("/bin/busybox", &["ping", "-c", "1", "-W", "3", &address])?;
 
-        let script = "echo out; echo err >&2; cat /etc/hostname; exec sleep 1000";
+        let script = "echo out; echo err >&2; cat /etc/hostname; trap 'exit 143' TERM; sleep 1000 & wait";
         let created = client.create(&id, &config, &container(&config, "main", &["sh", "-c", script]))?;
         ensure!(client.container(&created)?.state() == cri::ContainerState::ContainerCreated);
         ensure!(log_lines(&log_of(&config, "main"))?.is_empty(), "the entrypoint ran before start");
