@@ -13,12 +13,14 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 5] = [
+const PACKAGES: [(&str, &str); 7] = [
     ("busybox-static", "/bin/busybox"),
     ("nftables", "/usr/sbin/nft"),
     ("iproute2", "/sbin/ip"),
     ("procps", "/usr/bin/pgrep"),
     ("gcc", "/usr/bin/gcc"),
+    ("xz-utils", "/usr/bin/xz"),
+    ("apparmor", "/usr/sbin/apparmor_parser"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.

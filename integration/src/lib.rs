@@ -6,6 +6,7 @@ pub mod critest;
 pub mod daemon;
 pub mod demo;
 pub mod go;
+pub mod guest;
 pub mod image;
 pub mod leak;
 pub mod node;

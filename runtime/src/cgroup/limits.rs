@@ -1,7 +1,7 @@
 //! Limits of one cgroup, from an OCI `LinuxResources`.
 
 use super::weight_of_shares;
-use crate::process::{Context, Kind, StepError};
+use crate::process::{Kind, StepError};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use std::fs;
 use std::path::Path;
@@ -42,7 +42,7 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
         };
         if let Err(error) = fs::write(&path, &write.value) {
             restore(cgroup, &undo);
-            return Err(error).context("set limit", format!("{}={}", write.file, write.value));
+            return Err(refused(&write, error));
         }
         undo.push((write.file, before));
     }
@@ -51,6 +51,14 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
         not_enforced.push("devices".into());
     }
     Ok(not_enforced)
+}
+
+/// A value that the kernel does not understand is the request's fault.
+fn refused(write: &Write, error: std::io::Error) -> StepError {
+    let invalid = matches!(error.kind(), std::io::ErrorKind::InvalidInput | std::io::ErrorKind::InvalidData)
+        || error.raw_os_error() == Some(rustix::io::Errno::RANGE.raw_os_error());
+    let step = StepError::errno("set limit", format!("{}={}", write.file, write.value), error.raw_os_error().unwrap_or_default());
+    if invalid { step.kind(Kind::Invalid) } else { step }
 }
 
 /// Puts old values back, the last written first. There is nothing better to do about one that fails.

@@ -1,0 +1,181 @@
+//! Limits of a container: they are written, they hold, and what they end is told as it was.
+
+use crate::{Bench, counter, expect, in_guest, read, wait_for};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use windlass_proto::cri::{self, LinuxContainerResources as Resources};
+
+const MIB: i64 = 1 << 20;
+
+/// Waits until the log of the container `main` holds `text`.
+fn logged(bench: &Bench, text: &str) -> Result<()> {
+    wait_for(text, || {
+        let pods = fs::read_dir(bench.daemon.path("logs"))?.flatten();
+        let found = pods.filter_map(|pod| fs::read_to_string(pod.path().join("main.log")).ok()).any(|log| log.contains(text));
+        Ok(found.then_some(()))
+    })
+}
+
+#[test]
+fn a_memory_limit_ends_a_container_as_oom_killed() -> Result<()> {
+    in_guest("a_memory_limit_ends_a_container_as_oom_killed", |bench| {
+        let limits = Resources { memory_limit_in_bytes: 32 * MIB, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["/probe", "hold-mem", "64"])?;
+        let ended = bench.exited(&id)?;
+        ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn an_oom_killed_child_leaves_the_first_process_alone() -> Result<()> {
+    in_guest("an_oom_killed_child_leaves_the_first_process_alone", |bench| {
+        let limits = Resources { memory_limit_in_bytes: 32 * MIB, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["sh", "-c", "/probe hold-mem 64; echo child $?; exec sleep 1000"])?;
+        let leaf = bench.leaf(&id);
+        logged(bench, "child 137")?;
+        ensure!(counter(&leaf, "memory.events", "oom_kill ")? > 0, "the child was killed otherwise");
+        let seen = bench.client.exec(&id, &["true"])?;
+        ensure!(seen.exit_code == 0, "{seen:?}");
+        ensure!(bench.client.container(&id)?.state() == cri::ContainerState::ContainerRunning, "the first process has ended");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn oom_group_ends_the_whole_container() -> Result<()> {
+    in_guest("oom_group_ends_the_whole_container", |bench| {
+        let unified = [("memory.oom.group".to_owned(), "1".to_owned())].into();
+        let limits = Resources { memory_limit_in_bytes: 32 * MIB, unified, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["sh", "-c", "/probe hold-mem 64; exec sleep 1000"])?;
+        let ended = bench.exited(&id)?;
+        ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_limit_of_processes_fails_the_next_fork() -> Result<()> {
+    in_guest("a_limit_of_processes_fails_the_next_fork", |bench| {
+        let limits = Resources { unified: [("pids.max".to_owned(), "4".to_owned())].into(), ..Default::default() };
+        let script = "for i in 1 2 3 4 5 6; do sleep 1000 & done; wait";
+        let (pod, id) = bench.limited(limits, &["sh", "-c", script])?;
+        let leaf = bench.leaf(&id);
+        wait_for("a refused fork", || Ok((counter(&leaf, "pids.events", "max ")? > 0).then_some(())))?;
+        logged(bench, "can't fork: Resource temporarily unavailable")?;
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_quota_throttles_and_shares_are_a_weight() -> Result<()> {
+    in_guest("a_quota_throttles_and_shares_are_a_weight", |bench| {
+        let limits = Resources { cpu_quota: 10_000, cpu_period: 50_000, cpu_shares: 512, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["sh", "-c", "while :; do :; done"])?;
+        let leaf = bench.leaf(&id);
+        expect(&leaf, "cpu.max", "10000 50000")?;
+        expect(&leaf, "cpu.weight", "59")?;
+        wait_for("throttling", || Ok((counter(&leaf, "cpu.stat", "nr_throttled ")? > 2).then_some(())))?;
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn limits_of_a_running_container_change() -> Result<()> {
+    in_guest("limits_of_a_running_container_change", |bench| {
+        let limits = Resources { memory_limit_in_bytes: 64 * MIB, cpu_quota: 50_000, cpu_period: 100_000, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["sleep", "1000"])?;
+        let leaf = bench.leaf(&id);
+        expect(&leaf, "memory.max", &(64 * MIB).to_string())?;
+        let update = |linux: Resources| {
+            let request =
+                cri::UpdateContainerResourcesRequest { container_id: id.clone(), linux: Some(linux), ..Default::default() };
+            bench.client.update_container_resources(request)
+        };
+        update(Resources { memory_limit_in_bytes: 96 * MIB, cpu_quota: 20_000, cpu_shares: 2048, ..Default::default() })?;
+        expect(&leaf, "memory.max", &(96 * MIB).to_string())?;
+        let quota = read(&leaf, "cpu.max")?;
+        ensure!(quota.starts_with("20000 "), "cpu.max is {quota:?}");
+        let status = bench.client.container(&id)?;
+        let shown = status.resources.and_then(|all| all.linux).context("resources of the status")?;
+        ensure!(shown.memory_limit_in_bytes == 96 * MIB, "{shown:?}");
+        let bad = update(Resources { unified: [("memory.no-such".to_owned(), "1".to_owned())].into(), ..Default::default() });
+        let bad = bad.expect_err("no such file");
+        ensure!(bad.message().contains("memory.no-such"), "{bad}");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn unified_names_files_of_the_group() -> Result<()> {
+    in_guest("unified_names_files_of_the_group", |bench| {
+        let unified =
+            |key: &str, value: &str| Resources { unified: [(key.to_owned(), value.to_owned())].into(), ..Default::default() };
+        let (pod, id) = bench.limited(unified("memory.high", "50331648"), &["sleep", "1000"])?;
+        expect(&bench.leaf(&id), "memory.high", "50331648")?;
+        bench.client.remove(&pod)?;
+        for (key, value) in [("memory.no-such", "1"), ("memory.high", "much"), ("../memory.max", "1"), ("cgroup.freeze", "1")] {
+            let error = bench.refusal(unified(key, value))?;
+            ensure!(error.message().contains(key), "{key}={value}: {error}");
+            ensure!(error.code() == tonic::Code::InvalidArgument, "{key}={value}: {error}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn swap_is_what_is_left_above_memory() -> Result<()> {
+    in_guest("swap_is_what_is_left_above_memory", |bench| {
+        let both = |memory: i64, swap: i64| Resources {
+            memory_limit_in_bytes: memory * MIB,
+            memory_swap_limit_in_bytes: swap * MIB,
+            ..Default::default()
+        };
+        let (pod, id) = bench.limited(both(64, 96), &["sleep", "1000"])?;
+        expect(&bench.leaf(&id), "memory.swap.max", &(32 * MIB).to_string())?;
+        bench.client.remove(&pod)?;
+        let (pod, id) = bench.limited(both(64, 64), &["sleep", "1000"])?;
+        expect(&bench.leaf(&id), "memory.swap.max", "0")?;
+        bench.client.remove(&pod)?;
+        let error = bench.refusal(both(64, 32))?;
+        ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains("swap"), "{error}");
+        Ok(())
+    })
+}
+
+#[test]
+fn processors_are_those_of_the_set() -> Result<()> {
+    in_guest("processors_are_those_of_the_set", |bench| {
+        let set = |cpus: &str| Resources { cpuset_cpus: cpus.into(), cpuset_mems: "0".into(), ..Default::default() };
+        let (pod, id) = bench.limited(set("0"), &["sleep", "1000"])?;
+        let leaf = bench.leaf(&id);
+        expect(&leaf, "cpuset.cpus", "0")?;
+        expect(&leaf, "cpuset.mems", "0")?;
+        bench.client.remove(&pod)?;
+        let error = bench.refusal(set("zero"))?;
+        ensure!(error.message().contains("cpuset.cpus"), "{error}");
+        Ok(())
+    })
+}
+
+#[test]
+fn huge_pages_without_their_controller_are_told() -> Result<()> {
+    in_guest("huge_pages_without_their_controller_are_told", |bench| {
+        ensure!(!read("/sys/fs/cgroup".as_ref(), "cgroup.controllers")?.contains("hugetlb"), "this kernel has huge pages");
+        let limits =
+            Resources { hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".into(), limit: 0 }], ..Default::default() };
+        // Kubelet sends a limit for every size that it knows, most of them zero.
+        let (pod, id) = bench.limited(limits, &["sleep", "1000"])?;
+        let request = cri::ContainerStatusRequest { container_id: id, verbose: true };
+        let info = bench.client.container_status(request)?.info;
+        ensure!(info.values().any(|text| text.contains("hugetlb")), "{info:?}");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}

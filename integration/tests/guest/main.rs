@@ -1,0 +1,186 @@
+//! What only a kernel with the whole of cgroup v2 and with AppArmor can show. This program runs itself once more inside the guest; there each
+//! test does its work and leaves its result in a file, here each test reads it. One boot serves all of them.
+
+mod limits;
+mod parents;
+
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+use windlass_integration::{
+    client::{Client, container, pod},
+    daemon::Daemon,
+    guest,
+    leak::Snapshot,
+    node,
+};
+use windlass_proto::cri;
+
+/// Set inside the guest: the directory of the results.
+const RESULTS: &str = "WINDLASS_GUEST_RESULTS";
+/// Longest run of all tests in the guest.
+const GUEST_LIMIT: Duration = Duration::from_secs(300);
+/// The tree of the guest.
+const TREE: &str = "/sys/fs/cgroup";
+
+/// The guest's run: its results by name, and what it printed.
+struct Run {
+    results: BTreeMap<String, String>,
+    output: String,
+}
+
+/// The test `name`: in the guest its body, elsewhere the result that it had there.
+fn in_guest(name: &str, body: impl FnOnce(&Bench) -> Result<()> + Send + 'static) -> Result<()> {
+    let Some(results) = env::var_os(RESULTS) else { return result_of(name) };
+    let result = node::run(|| {
+        let bench = Bench::begin()?;
+        body(&bench)?;
+        bench.end()
+    });
+    let text = result.as_ref().map_or_else(|error| format!("{error:#}"), |()| "ok".to_owned());
+    fs::write(Path::new(&results).join(name), text).context("leave the result")?;
+    result
+}
+
+fn result_of(name: &str) -> Result<()> {
+    static RUN: OnceLock<Result<Run, String>> = OnceLock::new();
+    let run = RUN.get_or_init(|| boot().map_err(|error| format!("{error:#}")));
+    let run = run.as_ref().map_err(|error| anyhow::anyhow!("the guest: {error}"))?;
+    match run.results.get(name).map(String::as_str) {
+        Some("ok") => Ok(()),
+        Some(text) => bail!("in the guest: {text}"),
+        None => bail!("left no result in the guest, which said:\n{}", run.output),
+    }
+}
+
+/// Runs this program in the guest, with the words that it was called with.
+fn boot() -> Result<Run> {
+    let directory = guest::scratch()?;
+    let program = env::current_exe()?.to_string_lossy().into_owned();
+    let words: Vec<String> = env::args().skip(1).collect();
+    let mut command: Vec<&str> = vec![&program];
+    command.extend(words.iter().map(String::as_str));
+    if !words.iter().any(|word| word.starts_with("--test-threads")) {
+        command.extend(["--test-threads", "1"]);
+    }
+    let path = |path: Result<PathBuf>| path.map(|path| path.to_string_lossy().into_owned());
+    let (results, programs) = (path(Ok(directory.path().to_owned()))?, path(windlass_integration::setup::programs())?);
+    let mut environment = vec![(RESULTS, results.as_str()), ("WINDLASS_BIN_DIR", programs.as_str())];
+    let log = env::var("WINDLASS_TEST_LOG").unwrap_or_default();
+    if !log.is_empty() {
+        environment.push(("WINDLASS_TEST_LOG", &log));
+    }
+    let outcome = guest::run(directory.path(), &command, &environment, GUEST_LIMIT)?;
+    if !log.is_empty() {
+        eprintln!("{}", outcome.output);
+    }
+    let mut results = BTreeMap::new();
+    for entry in fs::read_dir(directory.path())?.flatten() {
+        if let (Ok(name), Ok(text)) = (entry.file_name().into_string(), fs::read_to_string(entry.path())) {
+            results.insert(name, text);
+        }
+    }
+    Ok(Run { results, output: outcome.output })
+}
+
+/// A daemon, a pod of it, and what was there before.
+struct Bench {
+    daemon: Daemon,
+    client: Client,
+    before: Snapshot,
+}
+
+impl Bench {
+    fn begin() -> Result<Bench> {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        // The first pod makes what the daemon keeps: bridge, rules, parent cgroup, pipes.
+        let id = client.run(&pod(&daemon.path("logs")))?;
+        client.remove(&id)?;
+        let before = Snapshot::take(&daemon)?;
+        Ok(Bench { daemon, client, before })
+    }
+
+    /// Fails if anything is left of what the test made.
+    fn end(&self) -> Result<()> {
+        self.before.expect_same(&Snapshot::take(&self.daemon)?)
+    }
+
+    fn pod(&self) -> cri::PodSandboxConfig {
+        pod(&self.daemon.path("logs"))
+    }
+
+    /// Runs a pod with one container of these limits; returns both ids.
+    fn limited(&self, resources: cri::LinuxContainerResources, command: &[&str]) -> Result<(String, String)> {
+        let config = self.pod();
+        let id = self.client.run(&config)?;
+        let created = self.client.create(&id, &config, &with_resources(container(&config, "main", command), resources))?;
+        self.client.start(&created)?;
+        Ok((id, created))
+    }
+
+    /// The error of creating a container with these limits; the pod is removed.
+    fn refusal(&self, resources: cri::LinuxContainerResources) -> Result<tonic::Status> {
+        let config = self.pod();
+        let id = self.client.run(&config)?;
+        let wanted = with_resources(container(&config, "main", &["sleep", "1000"]), resources);
+        let created = self.client.create(&id, &config, &wanted);
+        self.client.remove(&id)?;
+        created.err().context("the container was created")
+    }
+
+    fn exited(&self, id: &str) -> Result<cri::ContainerStatus> {
+        wait_for("the container exits", || {
+            let status = self.client.container(id)?;
+            Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
+        })
+    }
+
+    /// The cgroup of a container of a pod without a cgroup parent.
+    fn leaf(&self, container: &str) -> PathBuf {
+        self.daemon.cgroup_directory().join(container)
+    }
+}
+
+fn with_resources(mut config: cri::ContainerConfig, resources: cri::LinuxContainerResources) -> cri::ContainerConfig {
+    if let Some(linux) = config.linux.as_mut() {
+        linux.resources = Some(resources);
+    }
+    config
+}
+
+fn wait_for<T>(what: &str, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(found) = check()? {
+            return Ok(found);
+        }
+        ensure!(Instant::now() < deadline, "{what}: not within 20 s");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A file of a cgroup, without its last newline.
+fn read(cgroup: &Path, file: &str) -> Result<String> {
+    let path = cgroup.join(file);
+    Ok(fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?.trim_end().to_owned())
+}
+
+/// Fails unless the file of the cgroup holds `expected`.
+fn expect(cgroup: &Path, file: &str, expected: &str) -> Result<()> {
+    let found = read(cgroup, file)?;
+    ensure!(found == expected, "{file} is {found:?}, not {expected:?}");
+    Ok(())
+}
+
+/// The number behind `key` in a file of `key number` lines.
+fn counter(cgroup: &Path, file: &str, key: &str) -> Result<u64> {
+    let text = read(cgroup, file)?;
+    let found = text.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
+    found.with_context(|| format!("{key} in {file}: {text:?}"))
+}
