@@ -177,8 +177,8 @@ fn failures_say_what_and_why() {
     check("file", &|config| config["process"]["args"] = json!(["/proc/version"]), &["not executable"]);
     check(
         "seccomp",
-        &|config| config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"}),
-        &["seccomp", "not built"],
+        &|config| config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+        &["seccomp", "SCMP_ACT_NOTIFY"],
     );
     check("sysctl", &|config| config["linux"]["sysctl"] = json!({"kernel.panic": "1"}), &["kernel.panic", "no namespace"]);
     let bind = json!([{"destination": "/data", "type": "bind", "source": "/no/such/source", "options": ["rbind"]}]);
@@ -236,4 +236,16 @@ fn a_shared_volume_carries_mounts_to_the_host_and_a_private_one_does_not() {
         assert_eq!(String::from_utf8_lossy(&output.stdout).contains("reached"), reaches, "{options}: {output:?}");
         assert!(reaches || output.stderr.is_empty(), "{output:?}");
     }
+}
+
+#[test]
+fn a_seccomp_profile_binds_the_program() {
+    let mut bundle = Bundle::new("filter", &["sh", "-c", "mkdir /a; echo $?; chmod 755 /bin; echo $?"]);
+    bundle.config["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 30}],
+    });
+    let (code, out, err) = bundle.run();
+    assert_eq!((code, out.as_str()), (0, "1\n0\n"), "{err}");
+    assert!(err.contains("Read-only file system"), "{err}");
 }

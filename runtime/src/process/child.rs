@@ -10,7 +10,7 @@ use super::{Context, Kind, Spawn, Stdio, StepError, identity, stdio};
 use crate::bundle::{RootfsPlan, read_config, read_rootfs_plan};
 use crate::namespace::{self, Owned};
 use crate::rootfs::{Root, Sources};
-use crate::security;
+use crate::security::{self, Filter};
 use crate::{cgroup, sys};
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::Mode;
@@ -34,6 +34,7 @@ struct Build<'a> {
     slave: Option<OwnedFd>,
     /// Why the program cannot be run is told at the gate, to whoever starts the container: creating it did not fail.
     entrypoint: Option<Result<Entrypoint, StepError>>,
+    filter: Option<Filter>,
     not_enforced: Vec<String>,
     /// The bounding set that was inherited.
     available: u64,
@@ -53,6 +54,7 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
         master: None,
         slave: None,
         entrypoint: None,
+        filter: None,
         not_enforced: Vec::new(),
         available: security::own_bounding_set(),
     };
@@ -67,11 +69,12 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
     let missing = || StepError::because(Kind::Internal, "entrypoint", "", "no program was found");
     let entrypoint = build.entrypoint.take().ok_or_else(missing)?;
     report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
+    let filter = build.filter.take();
     // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
     drop(build);
-    let Some(gate) = gate else { return pass(report, entrypoint) };
+    let Some(gate) = gate else { return pass(report, entrypoint, filter.as_ref()) };
     let starter = ChildReport::accept(gate).context("wait at the gate", "")?;
-    let failed = pass(&starter, entrypoint);
+    let failed = pass(&starter, entrypoint, filter.as_ref());
     if let Err(error) = &failed {
         starter.failed(error.clone());
     }
@@ -79,12 +82,12 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
 }
 
 /// Waits for the word to go on `gate`, and goes.
-fn pass(gate: &ChildReport, entrypoint: Result<Entrypoint, StepError>) -> Result<Infallible, StepError> {
+fn pass(gate: &ChildReport, entrypoint: Result<Entrypoint, StepError>, filter: Option<&Filter>) -> Result<Infallible, StepError> {
     if !gate.wait_at_gate().context("wait at the gate", "")? {
         sys::process::exit_now(1);
     }
     sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
-    entrypoint?.execute()
+    entrypoint?.execute(filter)
 }
 
 impl<'a> Build<'a> {
@@ -140,6 +143,7 @@ impl<'a> Build<'a> {
         let spec = read_config(self.spawn.bundle)?;
         self.plan = read_rootfs_plan(self.spawn.bundle)?;
         namespace::check(&spec)?;
+        self.filter = Filter::of(&spec)?;
         self.spec = Some(spec);
         security::check(self.spec.as_ref(), self.process()?)
     }
@@ -213,7 +217,7 @@ impl<'a> Build<'a> {
         }
         let user = self.process()?.user();
         stdio::give_to(user.uid(), user.gid())?;
-        identity::assume(self.process()?, self.available)
+        identity::assume(self.process()?, self.available, self.filter.is_some())
     }
 
     fn entrypoint(&mut self) -> Result<(), StepError> {

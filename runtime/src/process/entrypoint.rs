@@ -1,6 +1,8 @@
 //! The program of a container: found in its own root by its own PATH, with an error that a person can act on.
 
 use super::{Kind, StepError};
+use crate::security::Filter;
+use crate::sys::exec::Image;
 use oci_spec::runtime::Process;
 use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
 use rustix::io::Errno;
@@ -32,18 +34,20 @@ impl Entrypoint {
         Ok(Entrypoint { path: text(&found)?, arguments: texts(arguments)?, environment: texts(environment)? })
     }
 
-    /// Replaces the calling process.
-    pub(super) fn execute(&self) -> Result<Infallible, StepError> {
-        nix::unistd::execve(&self.path, &self.arguments, &self.environment).map_err(|errno| {
-            let object = self.path.to_string_lossy();
-            let mut error = StepError::errno("exec", &object, errno as i32).kind(Kind::Entrypoint);
-            error.message = match errno {
-                nix::Error::ENOENT => "its interpreter or dynamic linker is not in the container".into(),
-                nix::Error::ENOEXEC => "not a program of this machine, or a script without #!".into(),
-                _ => String::new(),
-            };
-            error
-        })
+    /// Replaces the calling process. The filter is loaded last of all: it may forbid whatever is not exec.
+    pub(super) fn execute(&self, filter: Option<&Filter>) -> Result<Infallible, StepError> {
+        let image = Image::new(&self.path, &self.arguments, &self.environment);
+        if let Some(filter) = filter {
+            filter.load()?;
+        }
+        let errno = image.execute();
+        let mut error = StepError::errno("exec", self.path.to_string_lossy(), errno.raw_os_error()).kind(Kind::Entrypoint);
+        error.message = match errno {
+            Errno::NOENT => "its interpreter or dynamic linker is not in the container".into(),
+            Errno::NOEXEC => "not a program of this machine, or a script without #!".into(),
+            _ => String::new(),
+        };
+        Err(error)
     }
 }
 

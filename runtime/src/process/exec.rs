@@ -5,7 +5,8 @@ use super::entrypoint::Entrypoint;
 use super::report::ChildReport;
 use super::{Context, Enter, Kind, Stdio, StepError, identity, stdio};
 use crate::bundle::read_config;
-use crate::{namespace, rootfs, security, sys};
+use crate::security::{self, Filter};
+use crate::{namespace, rootfs, sys};
 use oci_spec::runtime::Process;
 use rustix::fs::{Mode, OFlags, open};
 use std::convert::Infallible;
@@ -21,7 +22,7 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     let _ = sys::keyring::new_session();
     sys::signal::reset_all();
     rustix::process::umask(Mode::empty());
-    let process = read_process(enter)?;
+    let (process, filter) = read_process(enter)?;
     security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
     security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
     let available = security::own_bounding_set();
@@ -35,15 +36,15 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
         console = Some(master);
     }
     stdio::give_to(process.user().uid(), process.user().gid())?;
-    identity::assume(&process, available)?;
+    identity::assume(&process, available, filter.is_some())?;
     let entrypoint = Entrypoint::find(&process)?;
     report.ready(console.as_ref().map(AsFd::as_fd), Vec::new()).context("report", "")?;
     sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
-    entrypoint.execute()
+    entrypoint.execute(filter.as_ref())
 }
 
-/// The process, with what it leaves open taken from the container's own.
-fn read_process(enter: &Enter<'_>) -> Result<Process, StepError> {
+/// The process, with what it leaves open taken from the container's own, and the container's filter.
+fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>), StepError> {
     let parsed: Result<Process, _> = serde_json::from_str(enter.process_json);
     let mut process = parsed.map_err(|error| StepError::because(Kind::Invalid, "read", "process", error))?;
     let spec = read_config(enter.bundle)?;
@@ -59,5 +60,5 @@ fn read_process(enter: &Enter<'_>) -> Result<Process, StepError> {
         }
     }
     security::check(Some(&spec), &process)?;
-    Ok(process)
+    Ok((process, Filter::of(&spec)?))
 }

@@ -14,10 +14,14 @@ use std::path::Path;
 /// Umask of a program whose bundle gives none.
 const UMASK: u32 = 0o022;
 
-/// Changes the calling process to what `process` says, in the container's root. `available` is the bounding set that was ours.
-pub(super) fn assume(process: &Process, available: u64) -> Result<(), StepError> {
+/// Changes the calling process to what `process` says, in the container's root. `available` is the bounding set that was ours;
+/// with `filtered` a seccomp filter follows.
+pub(super) fn assume(process: &Process, available: u64, filtered: bool) -> Result<(), StepError> {
     let user = process.user();
-    let capabilities = Capabilities::new(process.capabilities().as_ref(), available);
+    let mut capabilities = Capabilities::new(process.capabilities().as_ref(), available);
+    if filtered && process.no_new_privileges() != Some(true) {
+        capabilities.keep_for_filter(available);
+    }
     make_working_directory(process.cwd())?;
     capabilities.apply_bounding()?;
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));

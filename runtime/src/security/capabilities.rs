@@ -4,7 +4,7 @@
 use crate::process::{Context, StepError};
 use oci_spec::runtime::{Capabilities as Names, LinuxCapabilities};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capability_is_in_bounding_set, clear_ambient_capability_set,
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
 };
 
@@ -53,6 +53,9 @@ const NAMES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
+/// CAP_SYS_ADMIN.
+const SYS_ADMIN: u64 = 1 << 21;
+
 /// The sets that a process shall have.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
@@ -78,6 +81,12 @@ impl Capabilities {
             // The kernel's rule: ambient is a part of both.
             ambient: cut(wanted.ambient()) & permitted & inheritable,
         }
+    }
+
+    /// Keeps CAP_SYS_ADMIN permitted, not effective, until exec: without no_new_privs a filter needs it, and a filter is loaded last of
+    /// all. exec takes it away again, because it computes the permitted set from the inheritable, bounding and ambient ones only.
+    pub(crate) fn keep_for_filter(&mut self, available: u64) {
+        self.permitted |= SYS_ADMIN & available;
     }
 
     /// Drops what is not in the bounding set. Before the user changes: it needs CAP_SETPCAP.
@@ -109,6 +118,17 @@ impl Capabilities {
         }
         Ok(())
     }
+}
+
+/// Makes CAP_SYS_ADMIN effective where it is permitted.
+pub(super) fn raise_for_filter() -> Result<(), StepError> {
+    let admin = CapabilitySet::from_bits_retain(SYS_ADMIN);
+    let mut sets = capabilities(None).context("get capabilities", "")?;
+    if sets.permitted.contains(admin) && !sets.effective.contains(admin) {
+        sets.effective |= admin;
+        set_capabilities(None, sets).context("set capabilities", "CAP_SYS_ADMIN")?;
+    }
+    Ok(())
 }
 
 /// The calling process's bounding set.

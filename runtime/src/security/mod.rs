@@ -8,4 +8,4 @@ mod seccomp;
 pub use capabilities::Capabilities;
 pub(crate) use capabilities::own_bounding_set;
 pub use limits::{set_oom_score, set_rlimits};
-pub use seccomp::check;
+pub use seccomp::{Filter, check};

@@ -2,8 +2,10 @@
 
 pub mod clone;
 pub mod descriptors;
+pub mod exec;
 pub mod keyring;
 pub mod mount_attr;
 pub mod process;
+pub mod seccomp;
 pub mod signal;
 pub mod terminal;

@@ -4,6 +4,8 @@
 mod devices;
 mod mounts;
 mod resources;
+mod seccomp;
+mod seccomp_default;
 mod security;
 
 pub(super) use resources::resources;
@@ -72,6 +74,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
             "devices": devices,
             "maskedPaths": masked,
             "readonlyPaths": readonly,
+            "seccomp": seccomp::profile(input, &security::granted(input)?)?,
             "rootfsPropagation": mounts::root_propagation(input.config),
         },
     });

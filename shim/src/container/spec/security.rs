@@ -4,7 +4,7 @@ use super::Input;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use windlass_proto::cri::{LinuxContainerSecurityContext, NamespaceMode, security_profile::ProfileType};
+use windlass_proto::cri::{Capability, NamespaceMode, security_profile::ProfileType};
 
 /// What a container has unless it asks otherwise: the field's customary set.
 const DEFAULT: [&str; 14] = [
@@ -93,7 +93,6 @@ pub(super) fn check(input: &Input<'_>) -> Result<()> {
     if security.privileged {
         return Ok(());
     }
-    check_seccomp(&security)?;
     if let Some(profile) = security.apparmor.as_ref().filter(|profile| profile.profile_type() != ProfileType::Unconfined) {
         return refuse(format!("apparmor {}", profile.profile_type().as_str_name()));
     }
@@ -108,61 +107,64 @@ pub(super) fn check(input: &Input<'_>) -> Result<()> {
     Ok(())
 }
 
-fn check_seccomp(security: &LinuxContainerSecurityContext) -> Result<()> {
-    #[expect(deprecated, reason = "older clients still send the deprecated field")]
-    let deprecated = security.seccomp_profile_path.as_str();
-    let asked = match &security.seccomp {
-        Some(profile) => profile.profile_type().as_str_name(),
-        None if matches!(deprecated, "" | "unconfined") => "Unconfined",
-        None => deprecated,
-    };
-    if asked != "Unconfined" {
-        return Err(Error::unimplemented(format!("security_context.seccomp {asked} is not served yet")));
-    }
-    Ok(())
+/// `cap_net_raw`, `NET_RAW` and `CAP_NET_RAW` are the same.
+fn normal(name: &str) -> String {
+    let name = name.to_ascii_uppercase();
+    name.strip_prefix("CAP_").unwrap_or(&name).to_owned()
 }
 
-fn normal(name: &str) -> String {
-    name.to_uppercase().trim_start_matches("CAP_").to_owned()
+/// Names of one field, and whether ALL is among them.
+fn named(field: &str, names: &[String]) -> Result<(BTreeSet<String>, bool)> {
+    let mut found: BTreeSet<String> = names.iter().map(|name| normal(name)).collect();
+    let all = found.remove("ALL");
+    match found.iter().find(|name| !ALL.contains(&name.as_str())) {
+        Some(unknown) => Err(Error::invalid(format!("security_context.capabilities.{field}: {unknown:?} is not a capability"))),
+        None => Ok((found, all)),
+    }
+}
+
+/// What a container holds, and the part of it that stays with a program of any user. What is dropped by name stays dropped;
+/// a drop of ALL leaves what is added by name.
+fn held(asked: &Capability, privileged: bool) -> Result<(BTreeSet<String>, BTreeSet<String>)> {
+    let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+    let (add, add_all) = named("add_capabilities", &asked.add_capabilities)?;
+    let (drop, drop_all) = named("drop_capabilities", &asked.drop_capabilities)?;
+    let (mut ambient, ambient_all) = named("add_ambient_capabilities", &asked.add_ambient_capabilities)?;
+    if let Some(both) = ambient.intersection(&drop).next() {
+        return Err(Error::invalid(format!(
+            "security_context.capabilities: {both} is in drop_capabilities and in add_ambient_capabilities"
+        )));
+    }
+    if ambient_all {
+        ambient = set(&ALL).difference(&drop).cloned().collect();
+    }
+    if privileged {
+        return Ok((set(&ALL), ambient));
+    }
+    let mut granted = match (add_all, drop_all) {
+        (_, true) => BTreeSet::new(),
+        (true, false) => set(&ALL),
+        (false, false) => set(&DEFAULT),
+    };
+    granted.extend(add);
+    granted.extend(ambient.iter().cloned());
+    granted.retain(|name| !drop.contains(name));
+    Ok((granted, ambient))
+}
+
+/// Names without `CAP_` of what the container holds.
+pub(super) fn granted(input: &Input<'_>) -> Result<BTreeSet<String>> {
+    let security = input.security();
+    Ok(held(&security.capabilities.unwrap_or_default(), security.privileged)?.0)
 }
 
 /// The five capability sets. Ambient ones are also inheritable (capabilities(7)).
 pub(super) fn capabilities(input: &Input<'_>) -> Result<Value> {
     let security = input.security();
-    let asked = security.capabilities.unwrap_or_default();
-    if security.privileged {
-        return Ok(sets(&ALL.iter().map(|name| (*name).to_owned()).collect(), &BTreeSet::new()));
-    }
-    for (field, names) in [
-        ("add_capabilities", &asked.add_capabilities),
-        ("drop_capabilities", &asked.drop_capabilities),
-        ("add_ambient_capabilities", &asked.add_ambient_capabilities),
-    ] {
-        if let Some(unknown) = names.iter().find(|name| normal(name) != "ALL" && !ALL.contains(&normal(name).as_str())) {
-            return Err(Error::invalid(format!("capabilities.{field}: {unknown:?} is not a capability")));
-        }
-    }
-    let contains_all = |names: &[String]| names.iter().any(|name| normal(name) == "ALL");
-    let mut granted: BTreeSet<String> = DEFAULT.iter().map(|name| (*name).to_owned()).collect();
-    if contains_all(&asked.add_capabilities) {
-        granted = ALL.iter().map(|name| (*name).to_owned()).collect();
-    }
-    if contains_all(&asked.drop_capabilities) {
-        granted.clear();
-    }
-    let named = |names: &[String]| names.iter().map(|name| normal(name)).filter(|name| name != "ALL").collect::<Vec<_>>();
-    granted.extend(named(&asked.add_capabilities));
-    for name in named(&asked.drop_capabilities) {
-        granted.remove(&name);
-    }
-    let ambient: BTreeSet<String> = named(&asked.add_ambient_capabilities).into_iter().collect();
-    granted.extend(ambient.iter().cloned());
-    Ok(sets(&granted, &ambient))
-}
-
-fn sets(granted: &BTreeSet<String>, ambient: &BTreeSet<String>) -> Value {
+    let (granted, ambient) = held(&security.capabilities.unwrap_or_default(), security.privileged)?;
     let full = |names: &BTreeSet<String>| names.iter().map(|name| format!("CAP_{name}")).collect::<Vec<_>>();
-    json!({ "bounding": full(granted), "effective": full(granted), "permitted": full(granted), "inheritable": full(ambient), "ambient": full(ambient) })
+    let (granted, ambient) = (full(&granted), full(&ambient));
+    Ok(json!({ "bounding": granted, "effective": granted, "permitted": granted, "inheritable": ambient, "ambient": ambient }))
 }
 
 /// Masked and read-only paths: the request's when it gives any, else the customary ones; none for a privileged container.
@@ -185,4 +187,41 @@ pub(super) fn paths(input: &Input<'_>) -> (Vec<String>, Vec<String>) {
     let readonly = if security.readonly_paths.is_empty() { own(&READONLY) } else { security.readonly_paths };
     let _ = host_pid;
     (masked, readonly)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(add: &[&str], drop: &[&str], ambient: &[&str], expected: Option<(&[&str], &[&str])>) {
+        let own = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let asked =
+            Capability { add_capabilities: own(add), drop_capabilities: own(drop), add_ambient_capabilities: own(ambient) };
+        match (held(&asked, false), expected) {
+            (Ok((granted, kept)), Some(expected)) => {
+                let wanted = |names: &[&str]| own(names).into_iter().collect::<BTreeSet<_>>();
+                assert_eq!((granted, kept), (wanted(expected.0), wanted(expected.1)), "{asked:?}");
+            }
+            (Err(error), None) => assert!(error.message.contains("capabilities"), "{error}"),
+            (found, _) => panic!("{asked:?}: {found:?}"),
+        }
+    }
+
+    #[test]
+    fn capabilities_are_added_dropped_and_kept() {
+        check(&[], &[], &[], Some((&DEFAULT, &[])));
+        check(&["all"], &[], &[], Some((&ALL, &[])));
+        check(&[], &["ALL"], &[], Some((&[], &[])));
+        check(&["cap_net_admin"], &["ALL"], &[], Some((&["NET_ADMIN"], &[])));
+        check(&["NET_ADMIN"], &["ALL", "net_admin"], &[], Some((&[], &[])));
+        check(&["ALL"], &["ALL"], &[], Some((&[], &[])));
+        check(&[], &["ALL"], &["CAP_NET_BIND_SERVICE"], Some((&["NET_BIND_SERVICE"], &["NET_BIND_SERVICE"])));
+        check(&[], &["ALL"], &["ALL"], Some((&ALL, &ALL)));
+        check(&[], &["KILL"], &["KILL"], None);
+        for unknown in ["CAP_CAP_KILL", "NO_SUCH", ""] {
+            check(&[unknown], &[], &[], None);
+            check(&[], &[unknown], &[], None);
+            check(&[], &[], &[unknown], None);
+        }
+    }
 }

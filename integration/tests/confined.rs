@@ -1,0 +1,299 @@
+//! What a container's process may do, on the real kernel: system calls, capabilities, identity; for its first process and for execs.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+use windlass_integration::{
+    client::{Client, container, pod},
+    daemon::Daemon,
+    leak::Snapshot,
+    node,
+};
+use windlass_proto::cri::{self, security_profile::ProfileType};
+
+/// A daemon with one pod, and what was there before the pod.
+struct Ground {
+    daemon: Daemon,
+    client: Client,
+    before: Snapshot,
+    config: cri::PodSandboxConfig,
+    pod: String,
+    serial: u32,
+}
+
+impl Ground {
+    fn new() -> Result<Ground> {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        let warm = pod(&daemon.path("logs"));
+        let id = client.run(&warm)?;
+        client.remove(&id)?;
+        let before = Snapshot::take(&daemon)?;
+        let config = pod(&daemon.path("logs"));
+        let pod = client.run(&config)?;
+        Ok(Ground { daemon, client, before, config, pod, serial: 0 })
+    }
+
+    /// A container of `command` with this security context, not created yet.
+    fn wanted(&mut self, command: &[&str], change: impl FnOnce(&mut cri::LinuxContainerSecurityContext)) -> cri::ContainerConfig {
+        self.serial += 1;
+        let mut wanted = container(&self.config, &format!("c{}", self.serial), command);
+        change(wanted.linux.get_or_insert_default().security_context.get_or_insert_default());
+        wanted
+    }
+
+    fn create(&mut self, wanted: &cri::ContainerConfig) -> std::result::Result<String, tonic::Status> {
+        self.client.create(&self.pod, &self.config, wanted)
+    }
+
+    /// A running container that sleeps.
+    fn sleeper(&mut self, change: impl FnOnce(&mut cri::LinuxContainerSecurityContext)) -> Result<String> {
+        let wanted = self.wanted(&["sleep", "1000"], change);
+        let id = self.create(&wanted)?;
+        self.client.start(&id)?;
+        Ok(id)
+    }
+
+    /// Runs a command as a container's first process; its exit code and output.
+    fn first(&mut self, command: &[&str], change: impl FnOnce(&mut cri::LinuxContainerSecurityContext)) -> Result<(i32, String)> {
+        let wanted = self.wanted(command, change);
+        let id = self.create(&wanted)?;
+        self.client.start(&id)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let status = loop {
+            let status = self.client.container(&id)?;
+            if status.state() == cri::ContainerState::ContainerExited {
+                break status;
+            }
+            ensure!(Instant::now() < deadline, "{command:?} did not end within 10 s");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let log = fs::read_to_string(&status.log_path).unwrap_or_default();
+        let lines = log.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
+        Ok((status.exit_code, lines.collect::<Vec<_>>().join("\n")))
+    }
+
+    /// /proc/self/status of the probe as a container's first process.
+    fn status(&mut self, change: impl FnOnce(&mut cri::LinuxContainerSecurityContext)) -> Result<Value> {
+        let (code, text) = self.first(&["/probe"], change)?;
+        ensure!(code == 0, "the probe ended with {code}: {text}");
+        let seen: Value = serde_json::from_str(&text.replace('\n', "")).with_context(|| format!("report {text:?}"))?;
+        Ok(seen["status"].clone())
+    }
+
+    fn end(self) -> Result<()> {
+        self.client.remove(&self.pod)?;
+        self.before.expect_same(&Snapshot::take(&self.daemon)?)
+    }
+}
+
+fn profile(kind: ProfileType, path: &str) -> Option<cri::SecurityProfile> {
+    Some(cri::SecurityProfile { profile_type: kind.into(), localhost_ref: path.into() })
+}
+
+fn int(value: i64) -> Option<cri::Int64Value> {
+    Some(cri::Int64Value { value })
+}
+
+/// Adds and drops capabilities.
+fn capabilities(security: &mut cri::LinuxContainerSecurityContext, add: &[&str], drop: &[&str], ambient: &[&str]) {
+    let own = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    security.capabilities = Some(cri::Capability {
+        add_capabilities: own(add),
+        drop_capabilities: own(drop),
+        add_ambient_capabilities: own(ambient),
+    });
+}
+
+fn expect(status: &Value, expected: &[(&str, &str)]) -> Result<()> {
+    for (key, value) in expected {
+        ensure!(status[*key] == *value, "{key} is {}, not {value}", status[*key]);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_default_profile_forbids_what_it_should() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let new_user = ["unshare", "-U", "true"];
+        let (code, text) = ground.first(&new_user, |_| ())?;
+        ensure!(code == 0, "nil is unconfined: {text}");
+        let (code, text) = ground.first(&new_user, |s| s.seccomp = profile(ProfileType::Unconfined, ""))?;
+        ensure!(code == 0, "unconfined: {text}");
+        for nnp in [false, true] {
+            let default = |s: &mut cri::LinuxContainerSecurityContext| {
+                s.seccomp = profile(ProfileType::RuntimeDefault, "");
+                s.no_new_privs = nnp;
+            };
+            let (code, text) = ground.first(&new_user, default)?;
+            ensure!(code != 0 && text.contains("Operation not permitted"), "nnp {nnp}: {code} {text}");
+            let (code, text) = ground.first(&new_user, |s| {
+                default(s);
+                s.run_as_user = int(1000);
+            })?;
+            ensure!(code != 0 && text.contains("Operation not permitted"), "as a user, nnp {nnp}: {code} {text}");
+            let id = ground.sleeper(default)?;
+            let run = ground.client.exec(&id, &new_user)?;
+            ensure!(run.exit_code != 0, "an exec is not confined: {run:?}");
+            let status = ground.status(default)?;
+            // The right to load a filter does not outlive it.
+            expect(&status, &[("Seccomp", "2"), ("CapEff", "00000000a80425fb"), ("CapPrm", "00000000a80425fb")])?;
+        }
+        let (code, text) = ground.first(&new_user, |s| {
+            s.seccomp = profile(ProfileType::RuntimeDefault, "");
+            capabilities(s, &["SYS_ADMIN"], &[], &[]);
+        })?;
+        ensure!(code == 0, "a holder of CAP_SYS_ADMIN may: {text}");
+        let status = ground.status(|s| {
+            s.seccomp = profile(ProfileType::RuntimeDefault, "");
+            s.privileged = true;
+        })?;
+        expect(&status, &[("Seccomp", "0")])?;
+        #[expect(deprecated, reason = "older clients still send the deprecated field")]
+        let status = ground.status(|s| s.seccomp_profile_path = "runtime/default".into())?;
+        expect(&status, &[("Seccomp", "2")])?;
+        ground.end()
+    })
+}
+
+#[test]
+fn a_local_profile_is_obeyed_in_every_action() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let path = ground.daemon.path("profile.json");
+        let file = path.to_string_lossy().into_owned();
+        let local = |s: &mut cri::LinuxContainerSecurityContext| s.seccomp = profile(ProfileType::Localhost, &file);
+        let entry = |action: &str| {
+            format!(
+                r#"{{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{{"names":["mkdir","mkdirat","no_such_call"],{action}}}]}}"#
+            )
+        };
+        for (action, expected) in [
+            (r#""action":"SCMP_ACT_ERRNO""#, (1, "Operation not permitted")),
+            (r#""action":"SCMP_ACT_ERRNO","errnoRet":28"#, (1, "No space left")),
+            (r#""action":"SCMP_ACT_KILL_PROCESS""#, (159, "")),
+            (r#""action":"SCMP_ACT_KILL""#, (159, "")),
+            (r#""action":"SCMP_ACT_TRAP""#, (159, "")),
+            (r#""action":"SCMP_ACT_TRACE","errnoRet":1"#, (1, "Function not implemented")),
+            (r#""action":"SCMP_ACT_LOG""#, (0, "")),
+            // The mode is an argument: 0777 is what the tool asks for.
+            (r#""action":"SCMP_ACT_ERRNO","args":[{"index":1,"value":511,"op":"SCMP_CMP_EQ"}]"#, (1, "Operation not permitted")),
+            (r#""action":"SCMP_ACT_ERRNO","args":[{"index":1,"value":511,"op":"SCMP_CMP_GT"}]"#, (0, "")),
+        ] {
+            fs::write(&path, entry(action))?;
+            let (code, text) = ground.first(&["mkdir", "/made"], local)?;
+            ensure!(code == expected.0 && text.contains(expected.1), "{action}: {code} {text:?}");
+        }
+        fs::write(&path, entry(r#""action":"SCMP_ACT_ERRNO""#))?;
+        let id = ground.sleeper(|s| {
+            local(s);
+            s.run_as_user = int(1000);
+        })?;
+        let run = ground.client.exec(&id, &["mkdir", "/tmp/made"])?;
+        ensure!(run.exit_code == 1 && String::from_utf8_lossy(&run.stderr).contains("not permitted"), "{run:?}");
+        ground.end()
+    })
+}
+
+/// A profile of an allow list need not name what the runtime itself calls.
+#[test]
+fn a_profile_may_allow_next_to_nothing() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let path = ground.daemon.path("profile.json");
+        let names = r#"["execve","exit_group","arch_prctl","brk","set_tid_address","set_robust_list","rseq","prlimit64","readlink",
+            "readlinkat","getrandom","mprotect","getuid","geteuid","getgid","getegid","setuid","setgid","prctl","uname","fstat","newfstatat"]"#;
+        let text =
+            format!(r#"{{"defaultAction":"SCMP_ACT_KILL_PROCESS","syscalls":[{{"names":{names},"action":"SCMP_ACT_ALLOW"}}]}}"#);
+        fs::write(&path, text)?;
+        for nnp in [false, true] {
+            let (code, text) = ground.first(&["/bin/true"], |s| {
+                s.seccomp = profile(ProfileType::Localhost, &path.to_string_lossy());
+                s.no_new_privs = nnp;
+                s.run_as_user = int(1000);
+            })?;
+            ensure!(code == 0, "nnp {nnp}: {code} {text}");
+        }
+        ground.end()
+    })
+}
+
+#[test]
+fn a_profile_that_cannot_be_served_is_named() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let path = ground.daemon.path("profile.json");
+        let file = path.to_string_lossy().into_owned();
+        for (text, word) in [
+            (r#"{"defaultAction":"SCMP_ACT_DENY"}"#, "SCMP_ACT_DENY"),
+            (r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#, "SCMP_ACT_NOTIFY"),
+            (
+                r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["read"],"action":"SCMP_ACT_KILL","errnoRet":3}]}"#,
+                "takes no errnoRet",
+            ),
+        ] {
+            fs::write(&path, text)?;
+            let wanted = ground.wanted(&["true"], |s| s.seccomp = profile(ProfileType::Localhost, &file));
+            let error = ground.create(&wanted).expect_err(text);
+            ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains(word), "{text}: {error}");
+        }
+        for missing in ["/no/such/profile.json", "relative.json", ""] {
+            let wanted = ground.wanted(&["true"], |s| s.seccomp = profile(ProfileType::Localhost, missing));
+            let error = ground.create(&wanted).expect_err(missing);
+            ensure!(
+                error.code() == tonic::Code::InvalidArgument && error.message().contains("localhost_ref"),
+                "{missing}: {error}"
+            );
+        }
+        ground.end()
+    })
+}
+
+#[test]
+fn capabilities_are_what_was_asked_for() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let none = "0000000000000000";
+        let bind = "0000000000000400";
+        let status = ground.status(|s| capabilities(s, &[], &["ALL"], &[]))?;
+        expect(&status, &[("CapBnd", none), ("CapEff", none), ("CapPrm", none), ("CapInh", none), ("CapAmb", none)])?;
+        let status = ground.status(|s| capabilities(s, &["cap_net_bind_service"], &["all"], &[]))?;
+        expect(&status, &[("CapBnd", bind), ("CapEff", bind), ("CapPrm", bind), ("CapInh", none), ("CapAmb", none)])?;
+        for nnp in [false, true] {
+            let ambient = |s: &mut cri::LinuxContainerSecurityContext| {
+                capabilities(s, &[], &["ALL"], &["NET_BIND_SERVICE"]);
+                s.run_as_user = int(1000);
+                s.no_new_privs = nnp;
+                s.seccomp = profile(ProfileType::RuntimeDefault, "");
+            };
+            let status = ground.status(ambient)?;
+            expect(&status, &[("CapEff", bind), ("CapPrm", bind), ("CapInh", bind), ("CapAmb", bind), ("CapBnd", bind)])?;
+            let id = ground.sleeper(ambient)?;
+            let run = ground.client.exec(&id, &["grep", "CapEff", "/proc/self/status"])?;
+            ensure!(String::from_utf8_lossy(&run.stdout).trim().ends_with(bind), "{run:?}");
+        }
+        // Without ambient ones a user holds nothing, though the bounding set has them.
+        let status = ground.status(|s| {
+            capabilities(s, &["NET_BIND_SERVICE"], &["ALL"], &[]);
+            s.run_as_user = int(1000);
+        })?;
+        expect(&status, &[("CapEff", none), ("CapPrm", none), ("CapAmb", none), ("CapBnd", bind)])?;
+        let own = fs::read_to_string("/proc/self/status")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("CapBnd")?.trim().to_owned();
+        let status = ground.status(|s| s.privileged = true)?;
+        expect(&status, &[("CapBnd", &own), ("CapEff", &own), ("CapPrm", &own)])?;
+        let wanted = ground.wanted(&["true"], |s| capabilities(s, &["CAP_NO_SUCH"], &[], &[]));
+        let error = ground.create(&wanted).expect_err("unknown");
+        ensure!(
+            error.code() == tonic::Code::InvalidArgument
+                && error.message().contains("NO_SUCH")
+                && error.message().contains("add_"),
+            "{error}"
+        );
+        ground.end()
+    })
+}
