@@ -21,7 +21,8 @@ if [ ${#needed[@]} -gt 0 ]; then
 fi
 
 # The suite is looked up with a package list of our own: the machine's sources stay as they are.
-mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | head -1 | tr -d ' ')
+lines=$(grep -rhE '^(URIs:|deb )' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null || true)
+mirror=$(grep -oE 'https?://[^ ]+/debian/?( |$)' <<<"$lines" | head -1 | tr -d ' ' || true)
 [ -n "$mirror" ] || { echo "no Debian mirror in /etc/apt; set WINDLASS_GUEST_KERNEL to a ready kernel instead" >&2; exit 1; }
 cat >"$work/sources/guest.sources" <<S
 Types: deb

@@ -1,6 +1,7 @@
 //! The command line: `windlass serve` and what goes with it.
 
 use crate::{
+    apparmor::AppArmor,
     cgroup::Tree,
     config::Config,
     cri,
@@ -203,7 +204,7 @@ async fn serve(config: Config) -> Result<()> {
     let program = Program::open(&config.monitor_path())?;
     let images = open_store(&config)?;
     let network = start_network(&config)?;
-    let node = Arc::new(Node::new(config, tree, images, network, program));
+    let node = Arc::new(Node::new(config, tree, images, network, program, AppArmor::start().await));
     pod::recover(&node).await;
     let listener = listener(&node.config.socket)?;
     tracing::info!(

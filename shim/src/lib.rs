@@ -5,6 +5,7 @@
 //! Whatever needs a namespace, a clone or an unsafe call happens in the monitor, never here.
 #![forbid(unsafe_code)]
 
+pub mod apparmor;
 pub mod cgroup;
 pub mod cli;
 pub mod config;

@@ -1,6 +1,7 @@
 //! The node: everything that this daemon keeps, and the lookups that every operation begins with.
 
 use crate::{
+    apparmor::AppArmor,
     cgroup::Tree,
     config::Config,
     container::Container,
@@ -25,6 +26,7 @@ pub struct Node {
     pub images: Store,
     pub network: Network,
     pub program: Program,
+    pub apparmor: AppArmor,
     pods: RwLock<BTreeMap<String, Arc<Pod>>>,
     containers: RwLock<BTreeMap<String, Arc<Container>>>,
     running: Mutex<HashMap<String, watch::Receiver<Option<Result<String>>>>>,
@@ -33,13 +35,14 @@ pub struct Node {
 const POISON: &str = "never poisoned: no panic while held";
 
 impl Node {
-    pub fn new(config: Config, tree: Tree, images: Store, network: Network, program: Program) -> Node {
+    pub fn new(config: Config, tree: Tree, images: Store, network: Network, program: Program, apparmor: AppArmor) -> Node {
         Node {
             config,
             tree,
             images,
             network,
             program,
+            apparmor,
             pods: RwLock::default(),
             containers: RwLock::default(),
             running: Mutex::default(),

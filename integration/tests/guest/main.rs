@@ -1,6 +1,7 @@
 //! What only a kernel with the whole of cgroup v2 and with AppArmor can show. This program runs itself once more inside the guest; there each
 //! test does its work and leaves its result in a file, here each test reads it. One boot serves all of them.
 
+mod apparmor;
 mod limits;
 mod parents;
 

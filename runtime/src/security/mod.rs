@@ -1,10 +1,12 @@
 //! What a container's process may do: capabilities, resource limits, out-of-memory score, system calls. Applied by the child to itself,
 //! never by the monitor: all of it survives exec and would spread.
 
+mod apparmor;
 mod capabilities;
 mod limits;
 mod seccomp;
 
+pub use apparmor::confine_at_exec;
 pub use capabilities::Capabilities;
 pub(crate) use capabilities::own_bounding_set;
 pub use limits::{set_oom_score, set_rlimits};

@@ -18,9 +18,6 @@ use oci_spec::runtime::{Process, Spec};
 pub fn check(spec: Option<&Spec>, process: &Process) -> Result<(), StepError> {
     let refuse = |object: &str| Err(StepError::because(Kind::Unsupported, "apply", object, "not built yet"));
     let linux = spec.and_then(|spec| spec.linux().as_ref());
-    if process.apparmor_profile().as_deref().is_some_and(|profile| !profile.is_empty() && profile != "unconfined") {
-        return refuse("AppArmor profile");
-    }
     let mount_label = linux.and_then(|linux| linux.mount_label().as_deref());
     if [process.selinux_label().as_deref(), mount_label].into_iter().flatten().any(|label| !label.is_empty()) {
         return refuse("SELinux label");

@@ -117,6 +117,7 @@ fn process(input: &Input<'_>) -> Result<Value> {
         "capabilities": security::capabilities(input)?,
         "noNewPrivileges": security.no_new_privs,
         "oomScoreAdj": oom,
+        "apparmorProfile": input.node.apparmor.profile(&security)?,
     }))
 }
 

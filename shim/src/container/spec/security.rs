@@ -4,7 +4,7 @@ use super::Input;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use windlass_proto::cri::{Capability, NamespaceMode, security_profile::ProfileType};
+use windlass_proto::cri::{Capability, NamespaceMode};
 
 /// What a container has unless it asks otherwise: the field's customary set.
 const DEFAULT: [&str; 14] = [
@@ -92,14 +92,6 @@ pub(super) fn check(input: &Input<'_>) -> Result<()> {
     let refuse = |what: String| Err(Error::unimplemented(format!("security_context.{what} is not served yet")));
     if security.privileged {
         return Ok(());
-    }
-    if let Some(profile) = security.apparmor.as_ref().filter(|profile| profile.profile_type() != ProfileType::Unconfined) {
-        return refuse(format!("apparmor {}", profile.profile_type().as_str_name()));
-    }
-    #[expect(deprecated, reason = "older clients still send the deprecated field")]
-    let deprecated = security.apparmor_profile.as_str();
-    if security.apparmor.is_none() && !matches!(deprecated, "" | "unconfined") {
-        return refuse(format!("apparmor_profile {deprecated:?}"));
     }
     if security.selinux_options.as_ref().is_some_and(|options| *options != Default::default()) {
         return refuse("selinux_options".into());
