@@ -9,6 +9,7 @@ pub mod go;
 pub mod guest;
 pub mod image;
 pub mod leak;
+pub mod measure;
 pub mod node;
 pub mod registry;
 pub mod setup;

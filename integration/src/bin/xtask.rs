@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, demo, suite};
+use windlass_integration::{build, demo, measure, suite};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -19,6 +19,12 @@ enum Command {
     Build,
     /// Run a pod from nothing and show it from both sides; leaves no trace.
     Demo,
+    /// Time every phase of a pod's life and weigh what the runtime keeps in memory; words after `--` are `bench`'s own flags.
+    Bench {
+        /// Flags of `bench`, such as `--pods 100`.
+        #[arg(last = true)]
+        flags: Vec<String>,
+    },
     /// Set up, build, and run every test.
     Test,
 }
@@ -38,6 +44,7 @@ fn run(command: &Command) -> Result<bool> {
     match command {
         Command::Build => build::all().map(|()| true),
         Command::Demo => demo::run().map(|()| true),
+        Command::Bench { flags } => measure::run(flags.clone()).map(|()| true),
         Command::Test => suite::run(),
     }
 }

@@ -5,6 +5,7 @@ use super::note::note;
 use super::sysctl::{self, Home};
 use crate::cgroup::Cgroup;
 use crate::process::{Context, Kind, PodNamespaces, StepError};
+use crate::sys::{self, clone::Forked};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
@@ -44,20 +45,15 @@ struct Init {
 impl Pod {
     /// Makes everything that is asked for, or nothing. With a network namespace, a NETLINK_ROUTE socket in it.
     pub(super) fn setup(request: &SetupRequest) -> Result<(Pod, Option<OwnedFd>), StepError> {
-        let leaf = Cgroup::create(Path::new(&request.monitor_cgroup))?;
         let mut pod = Pod { id: request.pod_id.clone(), ..Pod::default() };
         let built = pod.build(request);
         if built.is_err() {
             pod.release();
-            if let Err(error) = leaf.remove() {
-                note(format_args!("undo setup: {error}"));
-            }
         }
         built.map(|socket| (pod, socket))
     }
 
     fn build(&mut self, request: &SetupRequest) -> Result<Option<OwnedFd>, StepError> {
-        sysctl::check(&request.sysctls, !request.netns_path.is_empty(), request.ipc)?;
         let mut socket = None;
         if !request.netns_path.is_empty() {
             let pin = PathBuf::from(&request.netns_path);
@@ -252,8 +248,28 @@ fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
     matches!(rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)), Ok(1))
 }
 
-/// Moves the monitor into its leaf. The first migration after a while waits 8 to 14 ms for the kernel (a grace period of RCU), so
-/// this comes after the answer to Setup; containers are born in their own cgroups whether or not it has happened.
-pub(super) fn join(cgroup: &Path) -> Result<(), StepError> {
-    std::fs::write(cgroup.join("cgroup.procs"), "0").context("join cgroup", cgroup.display())
+/// Refuses what cannot be made, before anything is made.
+pub(super) fn check(request: &SetupRequest) -> Result<(), StepError> {
+    sysctl::check(&request.sysctls, !request.netns_path.is_empty(), request.ipc)
+}
+
+/// Makes the monitor's leaf and goes on there as a new process, a copy of this one, which ends. Being born in a cgroup costs a
+/// fork; a migration waits up to 20 ms for the kernel (a grace period of RCU under `cgroup_threadgroup_rwsem`), and what
+/// the pod's first requests would wait for is this. Signal descriptors and the reaper's role are the caller's to take up again.
+pub(super) fn settle(cgroup: &Path) -> Result<(), StepError> {
+    let leaf = Cgroup::create(cgroup)?;
+    // SAFETY: the monitor has one thread.
+    match unsafe { sys::clone::fork_into(leaf.as_fd(), false) }.context("go on in cgroup", cgroup.display()) {
+        Ok(Forked::Child) => {
+            rustix::process::setsid().context("make session", "")?;
+            rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("become the pod's reaper", "")
+        }
+        Ok(Forked::Parent { .. }) => sys::process::exit_now(0),
+        Err(error) => {
+            if let Err(undo) = leaf.remove() {
+                note(format_args!("undo setup: {undo}"));
+            }
+            Err(error)
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::note::note;
 use super::pod::{self, Pod};
 use super::poll::{Poll, Source};
 use super::prepare::SOCKET_FILE;
-use crate::process::{Kind, StepError};
+use crate::process::{Context, Kind, StepError};
 use nix::sys::signalfd::SignalFd;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -39,6 +39,8 @@ pub(super) struct Monitor {
     signals: SignalFd,
     listener: OwnedFd,
     connections: BTreeMap<u64, Connection>,
+    /// It runs in its own cgroup.
+    settled: bool,
     pub(super) pod: Option<Pod>,
     pub(super) containers: BTreeMap<u64, Container>,
     pub(super) execs: BTreeMap<u64, Exec>,
@@ -57,6 +59,7 @@ impl Monitor {
             signals,
             listener,
             connections: BTreeMap::new(),
+            settled: false,
             pod: None,
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
@@ -209,6 +212,14 @@ impl Monitor {
         if let Some(pod) = &self.pod {
             return Err(StepError::because(Kind::WrongState, "set up", &request.pod_id, format!("holds pod {}", pod.id)));
         }
+        pod::check(request)?;
+        if !self.settled {
+            pod::settle(Path::new(&request.monitor_cgroup))?;
+            self.settled = true;
+            // A signal descriptor is watched for the process that adds it (signalfd(2)), which was another one.
+            self.poll.remove(&self.signals);
+            self.poll.add(&self.signals, Source::Signals).context("watch signals", "")?;
+        }
         let (pod, socket) = Pod::setup(request)?;
         let reply = SetupReply {
             protocol_version: PROTOCOL_VERSION,
@@ -218,9 +229,6 @@ impl Monitor {
         };
         self.pod = Some(pod);
         self.reply(to, Body::SetupReply(reply), socket.into_iter().collect());
-        if let Err(error) = pod::join(Path::new(&request.monitor_cgroup)) {
-            note(error);
-        }
         Ok(())
     }
 
