@@ -15,6 +15,8 @@ pub fn run(arguments: Vec<String>) -> Result<()> {
         let pid = daemon.pid().context("the daemon runs")?;
         let mut bench = Command::new(setup::programs()?.join("bench"));
         bench.arg("--socket").arg(daemon.socket()).args(["--daemon-pid", &pid.to_string()]);
+        // Only a monitor has the pods' run directories in its command line.
+        bench.args(["--helper", &format!("{}/pods", daemon.state().display())]);
         bench.args(["--image", crate::image::BUSYBOX]).args(arguments);
         let status = bench.status().context("run bench")?;
         ensure!(status.success(), "bench: {status}\n{}", daemon.log());

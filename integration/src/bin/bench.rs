@@ -30,6 +30,9 @@ struct Options {
     /// Process id of the daemon, for its memory.
     #[arg(long)]
     daemon_pid: Option<i32>,
+    /// Text in the command line of every process that the runtime keeps for a pod, for their memory.
+    #[arg(long, default_value = "windlass-monitor")]
+    helper: String,
 }
 
 /// Longest wait for a container's first log line.
@@ -61,7 +64,7 @@ async fn main() -> Result<()> {
         report(title, &mut samples);
     }
     if options.idle_pods > 0 {
-        bench.memory(options.idle_pods, options.daemon_pid).await?;
+        bench.memory(options.idle_pods, options.daemon_pid, &options.helper).await?;
     }
     Ok(())
 }
@@ -174,15 +177,21 @@ impl Bench {
         Ok(())
     }
 
-    async fn memory(&mut self, count: usize, daemon: Option<i32>) -> Result<()> {
+    async fn memory(&mut self, count: usize, daemon: Option<i32>, helper: &str) -> Result<()> {
         let before = daemon.map(pss_kib).transpose()?;
         let mut pods = Vec::new();
         for _ in 0..count {
             pods.push(self.up(false, &mut Samples::new()).await?.0);
         }
         let after = daemon.map(pss_kib).transpose()?;
-        let helpers: u64 = processes_named("windlass-monito")?.into_iter().filter_map(|pid| pss_kib(pid).ok()).sum();
-        println!("memory with {count} idle pods (PSS): helpers {:.0} KiB for a pod", helpers as f64 / count as f64);
+        let helpers = processes_with(helper)?;
+        anyhow::ensure!(!helpers.is_empty(), "no process has {helper:?} in its command line; give --helper");
+        let processes = helpers.len();
+        let helpers: u64 = helpers.into_iter().filter_map(|pid| pss_kib(pid).ok()).sum();
+        println!(
+            "memory with {count} idle pods (PSS): {processes} helper processes, {:.0} KiB for a pod",
+            helpers as f64 / count as f64
+        );
         if let (Some(before), Some(after)) = (before, after) {
             let growth = after.saturating_sub(before);
             println!(
@@ -215,12 +224,14 @@ fn pss_kib(pid: i32) -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
 }
 
-/// Processes whose kernel name begins with `name`.
-fn processes_named(name: &str) -> Result<Vec<i32>> {
+/// Processes that have `text` in their command line, but for this one.
+fn processes_with(text: &str) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
-        if let Some(pid) = entry.file_name().to_str().and_then(|text| text.parse().ok())
-            && fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with(name))
+        if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok())
+            && pid != std::process::id().cast_signed()
+            && fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| line.windows(text.len()).any(|window| window == text.as_bytes()))
         {
             found.push(pid);
         }

@@ -31,6 +31,8 @@ pub fn run(directory: &Path) -> std::io::Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    // It was executed by descriptor, whose number would be its name. The kernel keeps 15 bytes.
+    let _ = rustix::thread::set_name(c"windlass-monito");
     // Not allowed without CAP_SYS_RESOURCE: then the monitor is killed for memory like anything else.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let children = SigSet::from(Signal::SIGCHLD);
