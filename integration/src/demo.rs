@@ -62,8 +62,11 @@ fn show(daemon: &Daemon, client: &Client, steps: &mut Steps) -> Result<()> {
     let id = steps.time("RunPodSandbox", || Ok(client.run(&config)?))?;
     let address = client.pod(&id)?.network.context("the pod has no network")?.ip;
     println!("\n==> pod {} is ready at {address}", &id[..13]);
-    let mut wanted =
-        client::container(&config, "main", &["sh", "-c", "trap 'exit 0' TERM; echo \"hello from pid $$ on $(hostname)\"; sleep 3600 & wait"]);
+    let mut wanted = client::container(
+        &config,
+        "main",
+        &["sh", "-c", "trap 'exit 0' TERM; echo \"hello from pid $$ on $(hostname)\"; sleep 3600 & wait"],
+    );
     let resources = cri::LinuxContainerResources {
         memory_limit_in_bytes: 64 << 20,
         cpu_quota: 50_000,

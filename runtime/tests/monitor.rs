@@ -443,9 +443,7 @@ fn times_over_the_socket() {
         pod.end();
     }
     let [host, net, create, start, exec] = times.map(median_us);
-    println!(
-        "median us: setup host network {host}, own network {net}, create {create}, start {start}, exec to exit {exec}"
-    );
+    println!("median us: setup host network {host}, own network {net}, create {create}, start {start}, exec to exit {exec}");
     assert!([host, net, create, start, exec].iter().all(|us| *us < 100_000));
 }
 

@@ -9,6 +9,9 @@ const BLOCK: usize = 512;
 /// Longest PAX record set, long name or sparse map that is read into memory.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
 
+/// Mode, owner, group, size and time of a header. Some writers leave one blank, and every reader takes that for zero.
+const NUMBERS: [std::ops::Range<usize>; 5] = [100..108, 108..116, 116..124, 124..136, 136..148];
+
 /// One entry; its data follows in the stream and is read through [`Archive::read_data`].
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -98,11 +101,18 @@ impl<R: Read> Archive<R> {
         if block.iter().all(|b| *b == 0) {
             return Ok(None);
         }
-        let header = Header::from_byte_slice(&block).clone();
         let sum: u32 = block[..148].iter().chain(&block[156..]).map(|b| u32::from(*b)).sum::<u32>() + 8 * 32;
-        if header.cksum()? != sum {
+        if Header::from_byte_slice(&block).cksum()? != sum {
             return Err(bad("an entry's header has a wrong checksum"));
         }
+        for field in NUMBERS {
+            if let Some(bytes) = block.get_mut(field)
+                && bytes.iter().all(|byte| matches!(byte, 0 | b' '))
+            {
+                bytes.fill(b'0');
+            }
+        }
+        let header = Header::from_byte_slice(&block).clone();
         self.set_size(header.entry_size()?)?;
         Ok(Some(header))
     }
@@ -269,4 +279,29 @@ fn parse_pax(mut data: &[u8]) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         data = &data[length..];
     }
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_images::Tar;
+    use super::*;
+
+    #[test]
+    fn a_blank_number_is_zero_and_a_wrong_one_is_refused() {
+        let archive = Tar::new().file("f", 0o644, b"text").finish();
+        let with_uid = |field: &[u8; 8]| {
+            let mut archive = archive.clone();
+            archive[108..116].copy_from_slice(field);
+            archive[148..156].fill(b' ');
+            let sum: u32 = archive[..BLOCK].iter().map(|byte| u32::from(*byte)).sum();
+            archive[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            Archive::new(io::Cursor::new(archive)).next_entry()
+        };
+        for blank in [b"        ", b"\0\0\0\0\0\0\0\0"] {
+            let entry = with_uid(blank).unwrap().unwrap();
+            assert_eq!((entry.uid, entry.mode, entry.size), (0, 0o644, 4));
+        }
+        assert_eq!(with_uid(b"0000017\0").unwrap().unwrap().uid, 15);
+        assert!(with_uid(b"nonsense").is_err());
+    }
 }

@@ -5,7 +5,7 @@ use super::test_registry::Registry;
 use super::*;
 use rustix::fs::{self as rfs, FileType};
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tar::EntryType;
@@ -517,25 +517,4 @@ async fn a_full_disk_fails_the_pull_and_leaves_nothing() {
     assert!(matches!(error, ImageError::NoSpace(_)), "{error}");
     assert_layers(disk.0.path(), 0);
     store.pull(&registry.name("a/b:small"), None).await.unwrap();
-}
-
-/// Prints the speed of one layer of about 100 MB: run in release with `--nocapture`.
-#[test]
-fn unpack_speed() {
-    let mut plain = Tar::new();
-    let megabytes = if cfg!(debug_assertions) { 4 } else { 100 };
-    for i in 0..megabytes * 10 {
-        let text: Vec<u8> = noise(i + 1, 50_000).iter().flat_map(|b| [b % 64, 10 + b % 16]).collect();
-        plain = plain.file(&format!("dir{}/file{i}", i % 50), 0o644, &text);
-    }
-    let plain = plain.finish();
-    let (id, limits) = (digest::of(&plain), extract::Limits { bytes: 1 << 30, entries: 1 << 20 });
-    for (what, stored) in [("plain", plain.clone()), ("gzip", gzip(&plain)), ("zstd", zstd(&plain))] {
-        let dir = tempfile::tempdir().unwrap();
-        let started = Instant::now();
-        let written = unpack::unpack(&stored[..], &id, dir.path(), limits).unwrap();
-        let rate = plain.len() as f64 / 1e6 / started.elapsed().as_secs_f64();
-        println!("{what}: {} MB stored, {} MB on disk, {rate:.0} MB/s", stored.len() / 1_000_000, written.bytes / 1_000_000);
-        assert_eq!(fs::metadata(dir.path().join("dir0/file0")).unwrap().permissions().mode() & 0o7777, 0o644);
-    }
 }
