@@ -48,8 +48,9 @@ pub type Outcomes = BTreeMap<String, Outcome>;
 
 /// Runs the suite against the daemon at `socket`; log and report are left in `output`. A failed spec is no error here.
 ///
-/// The caller starts this in the daemon's mount and network namespaces. `limit` bounds the whole suite.
-pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration) -> Result<Outcomes> {
+/// The caller starts this in the daemon's mount and network namespaces. `limit` bounds the whole suite; `focus` is a regular expression
+/// of the specs to run, empty for all.
+pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus: &str) -> Result<Outcomes> {
     let report = output.join("critest.json");
     let log = std::fs::File::create(output.join("critest.log")).context("create critest's log")?;
     let endpoint = format!("unix://{}", socket.display());
@@ -58,6 +59,7 @@ pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration) -> Res
         .args(["-ginkgo.v", "-ginkgo.no-color", "-test.timeout", &format!("{}s", limit.as_secs())])
         .arg("-ginkgo.json-report")
         .arg(&report)
+        .args(["-ginkgo.focus", focus])
         .current_dir(output)
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("share critest's log")?)

@@ -142,6 +142,30 @@ impl Images {
         Ok(images)
     }
 
+    /// Writes all of them into a directory, for [`Images::read_from`] on a machine without compilers.
+    pub fn write_to(&self, directory: &Path) -> Result<()> {
+        for (digest, blob) in &self.blobs {
+            fs::write(directory.join(digest), blob).with_context(|| format!("write {digest}"))?;
+        }
+        let manifests: BTreeMap<&str, _> =
+            self.manifests.iter().map(|(name, bytes)| (name.as_str(), String::from_utf8_lossy(bytes))).collect();
+        fs::write(directory.join("manifests.json"), serde_json::to_vec(&manifests)?).context("write manifests.json")
+    }
+
+    /// Reads what [`Images::write_to`] wrote.
+    pub fn read_from(directory: &Path) -> Result<Images> {
+        let mut images = Images::default();
+        let text = fs::read(directory.join("manifests.json")).context("read manifests.json")?;
+        let manifests: BTreeMap<String, String> = serde_json::from_slice(&text)?;
+        images.manifests.extend(manifests.into_iter().map(|(name, text)| (name, text.into_bytes())));
+        for entry in fs::read_dir(directory)?.flatten() {
+            if let Some(digest) = entry.file_name().to_str().filter(|name| name.starts_with("sha256:")) {
+                images.blobs.insert(digest.to_owned(), fs::read(entry.path())?);
+            }
+        }
+        Ok(images)
+    }
+
     /// Hex digits of the stand-in whose published digest critest has built in.
     pub fn pinned_digest(&self) -> Result<String> {
         let manifest = self.manifests.get("k8s-staging-cri-tools/test-image-digest:latest").context("the image with a digest")?;

@@ -43,7 +43,7 @@ fn run_suite() -> Result<critest::Outcomes> {
     registry.write_mirrors(&mirrors)?;
     let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
     daemon.serve()?;
-    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT);
+    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT, "");
     std::fs::write(output.join("daemon.log"), daemon.log())?;
     outcomes
 }
