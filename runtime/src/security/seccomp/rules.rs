@@ -8,12 +8,12 @@
 //! - A call newer than every call that the profile names fails with ENOSYS, so that programs fall back to an older one; not where the
 //!   default lets calls pass, nor where a tracer decides.
 
-use super::table::{Architecture, multiplexed, number};
+use super::table::{Architecture, multiplexed, numbers};
 use crate::process::{Kind, StepError};
 use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompOperator as Operator, LinuxSyscall,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 /// SECCOMP_RET_* of linux/seccomp.h.
 pub(super) const KILL_THREAD: u32 = 0;
@@ -61,7 +61,8 @@ pub(super) enum Decision {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Calls {
     pub(super) architecture: Architecture,
-    pub(super) decisions: BTreeMap<u32, Decision>,
+    /// By number, each once.
+    pub(super) decisions: Vec<(u32, Decision)>,
     /// The newest call that the profile names; above it NO_CALL. `None`: the default everywhere.
     pub(super) newest: Option<u32>,
 }
@@ -139,13 +140,14 @@ impl Rules {
         covered.extend(profile.architectures().iter().flatten().filter_map(|arch| Architecture::of(*arch)));
         let stub = !passes(default) && default != NO_CALL;
         let mut architectures: Vec<Calls> =
-            covered.into_iter().map(|architecture| Calls { architecture, decisions: BTreeMap::new(), newest: None }).collect();
+            covered.into_iter().map(|architecture| Calls { architecture, decisions: Vec::new(), newest: None }).collect();
         for entry in profile.syscalls().iter().flatten() {
             let action = action(entry.action(), entry.errno_ret())?;
             let rules = entry_rules(entry, action)?;
-            for calls in &mut architectures {
-                for name in entry.names() {
-                    let Some(number) = number(name, calls.architecture) else { continue };
+            for name in entry.names() {
+                let numbers = numbers(name);
+                for calls in &mut architectures {
+                    let Some(number) = calls.architecture.of_all(numbers) else { continue };
                     if stub {
                         calls.newest = calls.newest.max(Some(number));
                     }
@@ -155,6 +157,7 @@ impl Rules {
                 }
             }
         }
+        architectures.iter_mut().for_each(Calls::settle);
         Ok(Rules { default, architectures })
     }
 }
@@ -170,7 +173,7 @@ impl Calls {
         // The same call by its other way in. Arguments are behind a pointer there: what depends on them is not allowed, and
         // forbidden whatever they are.
         let Some((other, call)) = multiplexed(name) else { return };
-        let Some(other) = super::table::number(other, self.architecture) else { return };
+        let Some(other) = self.architecture.of_all(numbers(other)) else { return };
         for rule in rules {
             if rule.conditions.is_empty() || !passes(rule.action) {
                 // ipc(2) keeps a version above bit 15, socketcall(2) none.
@@ -182,11 +185,24 @@ impl Calls {
     }
 
     fn add(&mut self, number: u32, rule: Rule) {
-        let decision = self.decisions.entry(number).or_insert_with(|| Decision::Chain(Vec::new()));
-        match decision {
-            Decision::Return(_) => {}
-            Decision::Chain(_) if rule.conditions.is_empty() => *decision = Decision::Return(rule.action),
-            Decision::Chain(rules) => rules.push(rule),
-        }
+        let always = rule.conditions.is_empty();
+        self.decisions.push((number, if always { Decision::Return(rule.action) } else { Decision::Chain(vec![rule]) }));
+    }
+
+    /// Makes one decision of all that were added for a number.
+    fn settle(&mut self) {
+        // Stable: what was added first stays first.
+        self.decisions.sort_by_key(|(number, _)| *number);
+        self.decisions.dedup_by(|(number, decision), (before, first)| {
+            if number != before {
+                return false;
+            }
+            match (first, decision) {
+                (Decision::Return(_), _) => {}
+                (first, always @ Decision::Return(_)) => std::mem::swap(first, always),
+                (Decision::Chain(rules), Decision::Chain(more)) => rules.append(more),
+            }
+            true
+        });
     }
 }

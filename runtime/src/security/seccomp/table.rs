@@ -1,7 +1,6 @@
 //! Architectures and the numbers of their system calls, from `syscalls.txt`. Only data.
 
 use oci_spec::runtime::Arch;
-use std::sync::LazyLock;
 
 /// `name x86_64 x32 x86 aarch64 arm`, sorted by name.
 const TABLE: &str = include_str!("syscalls.txt");
@@ -37,6 +36,11 @@ impl Architecture {
         }
     }
 
+    /// Its column.
+    pub(super) fn of_all(self, numbers: [Option<u32>; 5]) -> Option<u32> {
+        numbers.get(self as usize).copied().flatten()
+    }
+
     /// AUDIT_ARCH_* of linux/audit.h. x86_64 and x32 share theirs.
     pub(super) fn audit(self) -> u32 {
         match self {
@@ -53,15 +57,62 @@ impl Architecture {
     }
 }
 
-/// Lines by name.
-static NAMES: LazyLock<Vec<(&str, &str)>> =
-    LazyLock::new(|| TABLE.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(' ')).collect());
+/// Calls of [`TABLE`].
+const COUNT: usize = 483;
 
-/// The number of a call, `None` where the architecture or this table has none. x32's without its bit.
+/// Names in order, with their numbers; read when this program is compiled, so that a container's start need not.
+static CALLS: [(&str, [Option<u32>; 5]); COUNT] = read_table();
+
+const fn read_table() -> [(&'static str, [Option<u32>; 5]); COUNT] {
+    let mut calls = [("", [None; 5]); COUNT];
+    let (bytes, mut at, mut call) = (TABLE.as_bytes(), 0, 0);
+    while at < bytes.len() {
+        let start = at;
+        while !matches!(bytes[at], b' ') {
+            at += 1;
+        }
+        if bytes[start] != b'#' {
+            calls[call].0 = TABLE.split_at(at).0.split_at(start).1;
+            let mut column = 0;
+            while bytes[at] != b'\n' {
+                at += 1;
+                let mut number = None;
+                while bytes[at].is_ascii_digit() {
+                    number = Some(
+                        match number {
+                            Some(before) => before * 10,
+                            None => 0,
+                        } + (bytes[at] - b'0') as u32,
+                    );
+                    at += 1;
+                }
+                if bytes[at] == b'-' {
+                    at += 1;
+                }
+                calls[call].1[column] = number;
+                column += 1;
+            }
+            call += 1;
+        }
+        while bytes[at] != b'\n' {
+            at += 1;
+        }
+        at += 1;
+    }
+    assert!(call == COUNT, "COUNT is not the number of calls");
+    calls
+}
+
+/// The numbers of a call by architecture, `None` where it has none. x32's without its bit. An unknown name has none at all.
+pub(super) fn numbers(name: &str) -> [Option<u32>; 5] {
+    let found = CALLS.binary_search_by_key(&name, |(name, _)| name).ok().and_then(|index| CALLS.get(index));
+    found.map_or([None; 5], |(_, numbers)| *numbers)
+}
+
+/// The number of a call for one architecture.
+#[cfg(test)]
 pub(super) fn number(name: &str, architecture: Architecture) -> Option<u32> {
-    let index = NAMES.binary_search_by_key(&name, |(name, _)| name).ok()?;
-    let (_, numbers) = NAMES.get(index)?;
-    numbers.split(' ').nth(architecture as usize)?.parse().ok()
+    architecture.of_all(numbers(name))
 }
 
 /// The calls of 32-bit x86 that socketcall(2) or ipc(2) also make: which of both, and its first argument.
@@ -113,8 +164,8 @@ mod tests {
 
     #[test]
     fn the_table_is_sorted_complete_and_right_for_this_machine() {
-        assert!(NAMES.is_sorted_by_key(|(name, _)| *name));
-        assert!(NAMES.iter().all(|(_, numbers)| numbers.split(' ').count() == 5), "five columns");
+        assert!(CALLS.is_sorted_by_key(|(name, _)| *name));
+        assert!(TABLE.lines().skip(2).all(|line| line.split(' ').count() == 6), "a name and five columns");
         for (name, known) in [("read", libc::SYS_read), ("clone3", libc::SYS_clone3), ("unshare", libc::SYS_unshare)] {
             assert_eq!(number(name, Architecture::NATIVE).map(i64::from), Some(known), "{name}");
         }
