@@ -62,13 +62,18 @@ impl Ground {
         let wanted = self.wanted(command, change);
         let id = self.create(&wanted)?;
         self.client.start(&id)?;
+        self.ended(&id)
+    }
+
+    /// Waits for a container's end; its exit code and output.
+    fn ended(&self, id: &str) -> Result<(i32, String)> {
         let deadline = Instant::now() + Duration::from_secs(10);
         let status = loop {
-            let status = self.client.container(&id)?;
+            let status = self.client.container(id)?;
             if status.state() == cri::ContainerState::ContainerExited {
                 break status;
             }
-            ensure!(Instant::now() < deadline, "{command:?} did not end within 10 s");
+            ensure!(Instant::now() < deadline, "container {id} did not end within 10 s");
             std::thread::sleep(Duration::from_millis(2));
         };
         let log = fs::read_to_string(&status.log_path).unwrap_or_default();
@@ -294,6 +299,86 @@ fn capabilities_are_what_was_asked_for() -> Result<()> {
                 && error.message().contains("add_"),
             "{error}"
         );
+        ground.end()
+    })
+}
+
+#[test]
+fn a_user_is_who_the_request_says() -> Result<()> {
+    use cri::SupplementalGroupsPolicy::{Merge, Strict};
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        // Request: user, name, group, more groups, policy. Expected: uid, gid, groups, home.
+        type Row<'a> =
+            (Option<i64>, &'a str, Option<i64>, &'a [i64], cri::SupplementalGroupsPolicy, i64, i64, &'a [i64], &'a str);
+        let rows: [Row<'_>; 7] = [
+            (None, "", None, &[], Merge, 0, 0, &[0], "/root"),
+            (None, "user", None, &[], Merge, 1000, 1000, &[1000, 50000], "/home/user"),
+            (Some(1000), "", None, &[7], Merge, 1000, 1000, &[7, 1000, 50000], "/home/user"),
+            (Some(1000), "", None, &[7], Strict, 1000, 1000, &[7, 1000], "/home/user"),
+            (None, "user", Some(33), &[], Merge, 1000, 33, &[33, 50000], "/home/user"),
+            (Some(33), "", None, &[], Merge, 33, 33, &[33], "/var/www"),
+            (Some(4242), "", Some(77), &[9], Merge, 4242, 77, &[9, 77], "/"),
+        ];
+        for (user, name, group, more, policy, uid, gid, groups, home) in rows {
+            let wanted = ground.wanted(&["sleep", "1000"], |s| {
+                s.run_as_user = user.and_then(int);
+                s.run_as_username = name.into();
+                s.run_as_group = group.and_then(int);
+                s.supplemental_groups = more.to_vec();
+                s.supplemental_groups_policy = policy.into();
+            });
+            let id = ground.create(&wanted)?;
+            ground.client.start(&id)?;
+            let told = ground.client.container(&id)?.user.and_then(|user| user.linux).context("user")?;
+            ensure!((told.uid, told.gid, told.supplemental_groups.as_slice()) == (uid, gid, groups), "{told:?}");
+            let numbers = groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            let script =
+                "sed -n 's/^Uid:\\s*//p;s/^Gid:\\s*//p;s/^Groups:\\s*//p' /proc/self/status | tr -s '\\t ' '  '; echo $HOME";
+            let run = ground.client.exec(&id, &["sh", "-c", script])?;
+            let text = String::from_utf8_lossy(&run.stdout).into_owned();
+            let seen: Vec<&str> = text.lines().map(str::trim).collect();
+            let four = |id: i64| [id.to_string(), id.to_string(), id.to_string(), id.to_string()].join(" ");
+            ensure!(
+                seen == [four(uid).as_str(), &four(gid), &numbers, home],
+                "{seen:?} for {user:?} {name:?} {group:?} {more:?}"
+            );
+            ground.client.stop(&id, 0)?;
+        }
+        for (group, user, name, field) in [
+            (int(5), None, "", "run_as_group"),
+            (None, int(5), "user", "run_as_username"),
+            (None, int(1 << 31), "", "run_as_user"),
+            (None, None, "nobody-here", "nobody-here"),
+        ] {
+            let wanted = ground.wanted(&["true"], |s| {
+                s.run_as_group = group;
+                s.run_as_user = user;
+                s.run_as_username = name.into();
+            });
+            let error = ground.create(&wanted).expect_err(field);
+            ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains(field), "{error}");
+        }
+        ground.end()
+    })
+}
+
+#[test]
+fn a_user_may_use_its_terminal_streams_and_devices() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        for terminal in [false, true] {
+            let script = "set -e; echo one > /dev/stdout; echo two > /proc/self/fd/1; echo > /dev/null; head -c 1 /dev/urandom | wc -c; \
+                 echo x > /dev/shm/f; cat /dev/shm/f; pwd; ls -ld /made/here | cut -c1-10; if [ -t 0 ]; then echo three > /dev/tty; fi";
+            let mut wanted = ground.wanted(&["sh", "-c", script], |s| s.run_as_user = int(1000));
+            wanted.tty = terminal;
+            wanted.working_dir = "/made/here".into();
+            let id = ground.create(&wanted)?;
+            ground.client.start(&id)?;
+            let (status, text) = ground.ended(&id)?;
+            let expected = format!("one\ntwo\n1\nx\n/made/here\ndrwxr-xr-x{}", if terminal { "\nthree" } else { "" });
+            ensure!(status == 0 && text.replace('\r', "") == expected, "terminal {terminal}: {status} {text:?}");
+        }
         ground.end()
     })
 }

@@ -9,6 +9,7 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::{
     set_keep_capabilities, set_no_new_privs, set_thread_gid, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 /// Umask of a program whose bundle gives none.
@@ -21,6 +22,11 @@ pub(super) fn assume(process: &Process, available: u64, filtered: bool) -> Resul
     let mut capabilities = Capabilities::new(process.capabilities().as_ref(), available);
     if filtered && process.no_new_privileges() != Some(true) {
         capabilities.keep_for_filter(available);
+    }
+    let ids = [user.uid(), user.gid()].into_iter().chain(user.additional_gids().iter().flatten().copied());
+    if ids.into_iter().any(|id| id == u32::MAX) {
+        // To the kernel this one means: no change.
+        return Err(StepError::because(Kind::Invalid, "set user", u32::MAX, "is not an id"));
     }
     make_working_directory(process.cwd())?;
     capabilities.apply_bounding()?;
@@ -44,7 +50,8 @@ fn make_working_directory(cwd: &Path) -> Result<(), StepError> {
     if !cwd.is_absolute() {
         return Err(StepError::because(Kind::Invalid, "change directory to", cwd.display(), "must be absolute"));
     }
-    match std::fs::create_dir_all(cwd) {
+    // The umask is empty here: without a mode everybody could write to it.
+    match std::fs::DirBuilder::new().recursive(true).mode(0o755).create(cwd) {
         // A read-only root without it: the change of directory says so.
         Err(error) if error.raw_os_error() == Some(libc::EROFS) => Ok(()),
         other => other.context("make working directory", cwd.display()).map_err(|error| error.kind(Kind::Entrypoint)),

@@ -6,6 +6,9 @@ use crate::{
 };
 use windlass_proto::cri::{ContainerConfig, LinuxContainerUser, SupplementalGroupsPolicy};
 
+/// Largest uid or gid. Above are those that programs and the kernel read as negative: setuid(2) takes 4294967295 for "stay who you are".
+const ID_MAX: u32 = i32::MAX as u32;
+
 /// Largest passwd or group file that is read from an image.
 const FILE_LIMIT_BYTES: u64 = 4 << 20;
 
@@ -57,8 +60,8 @@ pub(super) fn resolve(config: &ContainerConfig, image: &Image) -> Result<Identit
 fn id(field: &str, value: i64) -> Result<u32> {
     u32::try_from(value)
         .ok()
-        .filter(|id| *id <= i32::MAX as u32)
-        .ok_or_else(|| Error::invalid(format!("{field} {value} is not between 0 and {}", i32::MAX)))
+        .filter(|id| *id <= ID_MAX)
+        .ok_or_else(|| Error::invalid(format!("security_context.{field} {value} is not between 0 and {ID_MAX}")))
 }
 
 fn wanted(config: &ContainerConfig, image_user: &str) -> Result<Wanted> {
@@ -68,7 +71,8 @@ fn wanted(config: &ContainerConfig, image_user: &str) -> Result<Wanted> {
         None => (image_user.to_owned(), String::new()),
     };
     let explicit = match (&security.run_as_user, security.run_as_username.as_str()) {
-        (Some(uid), _) => Some(id("run_as_user", uid.value)?.to_string()),
+        (Some(uid), "") => Some(id("run_as_user", uid.value)?.to_string()),
+        (Some(_), _) => return Err(Error::invalid("security_context: both run_as_user and run_as_username are set")),
         (None, "") => None,
         (None, name) => Some(name.to_owned()),
     };
@@ -78,12 +82,24 @@ fn wanted(config: &ContainerConfig, image_user: &str) -> Result<Wanted> {
     }
     if let Some(gid) = &security.run_as_group {
         if explicit.is_none() {
-            return Err(Error::invalid("run_as_group is set without run_as_user or run_as_username"));
+            return Err(Error::invalid("security_context.run_as_group is set without run_as_user or run_as_username"));
         }
         group = id("run_as_group", gid.value)?.to_string();
     }
     let extra = security.supplemental_groups.iter().map(|gid| id("supplemental_groups", *gid)).collect::<Result<_>>()?;
-    Ok(Wanted { user, group, extra, merge: security.supplemental_groups_policy() == SupplementalGroupsPolicy::Merge })
+    let policy = SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy)
+        .map_err(|unknown| Error::invalid(format!("security_context.supplemental_groups_policy: {unknown}")))?;
+    Ok(Wanted { user, group, extra, merge: policy == SupplementalGroupsPolicy::Merge })
+}
+
+/// An id in digits.
+fn number(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id <= ID_MAX && text.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// True for what can only be meant as an id: never looked up as a name, or an image could say who user 1000 is.
+fn is_number(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// One line of passwd: name, uid, gid, home.
@@ -91,7 +107,7 @@ fn passwd_entries(passwd: &str) -> impl Iterator<Item = (&str, u32, u32, &str)> 
     passwd.lines().filter_map(|line| {
         let mut parts = line.split(':');
         let (name, _, uid, gid) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        Some((name, uid.parse().ok()?, gid.parse().ok()?, parts.nth(1).unwrap_or_default()))
+        Some((name, number(uid)?, number(gid)?, parts.nth(1).unwrap_or_default()))
     })
 }
 
@@ -100,25 +116,28 @@ fn group_entries(group: &str) -> impl Iterator<Item = (&str, u32, &str)> {
     group.lines().filter_map(|line| {
         let mut parts = line.split(':');
         let (name, _, gid) = (parts.next()?, parts.next()?, parts.next()?);
-        Some((name, gid.parse().ok()?, parts.next().unwrap_or_default()))
+        Some((name, number(gid)?, parts.next().unwrap_or_default()))
     })
 }
 
 fn look_up(wanted: &Wanted, passwd: &str, group: &str) -> Result<Identity> {
     let user = if wanted.user.is_empty() { "0" } else { &wanted.user };
-    let number = user.parse::<u32>().ok();
-    let entry = passwd_entries(passwd).find(|(name, uid, ..)| *name == user || Some(*uid) == number);
-    let (uid, mut gid, name, home) = match (entry, number) {
-        (Some((name, uid, gid, home)), _) => (uid, gid, name, home),
-        (None, Some(uid)) => (uid, 0, "", ""),
-        (None, None) => return Err(Error::invalid(format!("user {user:?} is not in the image's /etc/passwd"))),
+    let (uid, mut gid, name, home) = if is_number(user) {
+        let uid = number(user).ok_or_else(|| Error::invalid(format!("user {user} is not between 0 and {ID_MAX}")))?;
+        let entry = passwd_entries(passwd).find(|(_, known, ..)| *known == uid);
+        entry.map_or((uid, 0, "", ""), |(name, uid, gid, home)| (uid, gid, name, home))
+    } else {
+        let entry = passwd_entries(passwd).find(|(name, ..)| *name == user);
+        let unknown = || Error::invalid(format!("user {user:?} is not in the image's /etc/passwd"));
+        entry.map(|(name, uid, gid, home)| (uid, gid, name, home)).ok_or_else(unknown)?
     };
-    if !wanted.group.is_empty() {
-        let number = wanted.group.parse::<u32>().ok();
+    if is_number(&wanted.group) && !wanted.group.is_empty() {
+        let group = &wanted.group;
+        gid = number(group).ok_or_else(|| Error::invalid(format!("group {group} is not between 0 and {ID_MAX}")))?;
+    } else if !wanted.group.is_empty() {
         gid = group_entries(group)
             .find(|(name, ..)| *name == wanted.group)
             .map(|(_, gid, _)| gid)
-            .or(number)
             .ok_or_else(|| Error::invalid(format!("group {:?} is not in the image's /etc/group", wanted.group)))?;
     }
     let mut groups = wanted.extra.clone();
@@ -156,6 +175,55 @@ mod tests {
         check("user", "users", &[], true, (1000, 100, &[100, 50000], "/home/user"));
         check("4242", "", &[], true, (4242, 0, &[0], "/"));
         check("4242", "77", &[9], true, (4242, 77, &[9, 77], "/"));
+    }
+
+    #[test]
+    fn a_number_is_never_a_name() {
+        let passwd = "1000:x:0:0::/evil:\nreal:x:1000:7::/real:\n4294967295:x:0:0::/:\nall:x:4294967295:0::/:\n";
+        let wanted = |user: &str, group: &str| Wanted { user: user.into(), group: group.into(), ..Wanted::default() };
+        let found = look_up(&wanted("1000", "50"), passwd, "50:x:0:\n").expect("resolves");
+        assert_eq!((found.uid, found.gid, found.home.as_str()), (1000, 50, "/real"));
+        for (user, group) in
+            [("4294967295", ""), ("99999999999", ""), ("all", ""), ("-1", ""), ("+1000", ""), ("0", "2147483648")]
+        {
+            look_up(&wanted(user, group), passwd, "").expect_err(user);
+        }
+    }
+
+    #[test]
+    fn every_form_of_an_images_user() {
+        let config = ContainerConfig::default();
+        for (text, user, group) in [
+            ("", "", ""),
+            ("user", "user", ""),
+            ("7", "7", ""),
+            ("user:users", "user", "users"),
+            ("7:8", "7", "8"),
+            (":users", "", "users"),
+            ("user:", "user", ""),
+        ] {
+            let found = wanted(&config, text).expect("valid");
+            assert_eq!((found.user.as_str(), found.group.as_str()), (user, group), "{text}");
+        }
+    }
+
+    #[test]
+    fn contradictions_and_bad_ids_name_their_field() {
+        use windlass_proto::cri::{Int64Value, LinuxContainerConfig, LinuxContainerSecurityContext as Context};
+        let int = |value| Some(Int64Value { value });
+        for (security, field) in [
+            (Context { run_as_group: int(5), ..Default::default() }, "run_as_group"),
+            (Context { run_as_user: int(5), run_as_username: "user".into(), ..Default::default() }, "run_as_username"),
+            (Context { run_as_user: int(-1), ..Default::default() }, "run_as_user"),
+            (Context { run_as_user: int(1 << 31), ..Default::default() }, "run_as_user"),
+            (Context { run_as_user: int(1), run_as_group: int(i64::MAX), ..Default::default() }, "run_as_group"),
+            (Context { supplemental_groups: vec![1, -1], ..Default::default() }, "supplemental_groups"),
+            (Context { supplemental_groups_policy: 9, ..Default::default() }, "supplemental_groups_policy"),
+        ] {
+            let linux = Some(LinuxContainerConfig { security_context: Some(security), ..Default::default() });
+            let error = wanted(&ContainerConfig { linux, ..Default::default() }, "").expect_err(field);
+            assert!(error.message.contains(field), "{error}");
+        }
     }
 
     #[test]

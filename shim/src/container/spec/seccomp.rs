@@ -39,10 +39,11 @@ pub(super) fn profile(input: &Input<'_>, capabilities: &BTreeSet<String>) -> Res
 /// The typed field wins over the deprecated string; neither means unconfined.
 fn asked(security: &LinuxContainerSecurityContext) -> Result<Asked> {
     let (field, path) = match &security.seccomp {
-        Some(profile) => match profile.profile_type() {
-            ProfileType::RuntimeDefault => return Ok(Asked::RuntimeDefault),
-            ProfileType::Unconfined => return Ok(Asked::Unconfined),
-            ProfileType::Localhost => ("seccomp.localhost_ref", profile.localhost_ref.as_str()),
+        Some(profile) => match ProfileType::try_from(profile.profile_type) {
+            Err(unknown) => return Err(Error::invalid(format!("security_context.seccomp.profile_type: {unknown}"))),
+            Ok(ProfileType::RuntimeDefault) => return Ok(Asked::RuntimeDefault),
+            Ok(ProfileType::Unconfined) => return Ok(Asked::Unconfined),
+            Ok(ProfileType::Localhost) => ("seccomp.localhost_ref", profile.localhost_ref.as_str()),
         },
         None => {
             #[expect(deprecated, reason = "older clients still send the deprecated field")]
