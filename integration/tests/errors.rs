@@ -89,6 +89,18 @@ fn a_security_profile_that_is_not_served_is_never_left_out() -> Result<()> {
 }
 
 #[test]
+fn labels_and_profiles_that_this_node_cannot_apply() -> Result<()> {
+    refused(Code::InvalidArgument, &["security_context.selinux_options"], |config| {
+        // Neither a kernel without SELinux nor any policy takes this one.
+        security(config).selinux_options = Some(cri::SeLinuxOption { user: "not:a:user".into(), ..Default::default() });
+    })?;
+    refused(Code::InvalidArgument, &["security_context.apparmor"], |config| {
+        let (profile_type, localhost_ref) = (cri::security_profile::ProfileType::Localhost.into(), "windlass-no-such".into());
+        security(config).apparmor = Some(cri::SecurityProfile { profile_type, localhost_ref });
+    })
+}
+
+#[test]
 fn a_log_path_that_leaves_its_directory() -> Result<()> {
     refused(Code::InvalidArgument, &["log_path"], |config| config.log_path = "../../escape.log".into())
 }

@@ -17,4 +17,5 @@ pub mod monitor;
 pub mod network;
 pub mod node;
 pub mod pod;
+pub mod selinux;
 pub mod store;

@@ -10,6 +10,7 @@ use crate::{
     monitor::Program,
     network::Network,
     pod::Pod,
+    selinux::SeLinux,
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,6 +28,7 @@ pub struct Node {
     pub network: Network,
     pub program: Program,
     pub apparmor: AppArmor,
+    pub selinux: SeLinux,
     pods: RwLock<BTreeMap<String, Arc<Pod>>>,
     containers: RwLock<BTreeMap<String, Arc<Container>>>,
     running: Mutex<HashMap<String, watch::Receiver<Option<Result<String>>>>>,
@@ -43,6 +45,7 @@ impl Node {
             network,
             program,
             apparmor,
+            selinux: SeLinux::find(),
             pods: RwLock::default(),
             containers: RwLock::default(),
             running: Mutex::default(),

@@ -71,7 +71,7 @@ impl Pod {
         if request.ipc {
             let (ipc, ()) = inside_new(CloneFlags::CLONE_NEWIPC, "ipc", || sysctl::write(&request.sysctls, Home::Ipc))?;
             self.ipc = Some(ipc);
-            self.shm = Some(shared_memory(request.shm_size_bytes)?);
+            self.shm = Some(shared_memory(request.shm_size_bytes, &request.mount_label)?);
         }
         if request.uts {
             let name = &request.hostname;
@@ -193,10 +193,13 @@ fn loopback_up() -> Result<(), StepError> {
 }
 
 /// A tmpfs that is mounted nowhere; it lives as long as its descriptor and its clones.
-fn shared_memory(size_bytes: u64) -> Result<OwnedFd, StepError> {
+fn shared_memory(size_bytes: u64, label: &str) -> Result<OwnedFd, StepError> {
     let size = if size_bytes == 0 { SHM_DEFAULT_BYTES } else { size_bytes };
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("make", "/dev/shm")?;
-    for (key, value) in [("source", "shm"), ("mode", "1777"), ("size", &size.to_string())] {
+    let size = size.to_string();
+    let mut options = vec![("source", "shm"), ("mode", "1777"), ("size", size.as_str())];
+    options.extend(Some(("context", label)).filter(|_| !label.is_empty()));
+    for (key, value) in options {
         rustix::mount::fsconfig_set_string(&context, key, value).context("make /dev/shm with", format_args!("{key}={value}"))?;
     }
     rustix::mount::fsconfig_create(&context).context("make", "/dev/shm")?;

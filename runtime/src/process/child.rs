@@ -155,7 +155,8 @@ impl<'a> Build<'a> {
         let process = self.process()?;
         security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
         security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
-        security::confine_at_exec(process)
+        security::confine_at_exec(process)?;
+        security::label_at_exec(process)
     }
 
     fn bind_sources(&mut self) -> Result<(), StepError> {

@@ -26,6 +26,7 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
     security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
     security::confine_at_exec(&process)?;
+    security::label_at_exec(&process)?;
     let available = security::own_bounding_set();
     namespace::join_process(enter.target)?;
     let mut console = None;
@@ -58,6 +59,9 @@ fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>), StepErro
         }
         if process.apparmor_profile().is_none() {
             process.set_apparmor_profile(first.apparmor_profile().clone());
+        }
+        if process.selinux_label().is_none() {
+            process.set_selinux_label(first.selinux_label().clone());
         }
         if first.no_new_privileges() == Some(true) {
             process.set_no_new_privileges(Some(true));

@@ -91,7 +91,7 @@ pub struct Enter<'a> {
     pub process_json: &'a str,
     /// Standard streams; overrides `terminal` of the process.
     pub stdio: Stdio,
-    /// The container's bundle, for what the process leaves open (rlimits, oom_score_adj, AppArmor profile, no_new_privs).
+    /// The container's bundle, for what the process leaves open (rlimits, oom_score_adj, AppArmor profile, SELinux label, no_new_privs).
     pub bundle: &'a Path,
 }
 

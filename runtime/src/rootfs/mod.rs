@@ -24,6 +24,7 @@ pub use target::{Made, open_in_root};
 
 use crate::bundle::RootfsPlan;
 use crate::process::{Context, Kind, StepError};
+use crate::security::mount_label;
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
 use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, open};
@@ -47,7 +48,7 @@ impl Root {
         let root = spec.root().as_ref();
         let wanted = root.and_then(|root| root.readonly()).unwrap_or(false);
         let mount = match plan {
-            Some(plan) => overlay::compose(plan)?,
+            Some(plan) => overlay::compose(plan, mount_label(spec))?,
             None => {
                 let path = root.map(|root| root.path().clone());
                 let path = path.ok_or_else(|| StepError::because(Kind::Invalid, "mount root", "", "config.json has no root"))?;

@@ -5,6 +5,7 @@ use super::overlay::file_system;
 use super::target::{Made, is_directory, open_or_make};
 use super::{Root, attach};
 use crate::process::{Context, Kind, StepError};
+use crate::security::{mount_label, mount_option};
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::CWD;
@@ -77,7 +78,7 @@ impl Root {
         for (mount, (options, source)) in spec.mounts().iter().flatten().zip(sources.mounts) {
             let fd = match source {
                 Some(fd) => fd,
-                None => new_file_system(mount, &options)?,
+                None => new_file_system(mount, &options, mount_label(spec))?,
             };
             self.place(mount, &options, fd.as_fd())?;
         }
@@ -112,7 +113,7 @@ impl Root {
     }
 }
 
-fn new_file_system(mount: &Mount, options: &Options) -> Result<OwnedFd, StepError> {
+fn new_file_system(mount: &Mount, options: &Options, label: Option<&str>) -> Result<OwnedFd, StepError> {
     let destination = mount.destination().display().to_string();
     let Some(typ) = mount.typ().as_deref().filter(|typ| !typ.is_empty()) else {
         return Err(StepError::because(Kind::Invalid, "mount", destination, "neither a type nor bind"));
@@ -122,6 +123,9 @@ fn new_file_system(mount: &Mount, options: &Options) -> Result<OwnedFd, StepErro
     let source = mount.source().as_ref().map_or_else(|| typ.to_owned(), |source| source.display().to_string());
     let mut data = vec![("source", Some(source))];
     data.extend(options.data.iter().map(|(key, value)| (key.as_str(), value.clone())));
+    if !options.data.iter().any(|(key, _)| key == "context") {
+        data.extend(mount_option(label, typ));
+    }
     let attr = MountAttrFlags::from_bits_retain((options.set | options.set_all) as u32);
     file_system(typ, &data, attr).map_err(|mut error| {
         error.object = format!("on {destination} {}", error.object).trim_end().to_owned();

@@ -2,6 +2,7 @@
 
 use crate::bundle::RootfsPlan;
 use crate::process::{Context, StepError};
+use crate::security::mount_option;
 use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
@@ -13,7 +14,7 @@ use std::path::Path;
 
 /// Composes the overlay as a detached mount. A single layer without an upper directory is mounted by itself, because overlayfs
 /// wants two.
-pub(super) fn compose(plan: &RootfsPlan) -> Result<OwnedFd, StepError> {
+pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>) -> Result<OwnedFd, StepError> {
     if let (None, [only]) = (&plan.upper, plan.lower.as_slice()) {
         return ready(only);
     }
@@ -26,6 +27,7 @@ pub(super) fn compose(plan: &RootfsPlan) -> Result<OwnedFd, StepError> {
             options.push(("volatile", None));
         }
     }
+    options.extend(mount_option(label, "overlay"));
     file_system("overlay", &options, MountAttrFlags::empty())
 }
 

@@ -5,9 +5,12 @@ mod apparmor;
 mod capabilities;
 mod limits;
 mod seccomp;
+mod selinux;
 
 pub use apparmor::confine_at_exec;
 pub use capabilities::Capabilities;
 pub(crate) use capabilities::own_bounding_set;
 pub use limits::{set_oom_score, set_rlimits};
-pub use seccomp::{Filter, check};
+pub use seccomp::Filter;
+pub use selinux::{check, label_at_exec};
+pub(crate) use selinux::{mount_label, mount_option};

@@ -6,7 +6,7 @@ use crate::{
     image::Image,
     node::{Node, new_id, now_ns},
     pod::{self, Phase, Pod},
-    store,
+    selinux, store,
 };
 use std::{fs, path::Path, sync::Arc};
 use tracing::Instrument;
@@ -105,6 +105,7 @@ async fn assemble(
         }
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
+    relabel(&input, spec::labels(&input)?.file).await?;
     write_bundle(directory, &oci, image)?;
     let log_path = log_path(&pod_record, &config)?;
     let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
@@ -130,6 +131,21 @@ async fn assemble(
     let container = Container::new(node, record, lease);
     container.change(|_| {})?;
     Ok(container)
+}
+
+/// Gives the pod's files, and the volumes that ask for it, the SELinux label that the container may use.
+async fn relabel(input: &spec::Input<'_>, label: String) -> Result<()> {
+    if label.is_empty() {
+        return Ok(());
+    }
+    let asked = input.config.mounts.iter().filter(|mount| mount.selinux_relabel && !mount.host_path.is_empty());
+    let volumes = asked.map(|mount| fs::canonicalize(&mount.host_path));
+    let mut paths: Vec<_> =
+        volumes.collect::<std::io::Result<_>>().map_err(|error| Error::io("find a volume to relabel", error))?;
+    let own = input.node.pod_directory(&input.pod.id);
+    paths.extend(["hosts", "hostname", "resolv.conf"].map(|name| own.join(name)));
+    let work = move || paths.iter().try_for_each(|path| selinux::relabel(path, &label));
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("relabel: {error}")))?
 }
 
 fn image_name(config: &ContainerConfig, image: &Image) -> String {

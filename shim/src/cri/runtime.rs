@@ -71,6 +71,7 @@ impl Service {
             ("config".to_owned(), serde_json::json!(node.config).to_string()),
             ("cgroup".to_owned(), cgroup.to_string()),
             ("apparmor".to_owned(), node.apparmor.describe()),
+            ("selinux".to_owned(), node.selinux.describe()),
             ("pods".to_owned(), node.pods().len().to_string()),
             ("containers".to_owned(), node.containers().len().to_string()),
         ])

@@ -45,6 +45,9 @@ pub struct Record {
     pub network: Option<PodNetwork>,
     /// Parent of the pod's cgroups in the v2 tree, beginning with `/`.
     pub cgroup_parent: String,
+    /// SELinux categories of the pod, `c1,c2`; empty where there are none.
+    #[serde(default)]
+    pub selinux_categories: String,
 }
 
 /// Where a pod is in its life.
@@ -147,6 +150,11 @@ impl Record {
     pub fn name(&self) -> String {
         self.config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default()
     }
+}
+
+/// The pod's wish for SELinux labels.
+pub fn selinux_options(config: &PodSandboxConfig) -> Option<&windlass_proto::cri::SeLinuxOption> {
+    config.linux.as_ref()?.security_context.as_ref()?.selinux_options.as_ref()
 }
 
 /// The pod's namespace options; absent ones are the pod's own.

@@ -101,6 +101,7 @@ fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
 
 async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
     let own_network = namespace_modes(&config).network() != NamespaceMode::Node;
+    let taken: Vec<String> = node.pods().iter().map(|pod| pod.look(|record| record.selinux_categories.clone())).collect();
     let record = Record {
         netns: if own_network {
             node.config.network.netns_dir.join(format!("windlass-{}", &id[..32]))
@@ -108,6 +109,7 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
             Default::default()
         },
         cgroup_parent: cgroup_parent(&node, &config)?,
+        selinux_categories: node.selinux.categories(&id, &taken),
         id: id.clone(),
         config,
         runtime_handler,
@@ -190,6 +192,7 @@ async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<Owned
         init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
         sysctls: record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect(),
         shm_size_bytes: 0,
+        mount_label: node.selinux.labels(&record.selinux_categories, super::selinux_options(&record.config), None, false)?.file,
     };
     let (_, mut descriptors) = monitor.call(Body::Setup(request)).await?;
     Ok(descriptors.pop())

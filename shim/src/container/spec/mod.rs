@@ -16,6 +16,7 @@ use crate::{
     image::Image,
     node::Node,
     pod,
+    selinux::Labels,
 };
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
@@ -52,7 +53,6 @@ impl Input<'_> {
 
 /// The configuration, and the names of the limits it asks for that this host does not enforce.
 pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
-    security::check(input)?;
     let linux = input.config.linux.clone().unwrap_or_default();
     let asked = linux.resources.unwrap_or_default();
     let mut oci_resources = serde_json::to_value(resources(&asked)?).map_err(encode)?;
@@ -72,6 +72,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
             "cgroupsPath": format!("{}/{}", input.pod.cgroup_parent.trim_end_matches('/'), input.id),
             "resources": oci_resources,
             "devices": devices,
+            "mountLabel": given(labels(input)?.file),
             "maskedPaths": masked,
             "readonlyPaths": readonly,
             "seccomp": seccomp::profile(input, &security::granted(input)?)?,
@@ -118,6 +119,7 @@ fn process(input: &Input<'_>) -> Result<Value> {
         "noNewPrivileges": security.no_new_privs,
         "oomScoreAdj": oom,
         "apparmorProfile": input.node.apparmor.profile(&security)?,
+        "selinuxLabel": given(labels(input)?.process),
     }))
 }
 
@@ -208,6 +210,18 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
         namespaces.push(json!({ "type": "uts" }));
     }
     Ok(namespaces)
+}
+
+/// The SELinux labels of the container.
+pub(super) fn labels(input: &Input<'_>) -> Result<Labels> {
+    let security = input.security();
+    let pod = pod::selinux_options(&input.pod.config);
+    input.node.selinux.labels(&input.pod.selinux_categories, pod, security.selinux_options.as_ref(), security.privileged)
+}
+
+/// Nothing instead of an empty text.
+fn given(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
 }
 
 fn annotations(input: &Input<'_>) -> Value {

@@ -77,9 +77,6 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
     if !mount.mount_options.is_empty() {
         return Err(Error::unimplemented(format!("config.mounts: {target}: mount_options are not served yet")));
     }
-    if mount.selinux_relabel && Path::new("/sys/fs/selinux/enforce").exists() {
-        return Err(Error::unimplemented(format!("config.mounts: {target}: selinux_relabel is not served yet")));
-    }
     let source = fs::canonicalize(&mount.host_path)
         .map_err(|error| Error::invalid(format!("config.mounts: host_path {:?} of {target}: {error}", mount.host_path)))?;
     let mut options = vec!["rbind"];

@@ -1,4 +1,4 @@
-//! Capabilities, masked paths, and the security fields that are refused until they are served.
+//! Capabilities and masked paths.
 
 use super::Input;
 use crate::error::{Error, Result};
@@ -85,19 +85,6 @@ const MASKED: [&str; 11] = [
 ];
 const MASKED_MORE: &str = "/sys/devices/virtual/powercap";
 const READONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-
-/// Refuses what is not served yet: nothing that was asked for is left out in silence.
-pub(super) fn check(input: &Input<'_>) -> Result<()> {
-    let security = input.security();
-    let refuse = |what: String| Err(Error::unimplemented(format!("security_context.{what} is not served yet")));
-    if security.privileged {
-        return Ok(());
-    }
-    if security.selinux_options.as_ref().is_some_and(|options| *options != Default::default()) {
-        return refuse("selinux_options".into());
-    }
-    Ok(())
-}
 
 /// `cap_net_raw`, `NET_RAW` and `CAP_NET_RAW` are the same.
 fn normal(name: &str) -> String {
