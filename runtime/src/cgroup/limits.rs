@@ -18,7 +18,7 @@ struct Write {
 }
 
 /// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce: their files
-/// are not there. Device rules are not enforced yet; they are reported as `devices` when one denies anything.
+/// are not there. Device rules are [`super::restrict`]'s.
 pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
     let mut undo: Vec<(String, String)> = Vec::new();
     let mut not_enforced: Vec<String> = Vec::new();
@@ -45,10 +45,6 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
             return Err(refused(&write, error));
         }
         undo.push((write.file, before));
-    }
-    let denies = resources.devices().iter().flatten().any(|rule| !rule.allow());
-    if denies {
-        not_enforced.push("devices".into());
     }
     Ok(not_enforced)
 }

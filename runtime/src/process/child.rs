@@ -149,7 +149,10 @@ impl<'a> Build<'a> {
     }
 
     fn limits(&mut self) -> Result<(), StepError> {
-        if let Some(resources) = self.spec()?.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        let resources = self.spec()?.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let devices = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+        cgroup::restrict(self.spawn.cgroup_path, devices)?;
+        if let Some(resources) = resources {
             self.not_enforced = cgroup::apply(self.spawn.cgroup_path, resources)?;
         }
         let process = self.process()?;

@@ -1,5 +1,6 @@
 //! Kernel facilities without a safe wrapper elsewhere: one file for each. The only place with `unsafe`. No policy, no logging.
 
+pub mod bpf;
 pub mod clone;
 pub mod descriptors;
 pub mod exec;

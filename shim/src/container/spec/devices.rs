@@ -22,23 +22,25 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
     if input.privileged() {
         walk(Path::new("/dev"), Path::new("/dev"), 0, &mut devices)?;
     }
-    for device in &input.config.devices {
+    for (index, device) in input.config.devices.iter().enumerate() {
+        let invalid = |field: &str, value: &str, why: &dyn std::fmt::Display| {
+            Error::invalid(format!("config.devices[{index}].{field} {value:?}: {why}"))
+        };
         if device.permissions.is_empty() || device.permissions.chars().any(|c| !"rwm".contains(c)) {
-            return Err(Error::invalid(format!(
-                "config.devices: permissions {:?} of {} are not made of r, w, m",
-                device.permissions, device.host_path
-            )));
+            return Err(invalid("permissions", &device.permissions, &"not made of r, w and m"));
         }
         let target = if device.container_path.is_empty() { &device.host_path } else { &device.container_path };
+        if !target.starts_with('/') {
+            return Err(invalid("container_path", target, &"not absolute"));
+        }
         let mut found = Vec::new();
-        let source = fs::canonicalize(&device.host_path)
-            .map_err(|error| Error::invalid(format!("config.devices: host_path {:?}: {error}", device.host_path)))?;
+        let source = fs::canonicalize(&device.host_path).map_err(|error| invalid("host_path", &device.host_path, &error))?;
         if source.is_dir() {
             walk(&source, Path::new(target), 0, &mut found)?;
         } else {
             found.push(
                 node(&source, Path::new(target))
-                    .ok_or_else(|| Error::invalid(format!("config.devices: {:?} is no device", device.host_path)))?,
+                    .ok_or_else(|| invalid("host_path", &device.host_path, &"no device, nor a directory of devices"))?,
             );
         }
         for device_node in found {
