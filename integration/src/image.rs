@@ -72,9 +72,22 @@ pub fn layers() -> Result<[Vec<u8>; 2]> {
     Ok([busybox_layer()?, probe_layer()?])
 }
 
+/// A layer of links: path and where it points.
+pub fn links_layer(links: &[(&str, &str)]) -> Result<Vec<u8>> {
+    let mut builder = Builder::new(Vec::new());
+    for (path, to) in links {
+        entry(&mut builder, EntryType::Symlink, path, 0o777, Some(to))?;
+    }
+    Ok(builder.into_inner()?)
+}
+
 /// Writes the archive with [`BUSYBOX`].
 pub fn write_archive(path: &Path) -> Result<()> {
-    let layers = layers()?;
+    write_archive_of(path, BUSYBOX, layers()?.to_vec())
+}
+
+/// Writes an archive with one image of these uncompressed layers, lowest first.
+pub fn write_archive_of(path: &Path, name: &str, layers: Vec<Vec<u8>>) -> Result<()> {
     let digest = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
     let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", digest(layer))).collect();
     let config = json!({
@@ -84,7 +97,7 @@ pub fn write_archive(path: &Path) -> Result<()> {
     })
     .to_string();
     let names: Vec<String> = layers.iter().map(|layer| format!("{}.tar", digest(layer))).collect();
-    let manifest = json!([{ "Config": "config.json", "RepoTags": [BUSYBOX], "Layers": names }]).to_string();
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": names }]).to_string();
     let mut builder = Builder::new(Vec::new());
     file(&mut builder, "manifest.json", 0o644, manifest.as_bytes())?;
     file(&mut builder, "config.json", 0o644, config.as_bytes())?;

@@ -6,8 +6,8 @@ use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// Version of [`RootfsPlan`] that this build reads.
-pub const ROOTFS_PLAN_VERSION: u32 = 1;
+/// Newest version of [`RootfsPlan`] that this build reads: 2 added `image_volumes` and `sources_resolved`.
+pub const ROOTFS_PLAN_VERSION: u32 = 2;
 
 /// Name of the plan's file in a bundle.
 pub const ROOTFS_PLAN_FILE: &str = "rootfs.json";
@@ -16,9 +16,9 @@ pub const ROOTFS_PLAN_FILE: &str = "rootfs.json";
 const FILE_LIMIT_BYTES: u64 = 16 << 20;
 
 /// How the root is composed: `rootfs.json` of a bundle. Without that file `root.path` of `config.json` is the root.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootfsPlan {
-    /// [`ROOTFS_PLAN_VERSION`].
+    /// 1, or 2 with a field that came with it; at most [`ROOTFS_PLAN_VERSION`].
     pub version: u32,
     /// Absolute layer directories, the topmost first (the order of overlayfs' `lowerdir`). At least one.
     pub lower: Vec<PathBuf>,
@@ -34,6 +34,24 @@ pub struct RootfsPlan {
     /// Skips every sync of the upper directory, which is worth nothing after a crash.
     #[serde(default)]
     pub volatile: bool,
+    /// Read-only volumes that are made of layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_volumes: Vec<ImageVolume>,
+    /// Bind sources of `config.json` were resolved before: a link in one of them is a change that came since, and refused.
+    #[serde(default)]
+    pub sources_resolved: bool,
+}
+
+/// A volume made of an image's layers. The bind mounts of `config.json` whose source is [`ImageVolume::source`] show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// Absolute; an empty directory of the bundle.
+    pub source: PathBuf,
+    /// Absolute layer directories, the topmost first. At least one.
+    pub lower: Vec<PathBuf>,
+    /// File or directory of the image that is shown in place of its root, resolved inside the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sub_path: Option<PathBuf>,
 }
 
 /// Reads and checks `config.json`.
@@ -52,17 +70,18 @@ pub fn read_rootfs_plan(bundle: &Path) -> Result<Option<RootfsPlan>, StepError> 
     };
     let plan: RootfsPlan = parse(&bytes, &path)?;
     let invalid = |why: &str| Err(StepError::because(Kind::Invalid, "read", path.display(), why));
-    if plan.version != ROOTFS_PLAN_VERSION {
-        let why = format!("version {} of the plan, this build reads {ROOTFS_PLAN_VERSION}", plan.version);
+    if !(1..=ROOTFS_PLAN_VERSION).contains(&plan.version) {
+        let why = format!("version {} of the plan, this build reads 1 to {ROOTFS_PLAN_VERSION}", plan.version);
         return Err(StepError::because(Kind::Unsupported, "read", path.display(), why));
     }
-    if plan.lower.is_empty() {
+    if plan.lower.is_empty() || plan.image_volumes.iter().any(|volume| volume.lower.is_empty()) {
         return invalid("no lower directory");
     }
     if plan.upper.is_some() != plan.work.is_some() {
         return invalid("upper and work go together");
     }
-    if plan.lower.iter().chain(&plan.upper).chain(&plan.work).any(|path| !path.is_absolute()) {
+    let volumes = plan.image_volumes.iter().flat_map(|volume| volume.lower.iter().chain([&volume.source]));
+    if plan.lower.iter().chain(&plan.upper).chain(&plan.work).chain(volumes).any(|path| !path.is_absolute()) {
         return invalid("every directory must be absolute");
     }
     Ok(Some(plan))

@@ -163,7 +163,7 @@ impl<'a> Build<'a> {
     }
 
     fn bind_sources(&mut self) -> Result<(), StepError> {
-        self.sources = Some(Sources::open(self.spawn.bundle, self.spec()?, self.spawn.namespaces.shm)?);
+        self.sources = Some(Sources::open(self.spawn.bundle, self.spec()?, self.plan.as_ref(), self.spawn.namespaces.shm)?);
         Ok(())
     }
 

@@ -1,14 +1,16 @@
 //! The mounts of `config.json`.
 
 use super::options::{Options, clear_with_atime, parse};
-use super::overlay::file_system;
+use super::overlay::{file_system, image_volume};
 use super::target::{Made, is_directory, open_or_make};
 use super::{Root, attach};
+use crate::bundle::RootfsPlan;
 use crate::process::{Context, Kind, StepError};
 use crate::security::{mount_label, mount_option};
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, OpenTreeFlags, open_tree};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -22,8 +24,14 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Clones the bind sources, and the pod's `shm` for /dev/shm. In the host's mount namespace.
-    pub fn open(bundle: &Path, spec: &Spec, shm: Option<BorrowedFd<'_>>) -> Result<Sources, StepError> {
+    /// Clones the bind sources, composes image volumes, clones the pod's `shm` for a tmpfs on /dev/shm. In the host's mount
+    /// namespace.
+    pub fn open(
+        bundle: &Path,
+        spec: &Spec,
+        plan: Option<&RootfsPlan>,
+        shm: Option<BorrowedFd<'_>>,
+    ) -> Result<Sources, StepError> {
         let mut mounts = Vec::new();
         for mount in spec.mounts().iter().flatten() {
             check(mount)?;
@@ -32,12 +40,12 @@ impl Sources {
                 options.bind = Some(options.bind.unwrap_or(false));
             }
             let fd = match (shm, options.bind) {
-                (Some(shm), _) if mount.destination() == Path::new("/dev/shm") => {
+                (Some(shm), None) if mount.destination() == Path::new("/dev/shm") => {
                     options.bind = Some(false);
                     let clone = open_tree(shm, "", CLONE | OpenTreeFlags::AT_EMPTY_PATH);
                     Some(clone.context("mount", "the pod's /dev/shm")?)
                 }
-                (_, Some(recursive)) => Some(open_source(bundle, mount, recursive)?),
+                (_, Some(recursive)) => Some(open_source(bundle, (mount, mount_label(spec)), plan, recursive)?),
                 (_, None) => None,
             };
             mounts.push((options, fd));
@@ -58,18 +66,47 @@ fn check(mount: &Mount) -> Result<(), StepError> {
     Ok(())
 }
 
-fn open_source(bundle: &Path, mount: &Mount, recursive: bool) -> Result<OwnedFd, StepError> {
+fn open_source(
+    bundle: &Path,
+    (mount, label): (&Mount, Option<&str>),
+    plan: Option<&RootfsPlan>,
+    recursive: bool,
+) -> Result<OwnedFd, StepError> {
     let step = "mount";
     let destination = mount.destination().display();
     let Some(source) = mount.source() else {
         return Err(StepError::because(Kind::Invalid, step, destination, "a bind mount without a source"));
     };
     let source = bundle.join(source);
+    if let Some(volume) = plan.and_then(|plan| plan.image_volumes.iter().find(|volume| volume.source == source)) {
+        return image_volume(volume, label).map_err(|mut error| {
+            error.object = format!("image volume on {destination}: {}", error.object);
+            error
+        });
+    }
     let flags = if recursive { CLONE | OpenTreeFlags::AT_RECURSIVE } else { CLONE };
-    open_tree(CWD, &source, flags).context(step, format!("{} on {destination}", source.display())).map_err(|error| {
-        let missing = [libc::ENOENT, libc::ENOTDIR].contains(&error.errno);
+    let cloned = if plan.is_some_and(|plan| plan.sources_resolved) {
+        open_resolved(&source).and_then(|fd| open_tree(fd, "", flags | OpenTreeFlags::AT_EMPTY_PATH))
+    } else {
+        open_tree(CWD, &source, flags)
+    };
+    cloned.context(step, format!("{} on {destination}", source.display())).map_err(|mut error| {
+        if error.errno == libc::ELOOP {
+            error.message = "a link has taken the place of a part of this path".into();
+        }
+        let missing = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP].contains(&error.errno);
         if missing { error.kind(Kind::Invalid) } else { error }
     })
+}
+
+/// Opens a path that has no links. As a directory first: only that makes an automounter mount what belongs there.
+fn open_resolved(path: &Path) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let open = |flags| openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC | flags, Mode::empty(), resolve);
+    match open(OFlags::DIRECTORY) {
+        Err(Errno::NOTDIR) => open(OFlags::empty()),
+        other => other,
+    }
 }
 
 impl Root {

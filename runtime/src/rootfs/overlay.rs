@@ -1,9 +1,11 @@
-//! The root's first mount: an overlay of layers, or a directory that is ready.
+//! The root's first mount, an overlay of layers or a directory that is ready; and volumes made of layers.
 
-use crate::bundle::RootfsPlan;
-use crate::process::{Context, StepError};
+use super::open_in_root;
+use crate::bundle::{ImageVolume, RootfsPlan};
+use crate::process::{Context, Kind, StepError};
 use crate::security::mount_option;
-use rustix::fs::CWD;
+use crate::sys::mount_attr::{MountAttr, mount_setattr};
+use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
@@ -29,6 +31,28 @@ pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>) -> Result<OwnedFd,
     }
     options.extend(mount_option(label, "overlay"));
     file_system("overlay", &options, MountAttrFlags::empty())
+}
+
+/// A volume of layers as a detached mount that nobody can write through, of the whole image or of one path in it. The overlay has
+/// no upper directory; a single layer is the layer's own directory, so it is made read-only as well.
+pub(super) fn image_volume(volume: &ImageVolume, label: Option<&str>) -> Result<OwnedFd, StepError> {
+    let read_only = MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+    let plan = RootfsPlan { lower: volume.lower.clone(), ..RootfsPlan::default() };
+    let whole = compose(&plan, label)?;
+    let shown = match &volume.sub_path {
+        None => whole,
+        Some(path) => {
+            let object = path.display();
+            let found = open_in_root(whole.as_fd(), path, OFlags::PATH).context("find sub path", &object).map_err(|error| {
+                let missing = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP].contains(&error.errno);
+                if missing { error.kind(Kind::Invalid) } else { error }
+            })?;
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+            open_tree(found, "", flags).context("mount sub path", &object)?
+        }
+    };
+    mount_setattr(shown.as_fd(), true, &read_only).context("make read-only", "")?;
+    Ok(shown)
 }
 
 /// A clone of a directory with all that is mounted below, as a detached mount.

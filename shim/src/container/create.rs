@@ -1,6 +1,6 @@
 //! CreateContainer: image, configuration and pod become a bundle and a process that waits at its gate.
 
-use super::{Container, Record, State, identity, spec, text};
+use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, spec, text};
 use crate::{
     error::{Error, Kind, Result},
     image::Image,
@@ -91,7 +91,10 @@ async fn assemble(
     directory: &Path,
 ) -> Result<Container> {
     let monitor = pod.monitor()?;
-    let lease = node.images.lease(image);
+    let volumes = image_volume::find(node, &config)?;
+    let images = std::iter::once(image).chain(volumes.iter().map(|volume| &volume.image));
+    let chain_ids: Vec<String> = images.flat_map(|image| &image.layers).map(|layer| layer.chain_id.clone()).collect();
+    let lease = node.images.lease_layers(&chain_ids);
     let pod_record = pod.record();
     let identity = identity::resolve(&config, image)?;
     let input = spec::Input { node, pod: &pod_record, id, config: &config, image, identity: &identity, directory };
@@ -106,7 +109,7 @@ async fn assemble(
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
     relabel(&input, spec::labels(&input)?.file).await?;
-    write_bundle(directory, &oci, image)?;
+    write_bundle(directory, &oci, image, &volumes)?;
     let log_path = log_path(&pod_record, &config)?;
     let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
     let (pid, not_enforced) = match reply.0 {
@@ -119,7 +122,7 @@ async fn assemble(
         image_id: image.id.clone(),
         image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone()),
         image_name: image_name(&config, image),
-        chain_ids: image.layers.iter().map(|layer| layer.chain_id.clone()).collect(),
+        chain_ids,
         log_path,
         user: identity.status(),
         stop_signal: spec::stop_signal(&config, image)?,
@@ -159,20 +162,21 @@ fn image_name(config: &ContainerConfig, image: &Image) -> String {
     }
 }
 
-fn write_bundle(directory: &Path, oci: &oci_spec::runtime::Spec, image: &Image) -> Result<()> {
-    for part in ["upper", "work", "rootfs"] {
-        let path = directory.join(part);
+fn write_bundle(directory: &Path, oci: &oci_spec::runtime::Spec, image: &Image, volumes: &[ImageVolume]) -> Result<()> {
+    let parts = ["upper", "work", "rootfs"].map(|part| directory.join(part));
+    for path in parts.into_iter().chain(volumes.iter().map(|volume| volume.source(directory))) {
         fs::create_dir_all(&path).map_err(|error| Error::io(format_args!("create {}", path.display()), error))?;
     }
     let config = serde_json::to_vec(oci).map_err(|error| Error::internal(format!("encode config.json: {error}")))?;
     store::write_file(&directory.join("config.json"), &config)?;
     let plan = serde_json::json!({
-        "version": 1,
-        // Topmost first, as overlayfs takes them.
-        "lower": image.layers.iter().rev().map(|layer| text(&layer.path)).collect::<Vec<_>>(),
+        "version": 2,
+        "lower": image_volume::layers(image),
         "upper": text(&directory.join("upper")),
         "work": text(&directory.join("work")),
         "volatile": true,
+        "image_volumes": volumes.iter().map(|volume| volume.plan(directory)).collect::<Vec<_>>(),
+        "sources_resolved": true,
     });
     store::write_file(&directory.join("rootfs.json"), plan.to_string().as_bytes())
 }

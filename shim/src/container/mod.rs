@@ -10,6 +10,7 @@
 mod create;
 pub mod exec;
 mod identity;
+mod image_volume;
 mod life;
 mod spec;
 

@@ -247,7 +247,7 @@ impl RuntimeService for Service {
             status: Some(cri::RuntimeStatus { conditions }),
             info: if request.into_inner().verbose { self.node_info() } else { HashMap::new() },
             runtime_handlers: handlers,
-            features: Some(cri::RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+            features: Some(cri::RuntimeFeatures { supplemental_groups_policy: true, mount_options: true, ..Default::default() }),
         }))
     }
 

@@ -15,13 +15,9 @@ const MAX_SYMLINKS: u32 = 40;
 /// The regular file at `path`, symlinks followed inside the image; `None` if there is none.
 pub(super) fn read_file(layers: &[&Path], path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
     let what = || format!("read {path:?} of image");
-    let roots: Vec<OwnedFd> = layers
-        .iter()
-        .rev()
-        .map(|dir| fs::openat(CWD, *dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()))
-        .collect::<Result<_, _>>()
-        .map_err(|e| ImageError::io(what(), e))?;
-    let Some((root, real)) = resolve(&roots, Path::new(path)).map_err(|e| ImageError::io(what(), e))? else {
+    let roots = open_roots(layers).map_err(|e| ImageError::io(what(), e))?;
+    let found = resolve(&roots, Path::new(path)).map_err(|e| ImageError::io(what(), e))?;
+    let Some((root, real, FileType::RegularFile)) = found else {
         return Ok(None);
     };
     let fd = open(root, &real, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|e| ImageError::io(what(), e))?;
@@ -33,8 +29,20 @@ pub(super) fn read_file(layers: &[&Path], path: &str, limit_bytes: u64) -> Resul
     Ok(Some(bytes))
 }
 
+/// Whether the image has a file or directory at `path`, symlinks followed inside the image.
+pub(super) fn has_path(layers: &[&Path], path: &str) -> Result<bool, ImageError> {
+    let found = open_roots(layers).and_then(|roots| Ok(resolve(&roots, Path::new(path))?.is_some()));
+    found.map_err(|e| ImageError::io(format!("find {path:?} in image"), e))
+}
+
+/// The layers' directories, uppermost first.
+fn open_roots(layers: &[&Path]) -> Result<Vec<OwnedFd>, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    layers.iter().rev().map(|dir| fs::openat(CWD, *dir, flags, Mode::empty())).collect()
+}
+
 /// Walks the path through the merged view; `roots` are uppermost first.
-fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd, PathBuf)>, Errno> {
+fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd, PathBuf, FileType)>, Errno> {
     let mut pending: VecDeque<OsString> = names(path).into();
     let mut real = PathBuf::new();
     let mut links = 0;
@@ -64,12 +72,12 @@ fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd,
                 names(&target).into_iter().rev().for_each(|n| pending.push_front(n));
                 found = None;
             }
-            FileType::Directory => found = None,
-            FileType::RegularFile if pending.is_empty() => found = Some(root),
+            FileType::Directory => found = Some((root, kind)),
+            _ if pending.is_empty() => found = Some((root, kind)),
             _ => return Ok(None),
         }
     }
-    Ok(found.map(|root| (root, real)))
+    Ok(found.map(|(root, kind)| (root, real, kind)))
 }
 
 fn names(path: &Path) -> Vec<OsString> {

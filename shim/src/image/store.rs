@@ -91,6 +91,15 @@ impl Image {
         read::read_file(&layers, path, limit_bytes)
     }
 
+    /// Whether there is a file or directory at `path`, symlinks followed inside the image.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn has_path(&self, path: &str) -> Result<bool, ImageError> {
+        let layers: Vec<&Path> = self.layers.iter().map(|l| l.path.as_path()).collect();
+        read::has_path(&layers, path)
+    }
+
     fn chain_ids(&self) -> Vec<String> {
         self.layers.iter().map(|l| l.chain_id.clone()).collect()
     }

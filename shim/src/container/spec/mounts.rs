@@ -1,17 +1,23 @@
 //! Mounts: the kernel's own file systems, the pod's files, and the volumes of the request, parents before children.
 
 use super::{Input, text};
-use crate::error::{Error, Kind, Result};
+use crate::container::image_volume;
+use crate::error::{Error, Result};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 use windlass_proto::cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode};
+
+/// What `mount_options` of a volume may name.
+const OPTIONS: [&str; 6] = ["noexec", "nodev", "nosuid", "noatime", "nodiratime", "nosymfollow"];
 
 /// Mounts in the order in which they are made.
 pub(super) fn build(input: &Input<'_>) -> Result<Vec<Value>> {
     let mut mounts = kernel(input);
     let mut volumes = pod_files(input);
-    for mount in &input.config.mounts {
-        volumes.push((normal(&mount.container_path), volume(input, mount)?));
+    for (index, mount) in input.config.mounts.iter().enumerate() {
+        let made = if image_volume::is_image(mount) { image(input, index, mount) } else { volume(input, mount) };
+        volumes.push((normal(&mount.container_path), made?));
     }
     // A volume over a directory comes before the ones inside it; equal paths keep the request's order.
     volumes.sort_by_key(|(path, _)| path.split('/').filter(|part| !part.is_empty()).count());
@@ -67,20 +73,37 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
     if !target.starts_with('/') {
         return Err(Error::invalid(format!("config.mounts: container_path {target:?} is not absolute")));
     }
-    if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
-        let message = format!("ImageVolumeMountFailed: {target}: image volumes are not served yet");
-        return Err(Error::new(Kind::Prefixed, message));
+    if !mount.image_sub_path.is_empty() {
+        return Err(Error::invalid(format!("config.mounts: {target}: image_sub_path is set without image")));
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(Error::unimplemented(format!("config.mounts: {target}: id mappings are not served yet")));
     }
-    if !mount.mount_options.is_empty() {
-        return Err(Error::unimplemented(format!("config.mounts: {target}: mount_options are not served yet")));
-    }
     let source = fs::canonicalize(&mount.host_path)
         .map_err(|error| Error::invalid(format!("config.mounts: host_path {:?} of {target}: {error}", mount.host_path)))?;
-    let mut options = vec!["rbind"];
-    options.push(match mount.propagation() {
+    let mut options = vec!["rbind".to_owned()];
+    options.push(propagation(input, mount)?.to_owned());
+    options.push(read_only(mount)?.to_owned());
+    options.extend(extra_options(mount)?);
+    check_propagation(&source, mount)?;
+    Ok(json!({ "destination": target, "type": "bind", "source": text(&source), "options": options }))
+}
+
+/// A volume of an image, which is never written to.
+fn image(input: &Input<'_>, index: usize, mount: &Mount) -> Result<Value> {
+    let target = &mount.container_path;
+    if !target.starts_with('/') {
+        return Err(Error::invalid(format!("config.mounts: container_path {target:?} is not absolute")));
+    }
+    let mut options = ["rbind", "rprivate", "ro"].map(str::to_owned).to_vec();
+    options.extend(extra_options(mount)?);
+    let source = text(&image_volume::source(input.directory, index));
+    Ok(json!({ "destination": target, "type": "bind", "source": source, "options": options }))
+}
+
+fn propagation(input: &Input<'_>, mount: &Mount) -> Result<&'static str> {
+    let target = &mount.container_path;
+    Ok(match mount.propagation() {
         MountPropagation::PropagationPrivate => "rprivate",
         MountPropagation::PropagationHostToContainer => "rslave",
         MountPropagation::PropagationBidirectional if !input.privileged() => {
@@ -89,8 +112,12 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
             )));
         }
         MountPropagation::PropagationBidirectional => "rshared",
-    });
-    options.push(match (mount.readonly, mount.recursive_read_only) {
+    })
+}
+
+fn read_only(mount: &Mount) -> Result<&'static str> {
+    let target = &mount.container_path;
+    Ok(match (mount.readonly, mount.recursive_read_only) {
         (false, false) => "rw",
         (true, false) => "ro",
         (true, true) if mount.propagation() == MountPropagation::PropagationPrivate => "rro",
@@ -99,9 +126,21 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
                 "config.mounts: {target}: recursive_read_only needs readonly and private propagation"
             )));
         }
-    });
-    check_propagation(&source, mount)?;
-    Ok(json!({ "destination": target, "type": "bind", "source": text(&source), "options": options }))
+    })
+}
+
+/// `mount_options` in the form that holds for everything mounted below as well: a volume that may not be executed from has no corner
+/// where it may.
+fn extra_options(mount: &Mount) -> Result<Vec<String>> {
+    let served = |option: &String| match OPTIONS.contains(&option.as_str()) {
+        true => Ok(format!("r{option}")),
+        false => Err(Error::invalid(format!(
+            "config.mounts: {}: mount_options: {option:?} is none of {}",
+            mount.container_path,
+            OPTIONS.join(", ")
+        ))),
+    };
+    mount.mount_options.iter().map(served).collect()
 }
 
 /// A volume can only pass mounts on if the mount it lies on does: Bidirectional needs a shared one, HostToContainer a shared or slave one.
@@ -111,17 +150,13 @@ fn check_propagation(source: &Path, mount: &Mount) -> Result<()> {
         MountPropagation::PropagationHostToContainer => &["shared:", "master:"],
         MountPropagation::PropagationBidirectional => &["shared:"],
     };
+    let found = statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID)
+        .map_err(|error| Error::io(format_args!("look at {}", source.display()), error))?;
     let table = fs::read_to_string("/proc/self/mountinfo").map_err(|error| Error::io("read /proc/self/mountinfo", error))?;
-    let covering = table
-        .lines()
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split(' ').collect();
-            let point = fields.get(4)?.replace("\\040", " ");
-            source.starts_with(&point).then_some((point.len(), fields))
-        })
-        .max_by_key(|(length, _)| *length);
-    let shared = covering.is_some_and(|(_, fields)| {
-        fields.iter().skip(6).take_while(|field| **field != "-").any(|field| needed.iter().any(|tag| field.starts_with(tag)))
+    let id = found.stx_mnt_id.to_string();
+    let tags = table.lines().map(|line| line.split(' ')).find(|fields| fields.clone().next() == Some(&id));
+    let shared = tags.is_some_and(|fields| {
+        fields.skip(6).take_while(|field| *field != "-").any(|field| needed.iter().any(|tag| field.starts_with(tag)))
     });
     if shared {
         return Ok(());
