@@ -154,6 +154,7 @@ fn build(home: &Path, id: &str, bundle: &Path, spec: &Spec, path: &Path, argumen
     let pid_namespace = pid_namespace(spec)?;
     let pid = match &pid_namespace {
         None => PidNamespace::Host,
+        Some(None) if own_user(spec) => PidNamespace::NewInside,
         Some(None) => PidNamespace::New,
         Some(Some(fd)) => PidNamespace::Join(fd.as_fd()),
     };
@@ -161,8 +162,14 @@ fn build(home: &Path, id: &str, bundle: &Path, spec: &Spec, path: &Path, argumen
     let stdio = own_streams()?;
     let namespaces = PodNamespaces::default();
     let spawn = Spawn { bundle, cgroup: cgroup.as_fd(), cgroup_path: path, pid, namespaces, stdio };
-    let Child { pid, pidfd, mut report } = process::create_behind(spawn, gate)?;
-    match wait(&mut report)? {
+    let Child { mut pid, mut pidfd, mut report } = process::create_behind(spawn, gate)?;
+    let mut message = wait(&mut report)?;
+    if let Message::Moved { pid: first, pidfd: first_pidfd } = message {
+        reap(&pidfd)?;
+        (pid, pidfd) = (first, first_pidfd);
+        message = wait(&mut report)?;
+    }
+    match message {
         Message::Ready { not_enforced, .. } if !not_enforced.is_empty() => {
             eprintln!("windlass-oci: this host does not enforce limits of: {}", not_enforced.join(", "));
         }
@@ -340,6 +347,12 @@ fn cgroup_path(spec: &Spec, id: &str) -> Outcome<PathBuf> {
         return Err(unsupported(&path.display().to_string(), "systemd's cgroups are the daemon's"));
     }
     Ok(cgroup::mount_point()?.join(path.strip_prefix("/").unwrap_or(&path)))
+}
+
+/// Whether the container lives in a user namespace.
+fn own_user(spec: &Spec) -> bool {
+    let listed = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    listed.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
 }
 
 /// `None`: the host's; `Some(None)`: a new one; else the one to join.

@@ -178,6 +178,7 @@ impl Monitor {
         let invalid = |why: &str| StepError::because(Kind::Invalid, "create", &request.container_id, why);
         let pod = self.pod.as_ref().ok_or_else(|| invalid("the pod is not set up"))?;
         let pid = match request.pid_mode() {
+            PidMode::Container if pod.has_user() => PidNamespace::NewInside,
             PidMode::Container => PidNamespace::New,
             PidMode::Node => PidNamespace::Host,
             PidMode::Pod => PidNamespace::Join(pod.pid_namespace().ok_or_else(|| invalid("no shared pid namespace"))?),
@@ -220,6 +221,7 @@ impl Monitor {
             match message {
                 Ok(Message::WouldBlock) => return,
                 Ok(Message::Ready { console, not_enforced }) => self.on_ready(key, console, not_enforced),
+                Ok(Message::Moved { pid, pidfd }) => (container.pid, container.pidfd) = (pid, pidfd),
                 Ok(Message::Executed) => return self.on_executed(key),
                 Ok(Message::Failed(error)) => return self.on_failed(key, error),
                 Err(error) => {

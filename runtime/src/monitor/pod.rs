@@ -4,6 +4,7 @@
 use super::note::note;
 use super::sysctl::{self, Home};
 use crate::cgroup::Cgroup;
+use crate::namespace::user::{self, Mapping};
 use crate::process::{Context, Kind, PodNamespaces, StepError};
 use crate::sys::{self, clone::Forked};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -16,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use windlass_proto::monitor::SetupRequest;
+use windlass_proto::monitor::{IdMapping, SetupRequest};
 
 /// Size of /dev/shm without a wish.
 const SHM_DEFAULT_BYTES: u64 = 64 << 20;
@@ -28,6 +29,7 @@ const INIT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct Pod {
     pub(super) id: String,
     pin: Option<PathBuf>,
+    user: Option<OwnedFd>,
     net: Option<OwnedFd>,
     ipc: Option<OwnedFd>,
     uts: Option<OwnedFd>,
@@ -55,12 +57,17 @@ impl Pod {
 
     fn build(&mut self, request: &SetupRequest) -> Result<Option<OwnedFd>, StepError> {
         let mut socket = None;
+        if !request.uid_mappings.is_empty() {
+            self.user = Some(user::make(&mappings(&request.uid_mappings), &mappings(&request.gid_mappings))?);
+        }
         if !request.netns_path.is_empty() {
             let pin = PathBuf::from(&request.netns_path);
-            let (net, made) = inside_new(CloneFlags::CLONE_NEWNET, "net", || {
+            let (net, made) = inside_new(self.user.as_ref(), CloneFlags::CLONE_NEWNET, "net", || {
                 loopback_up()?;
                 sysctl::write_net_defaults()?;
-                sysctl::write(&request.sysctls, Home::Net)?;
+                if self.user.is_none() {
+                    sysctl::write(&request.sysctls, Home::Net)?;
+                }
                 let socket = route_socket()?;
                 make_pin(&pin)?;
                 self.pin = Some(pin);
@@ -69,20 +76,35 @@ impl Pod {
             (self.net, socket) = (Some(net), Some(made));
         }
         if request.ipc {
-            let (ipc, ()) = inside_new(CloneFlags::CLONE_NEWIPC, "ipc", || sysctl::write(&request.sysctls, Home::Ipc))?;
+            let user = self.user.as_ref();
+            let write = || if user.is_none() { sysctl::write(&request.sysctls, Home::Ipc) } else { Ok(()) };
+            let (ipc, ()) = inside_new(user, CloneFlags::CLONE_NEWIPC, "ipc", write)?;
             self.ipc = Some(ipc);
-            self.shm = Some(shared_memory(request.shm_size_bytes, &request.mount_label)?);
+            self.shm = Some(shared_memory(request)?);
         }
         if request.uts {
             let name = &request.hostname;
             let set = || rustix::system::sethostname(name.as_bytes()).context("set hostname", name);
-            self.uts = Some(inside_new(CloneFlags::CLONE_NEWUTS, "uts", set)?.0);
+            self.uts = Some(inside_new(self.user.as_ref(), CloneFlags::CLONE_NEWUTS, "uts", set)?.0);
         }
+        self.write_sysctls_inside(request)?;
         if request.shared_pid {
             self.init_cgroup = Some(Cgroup::create(Path::new(&request.init_cgroup))?);
-            self.init = Some(start_init(Path::new(&request.init_cgroup))?);
+            self.init = Some(start_init(Path::new(&request.init_cgroup), self.user.as_ref())?);
         }
         Ok(socket)
+    }
+
+    /// The pod's sysctls as root of its user namespace: ids in them are the pod's, and the kernel asks for that root.
+    fn write_sysctls_inside(&self, request: &SetupRequest) -> Result<(), StepError> {
+        let Some(user) = self.user.as_ref().filter(|_| !request.sysctls.is_empty()) else { return Ok(()) };
+        let spaces = [(&self.net, CloneFlags::CLONE_NEWNET), (&self.ipc, CloneFlags::CLONE_NEWIPC)];
+        let others: Vec<_> = spaces.into_iter().filter_map(|(fd, flag)| Some((fd.as_ref()?.as_fd(), flag))).collect();
+        user::inside(user.as_fd(), &others, || {
+            sysctl::write(&request.sysctls, Home::Net)?;
+            sysctl::write(&request.sysctls, Home::Ipc).map(|()| Vec::new())
+        })
+        .map(drop)
     }
 
     /// Undoes [`Pod::setup`] but for the monitor's own place. What fails is noted: there is nobody to do it better.
@@ -102,12 +124,19 @@ impl Pod {
             remove_pin(&pin);
         }
         (self.net, self.ipc, self.uts, self.shm) = (None, None, None, None);
+        self.user = None;
     }
 
     /// What containers join.
     pub(super) fn namespaces(&self) -> PodNamespaces<'_> {
-        let [net, ipc, uts, shm] = [&self.net, &self.ipc, &self.uts, &self.shm].map(|fd| fd.as_ref().map(AsFd::as_fd));
-        PodNamespaces { net, ipc, uts, shm }
+        let held = [&self.user, &self.net, &self.ipc, &self.uts, &self.shm];
+        let [user, net, ipc, uts, shm] = held.map(|fd| fd.as_ref().map(AsFd::as_fd));
+        PodNamespaces { user, net, ipc, uts, shm }
+    }
+
+    /// Whether containers live in a user namespace.
+    pub(super) fn has_user(&self) -> bool {
+        self.user.is_some()
     }
 
     /// The shared pid namespace.
@@ -121,12 +150,29 @@ impl Pod {
     }
 }
 
-/// Runs `work` in a new namespace and comes back. The monitor must not go on in a namespace of its pod: it would make the next
+fn mappings(listed: &[IdMapping]) -> Vec<Mapping> {
+    let one = |id: &IdMapping| Mapping { inside: id.container_id, outside: id.host_id, length: id.length };
+    listed.iter().map(one).collect()
+}
+
+/// Runs `work` in a new namespace, which `user` owns, and comes back. The monitor must not go on in a namespace of its pod: it would make the next
 /// pod's things there, so a failed return ends it.
-fn inside_new<T>(flag: CloneFlags, kind: &str, work: impl FnOnce() -> Result<T, StepError>) -> Result<(OwnedFd, T), StepError> {
+fn inside_new<T>(
+    user: Option<&OwnedFd>,
+    flag: CloneFlags,
+    kind: &str,
+    work: impl FnOnce() -> Result<T, StepError>,
+) -> Result<(OwnedFd, T), StepError> {
     let path = format!("/proc/self/ns/{kind}");
     let host = open_namespace(&path)?;
-    unshare(flag).context("unshare", kind)?;
+    match user {
+        Some(user) => {
+            for made in user::make_owned(user.as_fd(), &[(flag, kind)])? {
+                setns(&made, flag).context("join namespace", kind)?;
+            }
+        }
+        None => unshare(flag).context("unshare", kind)?,
+    }
     let done = open_namespace(&path).and_then(|made| Ok((made, work()?)));
     if let Err(errno) = setns(&host, flag) {
         note(format_args!("return to the host's {kind} namespace: {errno}"));
@@ -193,11 +239,16 @@ fn loopback_up() -> Result<(), StepError> {
 }
 
 /// A tmpfs that is mounted nowhere; it lives as long as its descriptor and its clones.
-fn shared_memory(size_bytes: u64, label: &str) -> Result<OwnedFd, StepError> {
-    let size = if size_bytes == 0 { SHM_DEFAULT_BYTES } else { size_bytes };
+fn shared_memory(request: &SetupRequest) -> Result<OwnedFd, StepError> {
+    let label = request.mount_label.as_str();
+    let size = if request.shm_size_bytes == 0 { SHM_DEFAULT_BYTES } else { request.shm_size_bytes };
+    let root = |ids: &[IdMapping]| ids.iter().find(|id| id.container_id == 0).map(|id| id.host_id.to_string());
+    let (uid, gid) = (root(&request.uid_mappings), root(&request.gid_mappings));
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("make", "/dev/shm")?;
     let size = size.to_string();
     let mut options = vec![("source", "shm"), ("mode", "1777"), ("size", size.as_str())];
+    options.extend(uid.as_deref().map(|uid| ("uid", uid)));
+    options.extend(gid.as_deref().map(|gid| ("gid", gid)));
     options.extend(Some(("context", label)).filter(|_| !label.is_empty()));
     for (key, value) in options {
         rustix::mount::fsconfig_set_string(&context, key, value).context("make /dev/shm with", format_args!("{key}={value}"))?;
@@ -207,9 +258,39 @@ fn shared_memory(size_bytes: u64, label: &str) -> Result<OwnedFd, StepError> {
     rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).context("make", "/dev/shm")
 }
 
-/// Starts the built-in init as process 1 of a new pid namespace and waits until it is ready.
-fn start_init(cgroup: &Path) -> Result<Init, StepError> {
+/// Starts the built-in init as process 1 of a new pid namespace, which `user` owns, and waits until it is ready.
+fn start_init(cgroup: &Path, user: Option<&OwnedFd>) -> Result<Init, StepError> {
+    let words = match user {
+        Some(user) => user::inside_as_host(user.as_fd(), || spawn_init().map(|pid| vec![pid.to_string()]))?,
+        None => vec![spawn_init_from_here()?.to_string()],
+    };
+    let unknown = || StepError::because(Kind::Internal, "start", "the pod's init", "it has no process id");
+    let number = words.first().and_then(|word| word.parse::<i32>().ok());
+    let pid = number.and_then(Pid::from_raw).ok_or_else(unknown)?;
+    let built = std::fs::write(cgroup.join("cgroup.procs"), pid.to_string())
+        .context("move the pod's init to", cgroup.display())
+        .and_then(|()| rustix::process::pidfd_open(pid, PidfdFlags::empty()).context("open pidfd", "of the pod's init"))
+        .and_then(|pidfd| Ok(Init { pid, pidfd, namespace: open_namespace(&format!("/proc/{pid}/ns/pid"))? }));
+    if built.is_err() {
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
+        let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+    }
+    built
+}
+
+fn spawn_init_from_here() -> Result<Pid, StepError> {
     let host = open_namespace("/proc/self/ns/pid")?;
+    let spawned = spawn_init();
+    if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWPID) {
+        note(format_args!("return to the host's pid namespace: {errno}"));
+        std::process::exit(70);
+    }
+    spawned
+}
+
+/// Starts the init in a new pid namespace. End of file on its output says that it is ready, or has ended. The caller's later children
+/// are born there too.
+fn spawn_init() -> Result<Pid, StepError> {
     unshare(CloneFlags::CLONE_NEWPID).context("unshare", "pid")?;
     let spawned = Command::new("/proc/self/exe")
         .arg("--init")
@@ -219,30 +300,14 @@ fn start_init(cgroup: &Path) -> Result<Init, StepError> {
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn();
-    if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWPID) {
-        note(format_args!("return to the host's pid namespace: {errno}"));
-        std::process::exit(70);
-    }
     let mut child = spawned.context("start", "the pod's init")?;
-    let pid = Pid::from_child(&child);
-    let ready = child.stdout.take();
-    let built = std::fs::write(cgroup.join("cgroup.procs"), child.id().to_string())
-        .context("move the pod's init to", cgroup.display())
-        .and_then(|()| rustix::process::pidfd_open(pid, PidfdFlags::empty()).context("open pidfd", "of the pod's init"))
-        .and_then(|pidfd| Ok((pidfd, open_namespace(&format!("/proc/{}/ns/pid", child.id()))?)))
-        .and_then(|(pidfd, namespace)| {
-            let came = ready.is_some_and(|pipe| readable_within(pipe.as_fd(), INIT_TIMEOUT));
-            // Both the pipe's end and the process's look the same there; only the second is a failure.
-            if !came || readable_within(pidfd.as_fd(), Duration::ZERO) {
-                return Err(StepError::because(Kind::Internal, "start", "the pod's init", "it ended or hangs"));
-            }
-            Ok(Init { pid, pidfd, namespace })
-        });
-    if built.is_err() {
-        let _ = child.kill();
-        let _ = child.wait();
+    let came = child.stdout.take().is_some_and(|pipe| readable_within(pipe.as_fd(), INIT_TIMEOUT));
+    if came && matches!(child.try_wait(), Ok(None)) {
+        return Ok(Pid::from_child(&child));
     }
-    built
+    let _ = child.kill();
+    let _ = child.wait();
+    Err(StepError::because(Kind::Internal, "start", "the pod's init", "it ended or hangs"))
 }
 
 /// Whether something can be read (or the other end was closed) in time.

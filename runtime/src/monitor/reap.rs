@@ -40,10 +40,10 @@ impl Monitor {
 
     fn on_reaped(&mut self, pid: i32, code: i32, signal: i32) {
         let (finished_at_ns, now) = (now_ns(), Instant::now());
-        let container = self.containers.iter().find(|(_, container)| container.pid == pid && container.ended.is_none());
-        if let Some((&key, _)) = container {
+        if let Some(key) = self.first_process(pid) {
             self.on_container_report(key);
-            let Some(container) = self.containers.get_mut(&key) else { return };
+            // It may have told that another goes on in its place.
+            let Some(container) = self.containers.get_mut(&key).filter(|container| container.pid == pid) else { return };
             container.ended = Some(Ended { code, signal, finished_at_ns, deadline: now + EMPTY_TIMEOUT });
             return self.settle(key, now);
         }
@@ -53,6 +53,23 @@ impl Monitor {
             let exit = Exit { code, signal, oom_killed: false, finished_at_ns };
             self.on_exec_ended(key, exit);
         }
+    }
+
+    /// The container whose first process this is. One that came in place of another is known from a report that may not be read yet.
+    fn first_process(&mut self, pid: i32) -> Option<u64> {
+        let known = |monitor: &Monitor| {
+            let mut containers = monitor.containers.iter();
+            containers.find(|(_, container)| container.pid == pid && container.ended.is_none()).map(|(key, _)| *key)
+        };
+        if let Some(key) = known(self) {
+            return Some(key);
+        }
+        let creating = |phase: &Phase| matches!(phase, Phase::Creating(_));
+        let keys: Vec<u64> = self.containers.iter().filter(|(_, c)| creating(&c.phase)).map(|(key, _)| *key).collect();
+        for key in keys {
+            self.on_container_report(key);
+        }
+        known(self)
     }
 
     fn on_exec_ended(&mut self, key: u64, exit: Exit) {

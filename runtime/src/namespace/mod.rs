@@ -1,9 +1,11 @@
 //! Namespaces of a container: joining the pod's, making its own, writing their sysctls. The pid namespace is chosen by the
-//! parent at clone; here are the rest. User namespaces are not built yet.
+//! parent at clone; here are the rest.
 
 mod sysctl;
+pub mod user;
 
 pub use sysctl::write_sysctls;
+pub use user::User;
 
 use crate::process::{Context, Kind, PodNamespaces, StepError};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -32,8 +34,9 @@ enum Choice<'a> {
     Path(OwnedFd),
 }
 
-/// Joins or makes net, ipc, uts, cgroup and a new mount namespace. Descriptors of paths are opened before anything changes.
-pub fn enter(spec: &Spec, pod: &PodNamespaces<'_>) -> Result<Owned, StepError> {
+/// Joins or makes net, ipc, uts, cgroup and a new mount namespace, after `user`, which is to own the new ones. Descriptors of paths
+/// are opened before anything changes. The caller keeps its ids.
+pub fn enter(spec: &Spec, pod: &PodNamespaces<'_>, user: Option<&User>) -> Result<Owned, StepError> {
     let mut choices = Vec::with_capacity(4);
     for (typ, held, flag) in [
         (Type::Network, pod.net, CloneFlags::CLONE_NEWNET),
@@ -42,6 +45,9 @@ pub fn enter(spec: &Spec, pod: &PodNamespaces<'_>) -> Result<Owned, StepError> {
         (Type::Cgroup, None, CloneFlags::CLONE_NEWCGROUP),
     ] {
         choices.push((typ, choose(spec, typ, held)?, flag));
+    }
+    if let Some(user) = user {
+        setns(user.as_fd(), CloneFlags::CLONE_NEWUSER).context("join namespace", "User")?;
     }
     let mut owned = Owned::default();
     let mut new = CloneFlags::CLONE_NEWNS;
@@ -87,7 +93,7 @@ pub fn open_namespace(path: &Path) -> Result<OwnedFd, StepError> {
 pub fn check(spec: &Spec) -> Result<(), StepError> {
     let Some(list) = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref()) else { return Ok(()) };
     for namespace in list {
-        if matches!(namespace.typ(), Type::User | Type::Time) {
+        if namespace.typ() == Type::Time {
             let object = format!("{:?}", namespace.typ());
             return Err(StepError::because(Kind::Unsupported, "join namespace", object, "not built yet"));
         }
@@ -95,9 +101,12 @@ pub fn check(spec: &Spec) -> Result<(), StepError> {
     Ok(())
 }
 
-/// Enters the mount, network, ipc, uts and cgroup namespaces of a process. Its root becomes ours.
-pub fn join_process(pidfd: BorrowedFd<'_>) -> Result<(), StepError> {
-    let all = CloneFlags::CLONE_NEWNS
+/// Enters the mount, network, ipc, uts and cgroup namespaces of a process, and with `user` its user namespace, as root there. Its root
+/// becomes ours.
+pub fn join_process(pidfd: BorrowedFd<'_>, user: bool) -> Result<(), StepError> {
+    let user_flag = if user { CloneFlags::CLONE_NEWUSER } else { CloneFlags::empty() };
+    let all = user_flag
+        | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
@@ -105,7 +114,8 @@ pub fn join_process(pidfd: BorrowedFd<'_>) -> Result<(), StepError> {
     setns(pidfd, all).map_err(|errno| match errno {
         nix::Error::ESRCH => StepError::because(Kind::WrongState, "join the container", "", "it has ended"),
         errno => StepError::errno("join the container", "", errno as i32),
-    })
+    })?;
+    if user { user::become_root() } else { Ok(()) }
 }
 
 /// Children of the caller are born in the pid namespace of `target` until this guard goes.

@@ -6,11 +6,12 @@
 
 use super::entrypoint::Entrypoint;
 use super::report::ChildReport;
-use super::{Context, Kind, Spawn, Stdio, StepError, identity, stdio};
+use super::{Context, Kind, PidNamespace, Spawn, Stdio, StepError, identity, stdio};
 use crate::bundle::{RootfsPlan, read_config, read_rootfs_plan};
-use crate::namespace::{self, Owned};
-use crate::rootfs::{Root, Sources};
+use crate::namespace::{self, Owned, User};
+use crate::rootfs::{self, Ground, Root, Sources};
 use crate::security::{self, Filter};
+use crate::sys::clone::{Forked, fork_first_sibling};
 use crate::{cgroup, sys};
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::Mode;
@@ -27,7 +28,10 @@ struct Build<'a> {
     report: &'a ChildReport,
     spec: Option<Spec>,
     plan: Option<RootfsPlan>,
+    user: Option<User>,
     sources: Option<Sources>,
+    /// The bundle in the container's mount namespace, where the root is attached.
+    place: Option<OwnedFd>,
     owned: Owned,
     root: Option<Root>,
     master: Option<OwnedFd>,
@@ -48,7 +52,9 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
         report,
         spec: None,
         plan: None,
+        user: None,
         sources: None,
+        place: None,
         owned: Owned::default(),
         root: None,
         master: None,
@@ -124,7 +130,7 @@ impl<'a> Build<'a> {
         stdio::install(&self.spawn.stdio)?;
         let pod = &self.spawn.namespaces;
         let mut keep = vec![0, 1, 2, self.report.as_fd().as_raw_fd()];
-        keep.extend([pod.net, pod.ipc, pod.uts, pod.shm].into_iter().flatten().map(|fd| fd.as_raw_fd()));
+        keep.extend([pod.user, pod.net, pod.ipc, pod.uts, pod.shm].into_iter().flatten().map(|fd| fd.as_raw_fd()));
         keep.extend(self.gate.map(AsRawFd::as_raw_fd));
         // SAFETY: the child runs nothing of the parent's code any more; of the parent's descriptors it uses those kept here.
         unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "")
@@ -163,12 +169,34 @@ impl<'a> Build<'a> {
     }
 
     fn bind_sources(&mut self) -> Result<(), StepError> {
-        self.sources = Some(Sources::open(self.spawn.bundle, self.spec()?, self.plan.as_ref(), self.spawn.namespaces.shm)?);
+        self.user = User::of(self.spec()?, self.spawn.namespaces.user)?;
+        self.sources = Some(Sources::open(&Ground {
+            bundle: self.spawn.bundle,
+            spec: self.spec()?,
+            plan: self.plan.as_ref(),
+            shm: self.spawn.namespaces.shm,
+            user: self.user.as_ref(),
+        })?);
         Ok(())
     }
 
     fn namespaces(&mut self) -> Result<(), StepError> {
-        self.owned = namespace::enter(self.spec()?, &self.spawn.namespaces)?;
+        if let Some(user) = &self.user {
+            // From inside, the host's root cannot be given a successor.
+            let process = self.process()?.user();
+            stdio::give_to(user.host_uid(process.uid())?, user.host_gid(process.gid())?)?;
+        }
+        self.owned = namespace::enter(self.spec()?, &self.spawn.namespaces, self.user.as_ref())?;
+        // Still with the host's ids, which may walk to the bundle.
+        self.place = Some(rootfs::open_path(self.spawn.bundle)?);
+        if self.user.is_some() {
+            if matches!(self.spawn.pid, PidNamespace::NewInside) {
+                self.become_first()?;
+            }
+            namespace::user::become_root()?;
+            // A user namespace begins with all capabilities over itself.
+            self.available = security::own_bounding_set();
+        }
         if !self.owned.new_uts {
             return Ok(());
         }
@@ -182,6 +210,28 @@ impl<'a> Build<'a> {
         }
     }
 
+    /// Goes on as the first process of a new pid namespace, which the user namespace owns; the caller ends. The new process begins when
+    /// the parent can know it: nobody could reap it before.
+    fn become_first(&mut self) -> Result<(), StepError> {
+        let (wait, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("make", "pipe")?;
+        // SAFETY: a child of a single-threaded process has a single thread.
+        match unsafe { fork_first_sibling() }.context("make namespace", "Pid")? {
+            Forked::Child => {
+                drop(go);
+                let mut byte = [0u8; 1];
+                if rustix::io::read(&wait, &mut byte).context("begin", "")? == 0 {
+                    sys::process::exit_now(1);
+                }
+                rustix::process::setsid().context("make session", "").map(drop)
+            }
+            Forked::Parent { pid, pidfd } => {
+                drop(wait);
+                let told = self.report.moved(pid, pidfd.as_fd()).and_then(|()| rustix::io::write(&go, b"g"));
+                sys::process::exit_now(i32::from(told.is_err()))
+            }
+        }
+    }
+
     fn sysctls(&mut self) -> Result<(), StepError> {
         match self.spec()?.linux().as_ref().and_then(|linux| linux.sysctl().as_ref()) {
             Some(sysctls) => namespace::write_sysctls(sysctls, self.owned),
@@ -190,12 +240,12 @@ impl<'a> Build<'a> {
     }
 
     fn root(&mut self) -> Result<(), StepError> {
-        let sources = self.sources.take();
-        let root = Root::compose(self.spawn.bundle, self.spec()?, self.plan.as_ref())?;
-        if let Some(sources) = sources {
-            root.mount_all(self.spec()?, sources)?;
-        }
-        root.populate_dev(self.spec()?)?;
+        let missing = || StepError::because(Kind::Internal, "root", "", "no sources were opened");
+        let sources = self.sources.take().ok_or_else(missing)?;
+        let place = self.place.take().ok_or_else(missing)?;
+        let root = Root::attach(place.as_fd(), self.spec()?, self.plan.as_ref(), sources.root)?;
+        root.mount_all(self.spec()?, sources.mounts)?;
+        root.populate_dev(self.spec()?, self.user.is_some())?;
         self.root = Some(root);
         Ok(())
     }

@@ -22,13 +22,17 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     let _ = sys::keyring::new_session();
     sys::signal::reset_all();
     rustix::process::umask(Mode::empty());
-    let (process, filter) = read_process(enter)?;
+    let (process, filter, user) = read_process(enter)?;
     security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
     security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
     security::confine_at_exec(&process)?;
     security::label_at_exec(&process)?;
+    if let Some((uid, gid)) = user {
+        stdio::give_to(uid, gid)?;
+    }
+    namespace::join_process(enter.target, user.is_some())?;
+    // A user namespace begins with all capabilities over itself.
     let available = security::own_bounding_set();
-    namespace::join_process(enter.target)?;
     let mut console = None;
     if matches!(enter.stdio, Stdio::Terminal) {
         let root = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", "/")?;
@@ -45,8 +49,12 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     entrypoint.execute(filter.as_ref())
 }
 
-/// The process, with what it leaves open taken from the container's own, and the container's filter.
-fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>), StepError> {
+/// The host's user and group of a process in a user namespace.
+type HostIds = (u32, u32);
+
+/// The process, with what it leaves open taken from the container's own, the container's filter, and its ids on the host where those
+/// are others.
+fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>, Option<HostIds>), StepError> {
     let parsed: Result<Process, _> = serde_json::from_str(enter.process_json);
     let mut process = parsed.map_err(|error| StepError::because(Kind::Invalid, "read", "process", error))?;
     let spec = read_config(enter.bundle)?;
@@ -68,5 +76,6 @@ fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>), StepErro
         }
     }
     security::check(Some(&spec), &process)?;
-    Ok((process, Filter::of(&spec)?))
+    let ids = namespace::user::host_ids(&spec, process.user().uid(), process.user().gid())?;
+    Ok((process, Filter::of(&spec)?, ids))
 }

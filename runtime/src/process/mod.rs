@@ -2,6 +2,7 @@
 //! The caller must be single-threaded: the child is a fork that runs ordinary code. Keeping, waiting for and reaping the
 //! process is the caller's.
 
+mod beside;
 mod child;
 mod entrypoint;
 mod error;
@@ -15,6 +16,7 @@ pub use error::{Kind, StepError};
 pub use report::{Message, Report};
 pub use spawn::{create, create_behind, enter};
 
+pub(crate) use beside::beside;
 pub(crate) use error::Context;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -25,6 +27,9 @@ use std::path::Path;
 pub enum PidNamespace<'a> {
     /// Its own, where it is process 1.
     New,
+    /// The same, of a container in a user namespace, which owns it: the child makes it there and tells by [`Message::Moved`] who the
+    /// first process is.
+    NewInside,
     /// The one behind this namespace descriptor or pidfd: the pod's, or another container's.
     Join(BorrowedFd<'a>),
     /// The host's.
@@ -35,6 +40,8 @@ pub enum PidNamespace<'a> {
 /// path makes a new one, no entry stays on the host.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct PodNamespaces<'a> {
+    /// A user namespace with the mappings of `config.json`; it owns the others.
+    pub user: Option<BorrowedFd<'a>>,
     /// A network namespace.
     pub net: Option<BorrowedFd<'a>>,
     /// An ipc namespace.

@@ -1,6 +1,7 @@
 //! The socket between a child and the process that made it.
 //!
 //! ```text
+//! child  -> parent   in a user namespace of its own: Moved (a pidfd of the process that goes on, as SCM_RIGHTS)
 //! child  -> parent   one datagram: Ready (a terminal's master as SCM_RIGHTS) or Failed
 //! parent -> child    one byte: the gate is open
 //! child  -> parent   Failed, or end of file because exec closed the socket
@@ -31,6 +32,13 @@ pub enum Message {
         /// Limits of `config.json` that this host's cgroup tree cannot enforce, by controller: `memory`, `cpu`, `pids`..
         not_enforced: Vec<String>,
     },
+    /// The first process is another one from now on, a child of the receiver like the one before, which ends.
+    Moved {
+        /// In the pid namespace of the receiver.
+        pid: i32,
+        /// Close-on-exec pidfd.
+        pidfd: OwnedFd,
+    },
     /// It could not, and ends by itself. Nothing follows.
     Failed(StepError),
     /// End of file: the program runs. Nothing follows.
@@ -41,6 +49,7 @@ pub enum Message {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Wire {
+    Moved { pid: i32 },
     Ready { not_enforced: Vec<String> },
     Failed(StepError),
 }
@@ -102,9 +111,11 @@ impl Report {
             return Ok(Message::Failed(StepError::because(Kind::Internal, "create", "", why)));
         }
         let wire = serde_json::from_slice(bytes.get(..received).unwrap_or_default())?;
-        Ok(match wire {
-            Wire::Ready { not_enforced } => Message::Ready { console, not_enforced },
-            Wire::Failed(error) => Message::Failed(error),
+        Ok(match (wire, console) {
+            (Wire::Moved { pid }, Some(pidfd)) => Message::Moved { pid, pidfd },
+            (Wire::Moved { .. }, None) => return Err(std::io::ErrorKind::InvalidData.into()),
+            (Wire::Ready { not_enforced }, console) => Message::Ready { console, not_enforced },
+            (Wire::Failed(error), _) => Message::Failed(error),
         })
     }
 
@@ -142,6 +153,11 @@ impl ChildReport {
     /// Says that the child is at the gate. The master of a pty goes along.
     pub(super) fn ready(&self, console: Option<BorrowedFd<'_>>, not_enforced: Vec<String>) -> Result<(), Errno> {
         self.send(&Wire::Ready { not_enforced }, console)
+    }
+
+    /// Says that another process goes on in place of the caller.
+    pub(super) fn moved(&self, pid: i32, pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.send(&Wire::Moved { pid }, Some(pidfd))
     }
 
     /// Says what went wrong. The parent may be gone, so a failure here is nobody's.

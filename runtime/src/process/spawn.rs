@@ -25,7 +25,7 @@ fn create_gated(spawn: Spawn<'_>, gate: Option<OwnedFd>) -> Result<Child, StepEr
     let (report, child_report) = Report::pair(true).context("make report socket", "")?;
     let guard = match spawn.pid {
         PidNamespace::Join(target) => Some(PidForChildren::join(target)?),
-        PidNamespace::New | PidNamespace::Host => None,
+        PidNamespace::New | PidNamespace::NewInside | PidNamespace::Host => None,
     };
     let new = matches!(spawn.pid, PidNamespace::New);
     let made =

@@ -2,6 +2,7 @@
 
 use super::target::{Made, open_host, open_or_make, open_parent};
 use super::{Root, attach, open_in_root};
+use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
 use oci_spec::runtime::{LinuxDeviceType, Spec};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, symlinkat, unlinkat};
@@ -41,9 +42,54 @@ struct Node<'a> {
     owner: (u32, u32),
 }
 
+/// The default nodes and `linux.devices`.
+fn nodes(spec: &Spec) -> Result<Vec<Node<'_>>, StepError> {
+    let listed = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
+    let mut nodes = Vec::new();
+    for (path, major, minor) in NODES {
+        let path = Path::new(path);
+        if !listed.into_iter().flatten().any(|device| device.path() == path) {
+            nodes.push(Node { path, typ: FileType::CharacterDevice, mode: 0o666, major, minor, owner: (0, 0) });
+        }
+    }
+    for device in listed.into_iter().flatten() {
+        let typ = match device.typ() {
+            LinuxDeviceType::B => FileType::BlockDevice,
+            LinuxDeviceType::P => FileType::Fifo,
+            LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
+            LinuxDeviceType::A => {
+                return Err(StepError::because(Kind::Invalid, "make device", device.path().display(), "type a is no device"));
+            }
+        };
+        let (major, minor) = (device.major() as u32, device.minor() as u32);
+        let owner = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
+        let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
+        nodes.push(Node { path: device.path(), typ, mode, major, minor, owner });
+    }
+    Ok(nodes)
+}
+
+/// Makes the nodes below /dev in the tmpfs that will be /dev, for a container that may make none itself. What a device rule forbids to
+/// make is left to [`Root::populate_dev`].
+pub(super) fn make_nodes(dev: BorrowedFd<'_>, spec: &Spec, user: &User) -> Result<(), StepError> {
+    for mut node in nodes(spec)? {
+        let Ok(below) = node.path.strip_prefix("/dev") else { continue };
+        // An id that is not mapped stays the host's, which is nobody inside.
+        let (uid, gid) = node.owner;
+        node.owner = (user.host_uid(uid).unwrap_or(uid), user.host_gid(gid).unwrap_or(gid));
+        let (parent, name) = open_parent(dev, below)?;
+        match mknod(parent.as_fd(), name, &node) {
+            Err(Errno::PERM) => {}
+            other => other.context("make device", node.path.display())?,
+        }
+    }
+    Ok(())
+}
+
 impl Root {
-    /// Step 5: the default nodes and links, and `linux.devices`. Nothing is made in a /dev that is the host's.
-    pub fn populate_dev(&self, spec: &Spec) -> Result<(), StepError> {
+    /// Step 5: the default nodes and links, and `linux.devices`; with `made`, [`make_nodes`] has made those below /dev. Nothing is made
+    /// in a /dev that is the host's.
+    pub fn populate_dev(&self, spec: &Spec, made: bool) -> Result<(), StepError> {
         let from_host = spec.mounts().iter().flatten().any(|mount| {
             let bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
             mount.destination() == Path::new("/dev") && (bind || mount.typ().as_deref() == Some("bind"))
@@ -52,27 +98,11 @@ impl Root {
             return Ok(());
         }
         let dev = open_or_make(self.as_fd(), Path::new("/dev"), Made::Directory)?;
-        let listed = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
-        for (path, major, minor) in NODES {
-            if listed.into_iter().flatten().any(|device| device.path() == Path::new(path)) {
-                continue;
+        for node in nodes(spec)? {
+            // Those were made when it was allowed.
+            if !(made && open_in_root(self.as_fd(), node.path, OFlags::PATH | OFlags::NOFOLLOW).is_ok()) {
+                self.make_node(&node)?;
             }
-            let path = Path::new(path);
-            self.make_node(&Node { path, typ: FileType::CharacterDevice, mode: 0o666, major, minor, owner: (0, 0) })?;
-        }
-        for device in listed.into_iter().flatten() {
-            let typ = match device.typ() {
-                LinuxDeviceType::B => FileType::BlockDevice,
-                LinuxDeviceType::P => FileType::Fifo,
-                LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
-                LinuxDeviceType::A => {
-                    return Err(StepError::because(Kind::Invalid, "make device", device.path().display(), "type a is no device"));
-                }
-            };
-            let (major, minor) = (device.major() as u32, device.minor() as u32);
-            let owner = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
-            let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
-            self.make_node(&Node { path: device.path(), typ, mode, major, minor, owner })?;
         }
         for (name, to) in LINKS {
             link(dev.as_fd(), name, to).context("make link", format!("/dev/{name}"))?;

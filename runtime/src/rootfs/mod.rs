@@ -1,10 +1,11 @@
 //! The root file system of a container, built by the child in its own mount namespace. Everything below the root is reached by
 //! descriptors and `openat2` that cannot leave it, so a hostile image never makes us touch the host.
 //!
-//! 1. [`Sources::open`], still in the host's mount namespace: clones every bind source. A clone keeps its peer group, which is
-//!    what lets a Bidirectional volume's mounts reach the host.
-//! 2. (the caller makes the mount namespace)
-//! 3. [`Root::compose`]: makes every mount of the copy private, composes the overlay, attaches it over the bundle's directory,
+//! 1. [`Sources::open`], still in the host's mount namespace and with its rights: composes the overlay and clones every bind source,
+//!    all detached. A clone keeps its peer group, which is what lets a Bidirectional volume's mounts reach the host. For a container in
+//!    a user namespace ids are mapped here, and a /dev with its nodes is made, for inside nobody may.
+//! 2. (the caller makes the mount namespace, and enters the user namespace)
+//! 3. [`Root::attach`]: makes every mount of the copy private, attaches the overlay over the bundle's directory,
 //!    which exists anyway: nothing is made on the host to mount on.
 //! 4. [`Root::mount_all`]: the mounts of `config.json`, in order.
 //! 5. [`Root::populate_dev`]: nodes and links.
@@ -19,12 +20,11 @@ mod overlay;
 mod target;
 
 pub(crate) use dev::open_pty;
-pub use mounts::Sources;
+pub use mounts::{Ground, Sources};
 pub use target::{Made, open_in_root};
 
 use crate::bundle::RootfsPlan;
 use crate::process::{Context, Kind, StepError};
-use crate::security::mount_label;
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
 use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, open};
@@ -40,23 +40,13 @@ pub struct Root {
 }
 
 impl Root {
-    /// Step 3. The calling process must have a mount namespace of its own.
-    pub fn compose(bundle: &Path, spec: &Spec, plan: Option<&RootfsPlan>) -> Result<Root, StepError> {
+    /// Step 3. The calling process must have a mount namespace of its own; `place` is a directory of it.
+    pub fn attach(place: BorrowedFd<'_>, spec: &Spec, plan: Option<&RootfsPlan>, mount: OwnedFd) -> Result<Root, StepError> {
         let private = MountAttr { propagation: libc::MS_PRIVATE, ..MountAttr::default() };
         let host = open_path(Path::new("/"))?;
         mount_setattr(host.as_fd(), true, &private).context("make private", "/")?;
-        let root = spec.root().as_ref();
-        let wanted = root.and_then(|root| root.readonly()).unwrap_or(false);
-        let mount = match plan {
-            Some(plan) => overlay::compose(plan, mount_label(spec))?,
-            None => {
-                let path = root.map(|root| root.path().clone());
-                let path = path.ok_or_else(|| StepError::because(Kind::Invalid, "mount root", "", "config.json has no root"))?;
-                overlay::ready(&bundle.join(path))?
-            }
-        };
-        let at = open_path(bundle)?;
-        attach(mount.as_fd(), at.as_fd()).context("attach root", bundle.display())?;
+        let wanted = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+        attach(mount.as_fd(), place).context("attach root", "")?;
         mount_setattr(mount.as_fd(), true, &private).context("make private", "root")?;
         let readonly = wanted || plan.is_some_and(|plan| plan.readonly || plan.upper.is_none());
         Ok(Root { mount, readonly })
@@ -94,6 +84,7 @@ fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), rustix::i
     move_mount(mount, "", target, "", flags)
 }
 
-fn open_path(path: &Path) -> Result<OwnedFd, StepError> {
+/// Opens a path of the host for use as a place.
+pub(crate) fn open_path(path: &Path) -> Result<OwnedFd, StepError> {
     open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", path.display())
 }

@@ -1,14 +1,16 @@
 //! The mounts of `config.json`.
 
+use super::dev;
 use super::options::{Options, clear_with_atime, parse};
-use super::overlay::{file_system, image_volume};
+use super::overlay::{self, file_system, image_volume};
 use super::target::{Made, is_directory, open_or_make};
 use super::{Root, attach};
 use crate::bundle::RootfsPlan;
+use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
 use crate::security::{mount_label, mount_option};
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, OpenTreeFlags, open_tree};
@@ -17,41 +19,87 @@ use std::path::Path;
 
 const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE.union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
 
-/// Every mount of `config.json` with its parsed options, and clones of the bind sources.
-#[derive(Debug)]
-pub struct Sources {
-    mounts: Vec<(Options, Option<OwnedFd>)>,
+/// What a root is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct Ground<'a> {
+    /// Absolute directory of the bundle.
+    pub bundle: &'a Path,
+    /// Its `config.json`.
+    pub spec: &'a Spec,
+    /// Its `rootfs.json`.
+    pub plan: Option<&'a RootfsPlan>,
+    /// The pod's shared memory, a detached tmpfs.
+    pub shm: Option<BorrowedFd<'a>>,
+    /// The user namespace that the container will live in.
+    pub user: Option<&'a User>,
 }
 
+/// Detached mounts that are made or cloned while the host is in reach.
+#[derive(Debug)]
+pub struct Sources {
+    pub(crate) root: OwnedFd,
+    pub(crate) mounts: Prepared,
+}
+
+/// Every mount of `config.json` with its parsed options, and what was made of it already.
+#[derive(Debug)]
+pub(crate) struct Prepared(Vec<(Options, Option<OwnedFd>)>);
+
 impl Sources {
-    /// Clones the bind sources, composes image volumes, clones the pod's `shm` for a tmpfs on /dev/shm. In the host's mount
+    /// Composes the root and image volumes, clones the bind sources, and the pod's `shm` for a tmpfs on /dev/shm. In the host's mount
     /// namespace.
-    pub fn open(
-        bundle: &Path,
-        spec: &Spec,
-        plan: Option<&RootfsPlan>,
-        shm: Option<BorrowedFd<'_>>,
-    ) -> Result<Sources, StepError> {
+    pub fn open(ground: &Ground<'_>) -> Result<Sources, StepError> {
+        let root = open_root(ground)?;
         let mut mounts = Vec::new();
-        for mount in spec.mounts().iter().flatten() {
+        for mount in ground.spec.mounts().iter().flatten() {
             check(mount)?;
             let mut options = parse(mount.options().as_deref().unwrap_or_default())?;
             if mount.typ().as_deref() == Some("bind") {
                 options.bind = Some(options.bind.unwrap_or(false));
             }
-            let fd = match (shm, options.bind) {
+            let fd = match (ground.shm, options.bind) {
                 (Some(shm), None) if mount.destination() == Path::new("/dev/shm") => {
                     options.bind = Some(false);
                     let clone = open_tree(shm, "", CLONE | OpenTreeFlags::AT_EMPTY_PATH);
                     Some(clone.context("mount", "the pod's /dev/shm")?)
                 }
-                (_, Some(recursive)) => Some(open_source(bundle, (mount, mount_label(spec)), plan, recursive)?),
-                (_, None) => None,
+                (_, Some(recursive)) => Some(open_source(ground, mount, &options, recursive)?),
+                (_, None) => ground.user.map(|user| prepare(ground, user, mount, &mut options)).transpose()?.flatten(),
             };
             mounts.push((options, fd));
         }
-        Ok(Sources { mounts })
+        Ok(Sources { root, mounts: Prepared(mounts) })
     }
+}
+
+fn open_root(ground: &Ground<'_>) -> Result<OwnedFd, StepError> {
+    if let Some(plan) = ground.plan {
+        return overlay::compose(plan, mount_label(ground.spec), ground.user);
+    }
+    let path = ground.spec.root().as_ref().map(|root| root.path().clone());
+    let path = path.ok_or_else(|| StepError::because(Kind::Invalid, "mount root", "", "config.json has no root"))?;
+    overlay::ready(&ground.bundle.join(path))
+}
+
+/// File systems that a user namespace may not make as they have to be: /dev with device nodes, and sysfs without a network namespace of
+/// its own, in whose place the host's is shown.
+fn prepare(ground: &Ground<'_>, user: &User, mount: &Mount, options: &mut Options) -> Result<Option<OwnedFd>, StepError> {
+    let typ = mount.typ().as_deref().unwrap_or_default();
+    if mount.destination() == Path::new("/dev") && typ == "tmpfs" {
+        for (key, id) in [("uid", user.host_uid(0)?), ("gid", user.host_gid(0)?)] {
+            options.data.push((key.into(), Some(id.to_string())));
+        }
+        let made = new_file_system(mount, options, mount_label(ground.spec))?;
+        dev::make_nodes(made.as_fd(), ground.spec, user)?;
+        return Ok(Some(made));
+    }
+    let namespaces = ground.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let own_net = namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    if typ != "sysfs" || own_net {
+        return Ok(None);
+    }
+    options.bind = Some(false);
+    open_tree(CWD, "/sys", CLONE).context("mount", "the host's /sys").map(Some)
 }
 
 fn check(mount: &Mount) -> Result<(), StepError> {
@@ -60,18 +108,27 @@ fn check(mount: &Mount) -> Result<(), StepError> {
     if !destination.is_absolute() || destination == Path::new("/") {
         return refuse(Kind::Invalid, "the destination must be absolute and below the root");
     }
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        return refuse(Kind::Unsupported, "idmapped mounts are not built yet");
-    }
     Ok(())
 }
 
-fn open_source(
-    bundle: &Path,
-    (mount, label): (&Mount, Option<&str>),
-    plan: Option<&RootfsPlan>,
-    recursive: bool,
-) -> Result<OwnedFd, StepError> {
+/// A bind source with its ids mapped, if it is asked for.
+fn open_source(ground: &Ground<'_>, mount: &Mount, options: &Options, recursive: bool) -> Result<OwnedFd, StepError> {
+    let source = clone_source(ground, mount, recursive)?;
+    let (uids, gids) = (mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref());
+    let listed = uids.is_some_and(|list| !list.is_empty()) || gids.is_some_and(|list| !list.is_empty());
+    if listed || options.map_ids.is_some() {
+        let all = options.map_ids.unwrap_or(false);
+        User::map_mount_with(ground.user, source.as_fd(), (uids, gids), all).map_err(|mut error| {
+            let path = mount.source().as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+            error.object = format!("{path} on {}", mount.destination().display());
+            error
+        })?;
+    }
+    Ok(source)
+}
+
+fn clone_source(ground: &Ground<'_>, mount: &Mount, recursive: bool) -> Result<OwnedFd, StepError> {
+    let Ground { bundle, plan, .. } = *ground;
     let step = "mount";
     let destination = mount.destination().display();
     let Some(source) = mount.source() else {
@@ -79,7 +136,7 @@ fn open_source(
     };
     let source = bundle.join(source);
     if let Some(volume) = plan.and_then(|plan| plan.image_volumes.iter().find(|volume| volume.source == source)) {
-        return image_volume(volume, label).map_err(|mut error| {
+        return image_volume(volume, mount_label(ground.spec), ground.user).map_err(|mut error| {
             error.object = format!("image volume on {destination}: {}", error.object);
             error
         });
@@ -111,8 +168,8 @@ fn open_resolved(path: &Path) -> Result<OwnedFd, Errno> {
 
 impl Root {
     /// Step 4: attaches `sources` and makes the file systems of `config.json`, in its order.
-    pub fn mount_all(&self, spec: &Spec, sources: Sources) -> Result<(), StepError> {
-        for (mount, (options, source)) in spec.mounts().iter().flatten().zip(sources.mounts) {
+    pub(crate) fn mount_all(&self, spec: &Spec, sources: Prepared) -> Result<(), StepError> {
+        for (mount, (options, source)) in spec.mounts().iter().flatten().zip(sources.0) {
             let fd = match source {
                 Some(fd) => fd,
                 None => new_file_system(mount, &options, mount_label(spec))?,

@@ -19,6 +19,8 @@ pub(super) struct Options {
     /// MS_PRIVATE and the like, and whether for all below as well. 0: none given.
     pub(super) propagation: u64,
     pub(super) propagation_all: bool,
+    /// Ids of a bind mount are mapped, and with `true` of all below as well.
+    pub(super) map_ids: Option<bool>,
     /// What the file system itself takes.
     pub(super) data: Vec<(String, Option<String>)>,
 }
@@ -30,7 +32,7 @@ pub(super) fn parse(options: &[String]) -> Result<Options, StepError> {
         if known(&mut parsed, option) {
             continue;
         }
-        if matches!(option.as_str(), "tmpcopyup" | "idmap" | "ridmap" | "remount") {
+        if matches!(option.as_str(), "tmpcopyup" | "remount") {
             return Err(StepError::because(Kind::Unsupported, "mount", option, "this option is not built yet"));
         }
         parsed.data.push(match option.split_once('=') {
@@ -70,6 +72,8 @@ fn known(parsed: &mut Options, option: &str) -> bool {
     match option {
         "bind" => parsed.bind = Some(parsed.bind.unwrap_or(false)),
         "rbind" => parsed.bind = Some(true),
+        "idmap" => parsed.map_ids = Some(false),
+        "ridmap" => parsed.map_ids = Some(true),
         "defaults" | "async" | "nomand" | "noiversion" | "loud" | "" => {}
         _ => return false,
     }

@@ -2,43 +2,95 @@
 
 use super::open_in_root;
 use crate::bundle::{ImageVolume, RootfsPlan};
+use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
 use crate::security::mount_option;
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
-use rustix::fs::{CWD, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
-    fsopen, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_fd, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, open_tree,
 };
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Composes the overlay as a detached mount. A single layer without an upper directory is mounted by itself, because overlayfs
-/// wants two.
-pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>) -> Result<OwnedFd, StepError> {
+/// wants two. With `user`, layers are seen through its mappings; what is changed lies in `upper` with the host's ids, because
+/// overlayfs' own work there is done by the host's root.
+pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>, user: Option<&User>) -> Result<OwnedFd, StepError> {
     if let (None, [only]) = (&plan.upper, plan.lower.as_slice()) {
-        return ready(only);
+        return match user {
+            Some(user) => mapped(only, user),
+            None => ready(only),
+        };
     }
-    let mut options: Vec<(&str, Option<String>)> = vec![("source", Some("windlass".into()))];
-    options.extend(plan.lower.iter().map(|lower| ("lowerdir+", Some(lower.display().to_string()))));
+    let mut options: Vec<(&str, Value)> = vec![("source", Value::Text("windlass".into()))];
+    let text = |path: &Path| Value::Text(path.display().to_string());
+    // Held until the overlay has clones of its own: a detached mount ends with its descriptor.
+    let mut stores = HashMap::new();
+    match user {
+        Some(user) => {
+            let layers = mapped_layers(&plan.lower, user, &mut stores)?;
+            options.extend(layers.into_iter().map(|layer| ("lowerdir+", Value::Fd(layer))));
+        }
+        None => options.extend(plan.lower.iter().map(|lower| ("lowerdir+", text(lower)))),
+    }
     if let (Some(upper), Some(work)) = (&plan.upper, &plan.work) {
-        options.push(("upperdir", Some(upper.display().to_string())));
-        options.push(("workdir", Some(work.display().to_string())));
+        if let Some(user) = user {
+            let (uid, gid) = (user.host_uid(0)?, user.host_gid(0)?);
+            std::os::unix::fs::chown(upper, Some(uid), Some(gid)).context("give to the container's root", upper.display())?;
+        }
+        options.push(("upperdir", text(upper)));
+        options.push(("workdir", text(work)));
         if plan.volatile {
-            options.push(("volatile", None));
+            options.push(("volatile", Value::Flag));
         }
     }
-    options.extend(mount_option(label, "overlay"));
-    file_system("overlay", &options, MountAttrFlags::empty())
+    options.extend(mount_option(label, "overlay").map(|(key, value)| (key, value.map_or(Value::Flag, Value::Text))));
+    make("overlay", &options, MountAttrFlags::empty())
+}
+
+/// Layers of one store lie side by side: one mapped clone of their directory, kept in `stores`, serves all.
+fn mapped_layers<'p>(
+    layers: &'p [PathBuf],
+    user: &User,
+    stores: &mut HashMap<&'p Path, OwnedFd>,
+) -> Result<Vec<OwnedFd>, StepError> {
+    let mut opened = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let (Some(directory), Some(name)) = (layer.parent(), layer.file_name()) else {
+            return Err(StepError::because(Kind::Invalid, "mount layer", layer.display(), "must name a directory below another"));
+        };
+        if !stores.contains_key(directory) {
+            stores.insert(directory, mapped(directory, user)?);
+        }
+        if let Some(store) = stores.get(directory) {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            opened.push(openat(store, name, flags, Mode::empty()).context("open layer", layer.display())?);
+        }
+    }
+    Ok(opened)
+}
+
+/// A clone of a directory, seen through the mappings.
+fn mapped(path: &Path, user: &User) -> Result<OwnedFd, StepError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = open_tree(CWD, path, flags).context("clone", path.display())?;
+    user.map_mount(clone.as_fd(), false).map_err(|mut error| {
+        error.object = path.display().to_string();
+        error
+    })?;
+    Ok(clone)
 }
 
 /// A volume of layers as a detached mount that nobody can write through, of the whole image or of one path in it. The overlay has
 /// no upper directory; a single layer is the layer's own directory, so it is made read-only as well.
-pub(super) fn image_volume(volume: &ImageVolume, label: Option<&str>) -> Result<OwnedFd, StepError> {
+pub(super) fn image_volume(volume: &ImageVolume, label: Option<&str>, user: Option<&User>) -> Result<OwnedFd, StepError> {
     let read_only = MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
     let plan = RootfsPlan { lower: volume.lower.clone(), ..RootfsPlan::default() };
-    let whole = compose(&plan, label)?;
+    let whole = compose(&plan, label, user)?;
     let shown = match &volume.sub_path {
         None => whole,
         Some(path) => {
@@ -61,16 +113,30 @@ pub(super) fn ready(path: &Path) -> Result<OwnedFd, StepError> {
     open_tree(CWD, path, flags).context("mount root", path.display())
 }
 
-/// Makes a detached mount of a new file system. The kernel's own words about a refused option become the error's message.
+/// What an option of a file system has behind its name.
+enum Value {
+    Flag,
+    Text(String),
+    Fd(OwnedFd),
+}
+
+/// [`make`] with texts alone.
 pub(super) fn file_system(typ: &str, options: &[(&str, Option<String>)], attr: MountAttrFlags) -> Result<OwnedFd, StepError> {
+    let value = |text: &Option<String>| text.clone().map_or(Value::Flag, Value::Text);
+    make(typ, &options.iter().map(|(key, text)| (*key, value(text))).collect::<Vec<_>>(), attr)
+}
+
+/// Makes a detached mount of a new file system. The kernel's own words about a refused option become the error's message.
+fn make(typ: &str, options: &[(&str, Value)], attr: MountAttrFlags) -> Result<OwnedFd, StepError> {
     let step = format!("mount {typ}");
     let context = fsopen(typ, FsOpenFlags::FSOPEN_CLOEXEC).context(&step, "")?;
     for (key, value) in options {
         let set = match value {
-            Some(value) => fsconfig_set_string(context.as_fd(), *key, value.as_str()),
-            None => fsconfig_set_flag(context.as_fd(), *key),
+            Value::Text(text) => fsconfig_set_string(context.as_fd(), *key, text.as_str()),
+            Value::Fd(fd) => fsconfig_set_fd(context.as_fd(), *key, fd),
+            Value::Flag => fsconfig_set_flag(context.as_fd(), *key),
         };
-        let object = value.as_ref().map_or_else(|| (*key).to_owned(), |value| format!("{key}={value}"));
+        let object = if let Value::Text(text) = value { format!("{key}={text}") } else { (*key).to_owned() };
         set.map_err(|errno| explained(&step, &object, errno, context.as_fd()))?;
     }
     fsconfig_create(context.as_fd()).map_err(|errno| explained(&step, "", errno, context.as_fd()))?;

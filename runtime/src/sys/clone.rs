@@ -28,17 +28,40 @@ pub enum Forked {
 /// The calling process must have a single thread: the child goes on with a copy of its memory, where a lock that another
 /// thread held would stay locked for ever.
 pub unsafe fn fork_into(cgroup: BorrowedFd<'_>, new_pid_namespace: bool) -> Result<Forked, Errno> {
+    let new = if new_pid_namespace { libc::CLONE_NEWPID as u64 } else { 0 };
+    // SAFETY: the caller vouches for the single thread.
+    unsafe { clone(new | CLONE_INTO_CGROUP, cgroup.as_raw_fd(), libc::SIGCHLD) }
+}
+
+/// Forks without a change of anything.
+///
+/// # Safety
+/// As for [`fork_into`].
+pub unsafe fn fork() -> Result<Forked, Errno> {
+    // SAFETY: the caller vouches for the single thread.
+    unsafe { clone(0, 0, libc::SIGCHLD) }
+}
+
+/// Forks the first process of a new pid namespace as a child of the caller's own parent, which reaps it.
+///
+/// # Safety
+/// As for [`fork_into`].
+pub unsafe fn fork_first_sibling() -> Result<Forked, Errno> {
+    // The signal at its end is the caller's own, CLONE_PARENT allows no other.
+    // SAFETY: the caller vouches for the single thread.
+    unsafe { clone(libc::CLONE_NEWPID as u64 | libc::CLONE_PARENT as u64, 0, 0) }
+}
+
+/// # Safety
+/// As for [`fork_into`].
+unsafe fn clone(flags: u64, cgroup: libc::c_int, signal: libc::c_int) -> Result<Forked, Errno> {
     let mut pidfd: libc::c_int = -1;
-    let mut flags = libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP;
-    if new_pid_namespace {
-        flags |= libc::CLONE_NEWPID as u64;
-    }
     // SAFETY: every field of clone_args is an integer, for which zero means "not used".
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = flags;
+    arguments.flags = flags | libc::CLONE_PIDFD as u64;
     arguments.pidfd = &raw mut pidfd as u64;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = cgroup.as_raw_fd() as u64;
+    arguments.exit_signal = signal as u64;
+    arguments.cgroup = cgroup as u64;
     // SAFETY: without CLONE_VM the child gets a copy of this stack and memory, as from fork; `arguments` and `pidfd` live
     // until the call returns. The caller vouches for the single thread.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };

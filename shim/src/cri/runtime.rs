@@ -241,13 +241,18 @@ impl RuntimeService for Service {
             condition("RuntimeReady", Ok(()), ""),
             condition("NetworkReady", self.node.network.ready(), "NetworkPluginNotReady"),
         ];
-        let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+        let features =
+            cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: pod::userns::available() };
         let handlers = ["", "windlass"].map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) }).into();
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),
             info: if request.into_inner().verbose { self.node_info() } else { HashMap::new() },
             runtime_handlers: handlers,
-            features: Some(cri::RuntimeFeatures { supplemental_groups_policy: true, mount_options: true, ..Default::default() }),
+            features: Some(cri::RuntimeFeatures {
+                supplemental_groups_policy: true,
+                mount_options: true,
+                user_namespaces_host_network: pod::userns::available(),
+            }),
         }))
     }
 

@@ -10,6 +10,7 @@ mod files;
 mod recover;
 mod run;
 mod stop;
+pub mod userns;
 mod watch;
 
 pub use recover::recover;

@@ -3,7 +3,7 @@
 //! 1. check the configuration, 2. record `Creating`, 3. start the monitor and let it make the namespaces, 4. attach the network,
 //! 5. record `Ready`. A step that fails takes back what the steps before it made, by the same code that stops and removes a pod.
 
-use super::{Phase, Pod, Record, files, namespace_modes, stop, watch};
+use super::{Phase, Pod, Record, files, namespace_modes, stop, userns, watch};
 use crate::{
     error::{Error, Kind, Result},
     monitor::Monitor,
@@ -81,13 +81,7 @@ fn check_security(config: &PodSandboxConfig) -> Result<()> {
     if security.run_as_group.is_some() && security.run_as_user.is_none() {
         return Err(Error::invalid("config.linux.security_context.run_as_group is set without run_as_user"));
     }
-    let modes = namespace_modes(config);
-    if modes.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
-        return Err(Error::unimplemented(
-            "config.linux.security_context.namespace_options.userns_options: user namespaces are not served yet",
-        ));
-    }
-    Ok(())
+    userns::of(&namespace_modes(config)).map(drop)
 }
 
 fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
@@ -177,6 +171,7 @@ fn prepare_directories(node: &Node, pod: &Pod) -> Result<()> {
 async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<OwnedFd>> {
     let record = pod.record();
     let modes = namespace_modes(&record.config);
+    let users = userns::of(&modes)?;
     let own_network = modes.network() != NamespaceMode::Node;
     let shared_pid = modes.pid() == NamespaceMode::Pod;
     let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
@@ -192,6 +187,8 @@ async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<Owned
         init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
         sysctls: record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect(),
         shm_size_bytes: 0,
+        uid_mappings: users.iter().map(|users| userns::mapping(&users.uids)).collect(),
+        gid_mappings: users.iter().map(|users| userns::mapping(&users.gids)).collect(),
         mount_label: node.selinux.labels(&record.selinux_categories, super::selinux_options(&record.config), None, false)?.file,
     };
     let (_, mut descriptors) = monitor.call(Body::Setup(request)).await?;

@@ -15,13 +15,16 @@ use crate::{
     error::{Error, Result},
     image::Image,
     node::Node,
-    pod,
+    pod::{
+        self,
+        userns::{self, Users},
+    },
     selinux::Labels,
 };
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use std::path::Path;
-use windlass_proto::cri::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
+use windlass_proto::cri::{ContainerConfig, IdMapping, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
 
 /// What a container's configuration is made from.
 pub(super) struct Input<'a> {
@@ -46,9 +49,35 @@ impl Input<'_> {
         self.security().namespace_options.unwrap_or_else(|| pod::namespace_modes(&self.pod.config))
     }
 
+    /// Users of the container's own.
+    fn users(&self) -> Result<Option<Users>> {
+        userns::of(&self.namespaces())
+    }
+
     fn privileged(&self) -> bool {
         self.security().privileged
     }
+}
+
+/// Ids that the pod's user namespace does not have cannot be taken.
+fn check_identity(identity: &Identity, users: Option<Users>) -> Result<()> {
+    let Some(users) = users else { return Ok(()) };
+    let ids =
+        [("user", identity.uid), ("group", identity.gid)].into_iter().chain(identity.groups.iter().map(|id| ("group", *id)));
+    for (what, id) in ids {
+        if id >= users.uids.length {
+            return Err(Error::invalid(format!(
+                "security_context: {what} {id} is not one of the pod's {} ids",
+                users.uids.length
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A range in the form of the OCI configuration.
+fn mapping(ids: &IdMapping) -> Value {
+    json!([{ "containerID": ids.container_id, "hostID": ids.host_id, "size": ids.length }])
 }
 
 /// The configuration, and the names of the limits it asks for that this host does not enforce.
@@ -79,6 +108,11 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
             "rootfsPropagation": mounts::root_propagation(input.config),
         },
     });
+    let mut spec = spec;
+    if let Some(users) = input.users()? {
+        spec["linux"]["uidMappings"] = mapping(&users.uids);
+        spec["linux"]["gidMappings"] = mapping(&users.gids);
+    }
     let spec = serde_json::from_value(spec).map_err(|error| Error::internal(format!("OCI configuration: {error}")))?;
     Ok((spec, resources::not_enforced(&asked, &input.node.tree)))
 }
@@ -193,12 +227,15 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
             )));
         }
     }
-    if options.userns_options.as_ref().is_some_and(|userns| userns.mode() == NamespaceMode::Pod) {
-        return Err(Error::unimplemented(
-            "security_context.namespace_options.userns_options: user namespaces are not served yet",
-        ));
+    let users = input.users()?;
+    if users != userns::of(&pod)? {
+        return Err(Error::invalid("security_context.namespace_options.userns_options is not the pod's"));
     }
+    check_identity(input.identity, users)?;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "cgroup" })];
+    if users.is_some() {
+        namespaces.push(json!({ "type": "user" }));
+    }
     if options.pid() != NamespaceMode::Node {
         namespaces.push(json!({ "type": "pid" }));
     }

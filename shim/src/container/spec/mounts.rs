@@ -1,12 +1,12 @@
 //! Mounts: the kernel's own file systems, the pod's files, and the volumes of the request, parents before children.
 
-use super::{Input, text};
+use super::{Input, mapping, text};
 use crate::container::image_volume;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
-use windlass_proto::cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode};
+use windlass_proto::cri::{ContainerConfig, IdMapping, Mount, MountPropagation, NamespaceMode};
 
 /// What `mount_options` of a volume may name.
 const OPTIONS: [&str; 6] = ["noexec", "nodev", "nosuid", "noatime", "nodiratime", "nosymfollow"];
@@ -61,8 +61,13 @@ fn pod_files(input: &Input<'_>) -> Vec<(String, Value)> {
         .map(|name| (format!("/etc/{name}"), directory.join(name)))
         .filter(|(path, _)| !taken(path))
         .map(|(path, source)| {
-            let mount =
+            let mut mount =
                 json!({ "destination": path, "type": "bind", "source": text(&source), "options": ["bind", "rprivate", mode] });
+            // The same file system holds the layers, whose ids are mapped too.
+            if let Ok(Some(users)) = input.users() {
+                mount["uidMappings"] = mapping(&users.uids);
+                mount["gidMappings"] = mapping(&users.gids);
+            }
             (path, mount)
         })
         .collect()
@@ -76,9 +81,7 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
     if !mount.image_sub_path.is_empty() {
         return Err(Error::invalid(format!("config.mounts: {target}: image_sub_path is set without image")));
     }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(Error::unimplemented(format!("config.mounts: {target}: id mappings are not served yet")));
-    }
+    let ids = id_mappings(input, mount)?;
     let source = fs::canonicalize(&mount.host_path)
         .map_err(|error| Error::invalid(format!("config.mounts: host_path {:?} of {target}: {error}", mount.host_path)))?;
     let mut options = vec!["rbind".to_owned()];
@@ -86,7 +89,27 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
     options.push(read_only(mount)?.to_owned());
     options.extend(extra_options(mount)?);
     check_propagation(&source, mount)?;
-    Ok(json!({ "destination": target, "type": "bind", "source": text(&source), "options": options }))
+    let mut made = json!({ "destination": target, "type": "bind", "source": text(&source), "options": options });
+    if let Some((uids, gids)) = ids {
+        made["uidMappings"] = mapping(&uids);
+        made["gidMappings"] = mapping(&gids);
+    }
+    Ok(made)
+}
+
+/// How a volume's ids are seen; only a pod with users of its own sees other ids than the host.
+fn id_mappings(input: &Input<'_>, mount: &Mount) -> Result<Option<(IdMapping, IdMapping)>> {
+    let refused = |why: &str| Err(Error::invalid(format!("config.mounts: {}: {why}", mount.container_path)));
+    let users = input.users()?;
+    if users.is_some() && mount.propagation() == MountPropagation::PropagationBidirectional {
+        return refused("propagation is bidirectional, which a pod with users of its own cannot have");
+    }
+    match (mount.uid_mappings.as_slice(), mount.gid_mappings.as_slice()) {
+        ([], []) => Ok(None),
+        _ if users.is_none() => refused("uidMappings and gidMappings need a pod with a user namespace"),
+        ([uids], [gids]) => Ok(Some((*uids, *gids))),
+        _ => refused("uidMappings and gidMappings must have one mapping each"),
+    }
 }
 
 /// A volume of an image, which is never written to.
