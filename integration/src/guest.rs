@@ -91,15 +91,32 @@ fn unpack(packed: &Path, kernel: &Path) -> Result<PathBuf> {
     Ok(kernel.to_owned())
 }
 
+/// Whether the guest's kernel knows this word: a cheap look for an optional part of it.
+pub fn kernel_knows(word: &str) -> Result<bool> {
+    let bytes = fs::read(kernel()?)?;
+    Ok(bytes.windows(word.len()).any(|window| window == word.as_bytes()))
+}
+
 /// Runs `program` as root in a guest of its own and waits for its end. `shared` is a directory of the host that the guest may write.
 pub fn run(shared: &Path, program: &[&str], environment: &[(&str, &str)], limit: Duration) -> Result<Outcome> {
+    run_with(shared, program, environment, limit, &[])
+}
+
+/// As [`run`], with more words on the kernel's command line.
+pub fn run_with(
+    shared: &Path,
+    program: &[&str],
+    environment: &[(&str, &str)],
+    limit: Duration,
+    words: &[&str],
+) -> Result<Outcome> {
     let kernel = kernel()?;
     fs::write(shared.join("command"), script(program, environment)?)?;
     for name in ["output", "status"] {
         let _ = fs::remove_file(shared.join(name));
     }
     let console = File::create(shared.join("console"))?;
-    let mut guest = Running(boot(&kernel, shared, console)?);
+    let mut guest = Running(boot(&kernel, shared, console, words)?);
     let deadline = Instant::now() + limit;
     let ended = loop {
         if let Some(status) = guest.0.try_wait()? {
@@ -120,7 +137,7 @@ pub fn run(shared: &Path, program: &[&str], environment: &[(&str, &str)], limit:
 }
 
 /// Starts the kernel in pid and mount namespaces of its own: killing the one process that is ours ends everything that it made.
-fn boot(kernel: &Path, shared: &Path, console: File) -> Result<Child> {
+fn boot(kernel: &Path, shared: &Path, console: File, words: &[&str]) -> Result<Child> {
     let init = setup::workspace().join("integration/guest/init.sh").canonicalize().context("find the guest's init")?;
     let seen = setup::target().canonicalize()?;
     let shared = shared.canonicalize()?;
@@ -131,7 +148,7 @@ fn boot(kernel: &Path, shared: &Path, console: File) -> Result<Child> {
     command.args([&format!("mem={MEMORY}"), "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "panic=-1"]);
     command.args(["con0=null,fd:1", "con=null", "ssl=null"]);
     command.arg(format!("uml_dir={}/", shared.display())).arg("umid=guest");
-    command.arg(format!("init={}", init.display()));
+    command.arg(format!("init={}", init.display())).args(words);
     command.arg(format!("windlass.run={}", shared.display())).arg(format!("windlass.see={}", seen.display()));
     command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
     command.spawn().context("start the guest (unshare, of Debian's util-linux)")

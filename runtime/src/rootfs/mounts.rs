@@ -8,7 +8,7 @@ use super::{Root, attach};
 use crate::bundle::RootfsPlan;
 use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
-use crate::security::{mount_label, mount_option};
+use crate::security::{label_queues, mount_label, mount_option};
 use crate::sys::mount_attr::{MountAttr, mount_setattr};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
@@ -221,8 +221,10 @@ fn new_file_system(mount: &Mount, options: &Options, label: Option<&str>) -> Res
         data.extend(mount_option(label, typ));
     }
     let attr = MountAttrFlags::from_bits_retain((options.set | options.set_all) as u32);
-    file_system(typ, &data, attr).map_err(|mut error| {
+    let made = file_system(typ, &data, attr).map_err(|mut error| {
         error.object = format!("on {destination} {}", error.object).trim_end().to_owned();
         error
-    })
+    })?;
+    label_queues(label, typ, made.as_fd())?;
+    Ok(made)
 }

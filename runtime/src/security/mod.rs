@@ -13,4 +13,4 @@ pub(crate) use capabilities::own_bounding_set;
 pub use limits::{set_oom_score, set_rlimits};
 pub use seccomp::Filter;
 pub use selinux::{check, label_at_exec};
-pub(crate) use selinux::{mount_label, mount_option};
+pub(crate) use selinux::{label_queues, mount_label, mount_option};

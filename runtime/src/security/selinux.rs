@@ -4,6 +4,9 @@
 use crate::process::{Context, Kind, StepError};
 use crate::sys;
 use oci_spec::runtime::{Process, Spec};
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 /// There only with SELinux on and a policy loaded.
@@ -13,7 +16,7 @@ const EXEC: &str = "/proc/thread-self/attr/exec";
 const KEYS: &str = "/proc/thread-self/attr/keycreate";
 
 /// File systems that take a label as a whole, when they are made.
-const LABELLED: [&str; 4] = ["overlay", "tmpfs", "devpts", "mqueue"];
+const LABELLED: [&str; 3] = ["overlay", "tmpfs", "devpts"];
 
 /// Refuses labels where the kernel cannot apply them.
 pub fn check(spec: Option<&Spec>, process: &Process) -> Result<(), StepError> {
@@ -56,6 +59,16 @@ pub(crate) fn mount_option(label: Option<&str>, typ: &str) -> Option<(&'static s
     label.filter(|_| LABELLED.contains(&typ)).map(|label| ("context", Some(label.to_owned())))
 }
 
+/// Labels the root of a new mqueue: there is one for each ipc namespace, made before anybody could say its label.
+pub(crate) fn label_queues(label: Option<&str>, typ: &str, mount: BorrowedFd<'_>) -> Result<(), StepError> {
+    let Some(label) = label.filter(|_| typ == "mqueue") else { return Ok(()) };
+    let path = format!("/proc/thread-self/fd/{}", mount.as_raw_fd());
+    match rustix::fs::setxattr(path, "security.selinux", label.as_bytes(), XattrFlags::empty()) {
+        Err(Errno::NOTSUP) => Ok(()),
+        other => other.context("label mqueue", label),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,7 +81,7 @@ mod tests {
             assert_eq!(option, ("context", label.map(str::to_owned)));
             assert_eq!(mount_option(None, typ), None);
         }
-        for typ in ["proc", "sysfs", "cgroup2"] {
+        for typ in ["proc", "sysfs", "cgroup2", "mqueue"] {
             assert_eq!(mount_option(label, typ), None, "{typ}");
         }
     }
