@@ -83,8 +83,10 @@ fn an_unknown_capability() -> Result<()> {
 
 #[test]
 fn a_security_profile_that_is_not_served_is_never_left_out() -> Result<()> {
-    refused(Code::Unimplemented, &["seccomp"], |config| {
-        security(config).seccomp = Some(cri::SecurityProfile::default());
+    refused(Code::InvalidArgument, &["seccomp", "/no/such/profile.json"], |config| {
+        let (profile_type, localhost_ref) =
+            (cri::security_profile::ProfileType::Localhost.into(), "/no/such/profile.json".into());
+        security(config).seccomp = Some(cri::SecurityProfile { profile_type, localhost_ref });
     })
 }
 
@@ -122,6 +124,23 @@ fn an_entrypoint_that_is_not_there_is_an_exited_container() -> Result<()> {
         let id = outcome.context("creation does not look at the entrypoint")?;
         let error = ground.client.start(&id).expect_err("no such entrypoint");
         ensure!(error.message().contains("/no/such/entrypoint"), "{error}");
+        let status = ground.client.container(&id)?;
+        ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
+        ensure!(status.exit_code == 128 && status.reason == "StartError", "{status:?}");
+        ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
+        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+#[test]
+fn a_working_directory_that_cannot_be_used_is_an_exited_container() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let mut wanted = container(&ground.config, "main", &["true"]);
+        wanted.working_dir = "/etc/passwd".into();
+        let id = ground.client.create(&ground.pod, &ground.config, &wanted)?;
+        let error = ground.client.start(&id).expect_err("not a directory");
+        ensure!(error.message().contains("directory /etc/passwd"), "{error}");
         let status = ground.client.container(&id)?;
         ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
         ensure!(status.exit_code == 128 && status.reason == "StartError", "{status:?}");

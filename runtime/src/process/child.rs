@@ -272,11 +272,18 @@ impl<'a> Build<'a> {
         }
         let user = self.process()?.user();
         stdio::give_to(user.uid(), user.gid())?;
-        identity::assume(self.process()?, self.available, self.filter.is_some())
+        match identity::assume(self.process()?, self.available, self.filter.is_some()) {
+            // A working directory that cannot be used. Told at the gate; what runs here until then is ours alone.
+            Err(error) if error.kind == Kind::Entrypoint => self.entrypoint = Some(Err(error)),
+            other => other?,
+        }
+        Ok(())
     }
 
     fn entrypoint(&mut self) -> Result<(), StepError> {
-        self.entrypoint = Some(Entrypoint::find(self.process()?));
+        if self.entrypoint.is_none() {
+            self.entrypoint = Some(Entrypoint::find(self.process()?));
+        }
         Ok(())
     }
 }

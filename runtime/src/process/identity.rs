@@ -10,7 +10,7 @@ use rustix::thread::{
     set_keep_capabilities, set_no_new_privs, set_thread_gid, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Umask of a program whose bundle gives none.
 const UMASK: u32 = 0o022;
@@ -50,8 +50,10 @@ fn make_working_directory(cwd: &Path) -> Result<(), StepError> {
     if !cwd.is_absolute() {
         return Err(StepError::because(Kind::Invalid, "change directory to", cwd.display(), "must be absolute"));
     }
+    // Without a "." at the end, which could only be made after its parent.
+    let cwd: PathBuf = cwd.components().collect();
     // The umask is empty here: without a mode everybody could write to it.
-    match std::fs::DirBuilder::new().recursive(true).mode(0o755).create(cwd) {
+    match std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&cwd) {
         // A read-only root without it: the change of directory says so.
         Err(error) if error.raw_os_error() == Some(libc::EROFS) => Ok(()),
         other => other.context("make working directory", cwd.display()).map_err(|error| error.kind(Kind::Entrypoint)),

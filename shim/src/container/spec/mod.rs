@@ -3,6 +3,7 @@
 
 mod devices;
 mod mounts;
+mod paths;
 mod resources;
 mod seccomp;
 mod seccomp_default;
@@ -89,7 +90,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
     if let Some(map) = oci_resources.as_object_mut() {
         map.insert("devices".into(), Value::Array(rules));
     }
-    let (masked, readonly) = security::paths(input);
+    let (masked, readonly) = security::paths(input)?;
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": { "path": text(&input.directory.join("rootfs")), "readonly": input.security().readonly_rootfs },
@@ -130,9 +131,7 @@ fn process(input: &Input<'_>) -> Result<Value> {
         ("", Some(image)) => image,
         (asked, _) => asked,
     };
-    if !cwd.starts_with('/') {
-        return Err(Error::invalid(format!("working_dir {cwd:?} is not absolute")));
-    }
+    paths::check("config.working_dir", cwd)?;
     let identity = input.identity;
     let oom = config
         .linux

@@ -27,6 +27,13 @@ pub(crate) fn resources(asked: &LinuxContainerResources) -> Result<LinuxResource
             cpu.insert(name.into(), json!(value));
         }
     }
+    // Memory and swap together.
+    let (limit, both) = (asked.memory_limit_in_bytes, asked.memory_swap_limit_in_bytes);
+    if both != 0 && both != -1 && (limit <= 0 || both < limit) {
+        return Err(Error::invalid(format!(
+            "linux.resources.memory_swap_limit_in_bytes {both} is less than memory_limit_in_bytes {limit}, or that is not set"
+        )));
+    }
     let mut memory = Map::new();
     for (name, value) in [("limit", asked.memory_limit_in_bytes), ("swap", asked.memory_swap_limit_in_bytes)] {
         if value != 0 {

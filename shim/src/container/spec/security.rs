@@ -96,7 +96,7 @@ fn normal(name: &str) -> String {
 fn named(field: &str, names: &[String]) -> Result<(BTreeSet<String>, bool)> {
     let mut found: BTreeSet<String> = names.iter().map(|name| normal(name)).collect();
     let all = found.remove("ALL");
-    match found.iter().find(|name| !ALL.contains(&name.as_str())) {
+    match names.iter().find(|name| !matches!(normal(name).as_str(), known if known == "ALL" || ALL.contains(&known))) {
         Some(unknown) => Err(Error::invalid(format!("security_context.capabilities.{field}: {unknown:?} is not a capability"))),
         None => Ok((found, all)),
     }
@@ -147,10 +147,13 @@ pub(super) fn capabilities(input: &Input<'_>) -> Result<Value> {
 }
 
 /// Masked and read-only paths: the request's when it gives any, else the customary ones; none for a privileged container.
-pub(super) fn paths(input: &Input<'_>) -> (Vec<String>, Vec<String>) {
+pub(super) fn paths(input: &Input<'_>) -> Result<(Vec<String>, Vec<String>)> {
     let security = input.security();
+    for (field, paths) in [("masked_paths", &security.masked_paths), ("readonly_paths", &security.readonly_paths)] {
+        paths.iter().try_for_each(|path| super::paths::check(&format!("security_context.{field}:"), path))?;
+    }
     if security.privileged {
-        return (Vec::new(), Vec::new());
+        return Ok((Vec::new(), Vec::new()));
     }
     let own = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>();
     let host_pid = input.namespaces().pid() == NamespaceMode::Node;
@@ -165,7 +168,7 @@ pub(super) fn paths(input: &Input<'_>) -> (Vec<String>, Vec<String>) {
     };
     let readonly = if security.readonly_paths.is_empty() { own(&READONLY) } else { security.readonly_paths };
     let _ = host_pid;
-    (masked, readonly)
+    Ok((masked, readonly))
 }
 
 #[cfg(test)]
