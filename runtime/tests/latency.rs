@@ -45,9 +45,9 @@ fn main() {
     });
     fs::write(at("config.json"), config.to_string()).expect("config");
     let path = mount_point().expect("cgroup v2").join(format!("windlass-latency-{}", std::process::id()));
-    let cgroup = Cgroup::create(&path).expect("cgroup");
     let (mut to_gate, mut to_exec) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
+        let cgroup = Cgroup::create(&path).expect("cgroup");
         let begun = Instant::now();
         let mut child = create(Spawn {
             bundle: directory.path(),
@@ -69,9 +69,9 @@ fn main() {
         let options = rustix::process::WaitIdOptions::EXITED;
         let ended = rustix::process::waitid(rustix::process::WaitId::PidFd(child.pidfd.as_fd()), options).expect("reaped");
         assert_eq!(ended.and_then(|ended| ended.exit_status()), Some(0));
+        assert!(cgroup.wait_empty(Duration::from_secs(5)).expect("waited"));
+        cgroup.remove().expect("removed");
     }
-    assert!(cgroup.wait_empty(Duration::from_secs(5)).expect("waited"));
-    cgroup.remove().expect("removed");
     for (name, times) in [("create to gate", &mut to_gate), ("gate to exec", &mut to_exec)] {
         times.sort();
         println!("{name}: median {:?} of {ROUNDS}, best {:?}", times[ROUNDS / 2], times[0]);
