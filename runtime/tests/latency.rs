@@ -56,6 +56,8 @@ fn main() {
             pid: PidNamespace::New,
             namespaces: PodNamespaces::default(),
             stdio: Stdio::Null,
+            id: "latency",
+            later_hooks: false,
         })
         .expect("created");
         let message = wait(&mut child.report);

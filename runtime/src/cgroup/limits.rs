@@ -49,6 +49,18 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
     Ok(not_enforced)
 }
 
+/// The controllers of `resources` whose files this cgroup does not have. Nothing is written.
+pub fn unavailable(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
+    let mut missing: Vec<String> = Vec::new();
+    for write in plan(resources)?.into_iter().filter(|write| !write.strict && !cgroup.join(&write.file).exists()) {
+        let controller = write.file.split('.').next().unwrap_or_default().to_owned();
+        if !missing.contains(&controller) {
+            missing.push(controller);
+        }
+    }
+    Ok(missing)
+}
+
 /// A value that the kernel does not understand is the request's fault.
 fn refused(write: &Write, error: std::io::Error) -> StepError {
     let invalid = matches!(error.kind(), std::io::ErrorKind::InvalidInput | std::io::ErrorKind::InvalidData)

@@ -9,6 +9,6 @@ mod tree;
 mod weight;
 
 pub use devices::restrict;
-pub use limits::apply;
+pub use limits::{apply, unavailable};
 pub use tree::{Cgroup, mount_point};
 pub use weight::weight_of_shares;

@@ -94,6 +94,11 @@ impl Cgroup {
 
     /// Waits until nothing lives in it or below. False at the deadline.
     pub fn wait_empty(&self, timeout: Duration) -> Result<bool, StepError> {
+        self.wait_for("populated", 0, timeout)
+    }
+
+    /// Waits until a line of cgroup.events has this value, or the cgroup is gone.
+    fn wait_for(&self, key: &str, wanted: u64, timeout: Duration) -> Result<bool, StepError> {
         let deadline = Instant::now() + timeout;
         let object = self.path.display();
         let mut events = match File::open(self.path.join("cgroup.events")) {
@@ -103,7 +108,7 @@ impl Cgroup {
         loop {
             let mut text = String::new();
             match events.rewind().and_then(|()| events.read_to_string(&mut text)) {
-                Ok(_) if value_of(&text, "populated") != Some(0) => {}
+                Ok(_) if value_of(&text, key) != Some(wanted) => {}
                 Ok(_) => return Ok(true),
                 Err(error) => return gone_is_done(Err(error)).context("read cgroup.events of", &object).map(|()| true),
             }
@@ -119,6 +124,27 @@ impl Cgroup {
                 Err(errno) => return Err(errno).context("wait for cgroup", &object),
             }
         }
+    }
+
+    /// Whether its processes are held still, by themselves or with a parent's.
+    pub fn frozen(&self) -> Result<bool, StepError> {
+        let text = fs::read_to_string(self.path.join("cgroup.freeze")).context("read cgroup.freeze of", self.path.display())?;
+        Ok(text.trim() == "1")
+    }
+
+    /// Holds its processes still, or lets them go on, and waits until all follow. False at the deadline.
+    pub fn freeze(&self, frozen: bool, timeout: Duration) -> Result<bool, StepError> {
+        let wanted = u64::from(frozen);
+        fs::write(self.path.join("cgroup.freeze"), wanted.to_string()).context("freeze cgroup", self.path.display())?;
+        self.wait_for("frozen", wanted, timeout)
+    }
+
+    /// Process ids of what lives in it and below.
+    pub fn processes(&self) -> Result<Vec<i32>, StepError> {
+        let mut found = Vec::new();
+        processes_below(&self.path, &mut found).context("list processes of", self.path.display())?;
+        found.sort_unstable();
+        Ok(found)
     }
 
     /// Removes it and everything below. EBUSY while processes live there; one that is gone is done already.
@@ -183,6 +209,17 @@ fn remove_tree(path: &Path) -> std::io::Result<()> {
             other => return other,
         }
     }
+}
+
+fn processes_below(path: &Path, found: &mut Vec<i32>) -> std::io::Result<()> {
+    let text = fs::read_to_string(path.join("cgroup.procs"))?;
+    found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+    for entry in fs::read_dir(path)?.flatten() {
+        if entry.file_type().is_ok_and(|typ| typ.is_dir()) {
+            gone_is_done(processes_below(&entry.path(), found))?;
+        }
+    }
+    Ok(())
 }
 
 /// ENODEV comes from a file of a cgroup that was removed after it was opened.

@@ -5,7 +5,7 @@ use super::poll::Source;
 use super::server::{Monitor, Reply};
 use crate::cgroup::Cgroup;
 use crate::log::{ContainerLog, Stream, now_ns};
-use crate::process::{self, Child, Context, Kind, Message, PidNamespace, Report, Spawn, Stdio, StepError};
+use crate::process::{self, Child, Context, Kind, Message, PidNamespace, Report, Spawn, Stdio, StepError, hooks};
 use crate::pty;
 use oci_spec::runtime::LinuxResources;
 use rustix::io::Errno;
@@ -195,6 +195,8 @@ impl Monitor {
             pid,
             namespaces: pod.namespaces(),
             stdio,
+            id: &request.container_id,
+            later_hooks: false,
         })
     }
 
@@ -222,6 +224,12 @@ impl Monitor {
                 Ok(Message::WouldBlock) => return,
                 Ok(Message::Ready { console, not_enforced }) => self.on_ready(key, console, not_enforced),
                 Ok(Message::Moved { pid, pidfd }) => (container.pid, container.pidfd) = (pid, pidfd),
+                Ok(Message::Hooks { outcome }) => {
+                    // The child waits for an outcome: without one it fails by itself.
+                    if let Err(error) = hooks::serve(outcome, &container.bundle, &container.id, container.pid) {
+                        note(format_args!("container {}: {error}", container.id));
+                    }
+                }
                 Ok(Message::Executed) => return self.on_executed(key),
                 Ok(Message::Failed(error)) => return self.on_failed(key, error),
                 Err(error) => {

@@ -116,7 +116,7 @@ impl Monitor {
                     }
                     continue;
                 }
-                Ok(Message::Executed | Message::Moved { .. }) => None,
+                Ok(Message::Executed | Message::Hooks { .. } | Message::Moved { .. }) => None,
                 Ok(Message::Failed(error)) => Some(error),
                 Err(error) => Some(StepError::because(Kind::Internal, "read report", &exec.id, error)),
             };

@@ -54,7 +54,7 @@ fn hear(report: &mut Report) -> Result<Vec<String>, StepError> {
                     return Err(StepError::because(Kind::Internal, "work in a namespace", "", "no answer in 10 s"));
                 }
             }
-            Message::Executed | Message::Moved { .. } => {
+            Message::Executed | Message::Hooks { .. } | Message::Moved { .. } => {
                 return Err(StepError::because(Kind::Internal, "work in a namespace", "", "unexpected answer"));
             }
         }

@@ -5,6 +5,7 @@
 //! mounting needs root; the search for the program last, with the rights that it will have.
 
 use super::entrypoint::Entrypoint;
+use super::hooks::{self, Stage, State};
 use super::report::ChildReport;
 use super::{Context, Kind, PidNamespace, Spawn, Stdio, StepError, identity, stdio};
 use crate::bundle::{RootfsPlan, read_config, read_rootfs_plan};
@@ -17,6 +18,7 @@ use oci_spec::runtime::{Process, Spec};
 use rustix::fs::Mode;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 /// A step: its name and what it does.
 type Step<'a> = (&'static str, fn(&mut Build<'a>) -> Result<(), StepError>);
@@ -76,29 +78,33 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
     let entrypoint = build.entrypoint.take().ok_or_else(missing)?;
     report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
     let filter = build.filter.take();
+    let at_start = build.spec.take().filter(|spec| hooks::listed(spec, Stage::StartContainer));
     // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
     drop(build);
-    let Some(gate) = gate else { return pass(report, entrypoint, filter.as_ref()) };
+    let begin = |gate: &ChildReport| {
+        if !gate.wait_at_gate().context("wait at the gate", "")? {
+            sys::process::exit_now(1);
+        }
+        sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
+        let entrypoint = entrypoint?;
+        if let Some(spec) = &at_start {
+            let state = State { id: spawn.id, status: "created", pid: std::process::id(), bundle: spawn.bundle };
+            hooks::run(spec, Stage::StartContainer, &state, Path::new("."))?;
+        }
+        entrypoint.execute(filter.as_ref())
+    };
+    let Some(gate) = gate else { return begin(report) };
     let starter = ChildReport::accept(gate).context("wait at the gate", "")?;
-    let failed = pass(&starter, entrypoint, filter.as_ref());
+    let failed = begin(&starter);
     if let Err(error) = &failed {
         starter.failed(error.clone());
     }
     failed
 }
 
-/// Waits for the word to go on `gate`, and goes.
-fn pass(gate: &ChildReport, entrypoint: Result<Entrypoint, StepError>, filter: Option<&Filter>) -> Result<Infallible, StepError> {
-    if !gate.wait_at_gate().context("wait at the gate", "")? {
-        sys::process::exit_now(1);
-    }
-    sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
-    entrypoint?.execute(filter)
-}
-
 impl<'a> Build<'a> {
     /// The steps, in order.
-    const STEPS: [Step<'a>; 12] = [
+    const STEPS: [Step<'a>; 13] = [
         ("close descriptors", Self::descriptors),
         ("make session", Self::session),
         ("read bundle", Self::bundle),
@@ -108,6 +114,7 @@ impl<'a> Build<'a> {
         ("set sysctls", Self::sysctls),
         ("build root", Self::root),
         ("open terminal", Self::terminal),
+        ("run hooks", Self::hooks),
         ("change root", Self::pivot),
         ("set identity", Self::identity),
         ("find program", Self::entrypoint),
@@ -151,6 +158,9 @@ impl<'a> Build<'a> {
         namespace::check(&spec)?;
         self.filter = Filter::of(&spec)?;
         self.spec = Some(spec);
+        if !self.spawn.later_hooks {
+            hooks::refuse_later(self.spec()?)?;
+        }
         security::check(self.spec.as_ref(), self.process()?)
     }
 
@@ -164,11 +174,28 @@ impl<'a> Build<'a> {
         let process = self.process()?;
         security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
         security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
-        security::confine_at_exec(process)?;
-        security::label_at_exec(process)
+        // Hooks that the child executes before its program come from the host, and are not for the container's profile.
+        if hooks::listed(self.spec()?, Stage::CreateContainer) { Ok(()) } else { self.confine() }
+    }
+
+    fn confine(&self) -> Result<(), StepError> {
+        security::confine_at_exec(self.process()?)?;
+        security::label_at_exec(self.process()?)
+    }
+
+    /// Where the root is attached: over the bundle's directory, which exists anyway. Hooks find it at `root.path`, and the rest of the
+    /// bundle beside it.
+    fn place_path(&self) -> Result<PathBuf, StepError> {
+        let spec = self.spec()?;
+        let stages = [Stage::Prestart, Stage::CreateRuntime, Stage::CreateContainer];
+        let path =
+            spec.root().as_ref().map(|root| root.path()).filter(|_| stages.iter().any(|stage| hooks::listed(spec, *stage)));
+        Ok(self.spawn.bundle.join(path.map_or(Path::new(""), PathBuf::as_path)))
     }
 
     fn bind_sources(&mut self) -> Result<(), StepError> {
+        let place = self.place_path()?;
+        std::fs::create_dir_all(&place).context("make directory", place.display())?;
         self.user = User::of(self.spec()?, self.spawn.namespaces.user)?;
         self.sources = Some(Sources::open(&Ground {
             bundle: self.spawn.bundle,
@@ -188,7 +215,7 @@ impl<'a> Build<'a> {
         }
         self.owned = namespace::enter(self.spec()?, &self.spawn.namespaces, self.user.as_ref())?;
         // Still with the host's ids, which may walk to the bundle.
-        self.place = Some(rootfs::open_path(self.spawn.bundle)?);
+        self.place = Some(rootfs::open_path(&self.place_path()?)?);
         if self.user.is_some() {
             if matches!(self.spawn.pid, PidNamespace::NewInside) {
                 self.become_first()?;
@@ -258,6 +285,20 @@ impl<'a> Build<'a> {
         stdio::set_size(master.as_fd(), self.process()?);
         (self.master, self.slave) = (Some(master), Some(slave));
         Ok(())
+    }
+
+    /// prestart and createRuntime in the caller's namespaces, createContainer here.
+    fn hooks(&mut self) -> Result<(), StepError> {
+        let spec = self.spec()?;
+        if [Stage::Prestart, Stage::CreateRuntime].iter().any(|stage| hooks::listed(spec, *stage)) {
+            hooks::ask(self.report)?;
+        }
+        if !hooks::listed(spec, Stage::CreateContainer) {
+            return Ok(());
+        }
+        let state = State { id: self.spawn.id, status: "created", pid: std::process::id(), bundle: self.spawn.bundle };
+        hooks::run(spec, Stage::CreateContainer, &state, self.spawn.bundle)?;
+        self.confine()
     }
 
     fn pivot(&mut self) -> Result<(), StepError> {

@@ -7,6 +7,7 @@ mod child;
 mod entrypoint;
 mod error;
 mod exec;
+pub mod hooks;
 mod identity;
 mod report;
 mod spawn;
@@ -85,6 +86,10 @@ pub struct Spawn<'a> {
     pub namespaces: PodNamespaces<'a>,
     /// Overrides `process.terminal` of `config.json`.
     pub stdio: Stdio,
+    /// The container's id, as hooks are told.
+    pub id: &'a str,
+    /// The caller runs the poststart and poststop hooks; without this a bundle that has some is refused.
+    pub later_hooks: bool,
 }
 
 /// What [`enter`] needs to know.

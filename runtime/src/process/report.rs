@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! child  -> parent   in a user namespace of its own: Moved (a pidfd of the process that goes on, as SCM_RIGHTS)
+//! child  -> parent   with hooks for the runtime's namespaces: Hooks (the socket that takes their outcome, as SCM_RIGHTS)
 //! child  -> parent   one datagram: Ready (a terminal's master as SCM_RIGHTS) or Failed
 //! parent -> child    one byte: the gate is open
 //! child  -> parent   Failed, or end of file because exec closed the socket
 //! ```
 
 use super::{Kind, StepError};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -39,6 +41,11 @@ pub enum Message {
         /// Close-on-exec pidfd.
         pidfd: OwnedFd,
     },
+    /// The root is built, and hooks that run in the caller's namespaces are due: the receiver calls [`super::hooks::serve`].
+    Hooks {
+        /// Where the outcome goes.
+        outcome: OwnedFd,
+    },
     /// It could not, and ends by itself. Nothing follows.
     Failed(StepError),
     /// End of file: the program runs. Nothing follows.
@@ -50,6 +57,7 @@ pub enum Message {
 #[derive(Debug, Serialize, Deserialize)]
 enum Wire {
     Moved { pid: i32 },
+    Hooks,
     Ready { not_enforced: Vec<String> },
     Failed(StepError),
 }
@@ -78,6 +86,19 @@ impl Report {
         rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Report { socket, gate_open: false, ended: false })
+    }
+
+    /// Waits for the next message; never [`Message::WouldBlock`].
+    pub fn wait(&mut self) -> std::io::Result<Message> {
+        loop {
+            match self.receive()? {
+                Message::WouldBlock => {
+                    // An interrupted wait is only an early look.
+                    let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], None);
+                }
+                message => return Ok(message),
+            }
+        }
     }
 
     /// Takes the next message without waiting.
@@ -113,7 +134,8 @@ impl Report {
         let wire = serde_json::from_slice(bytes.get(..received).unwrap_or_default())?;
         Ok(match (wire, console) {
             (Wire::Moved { pid }, Some(pidfd)) => Message::Moved { pid, pidfd },
-            (Wire::Moved { .. }, None) => return Err(std::io::ErrorKind::InvalidData.into()),
+            (Wire::Hooks, Some(outcome)) => Message::Hooks { outcome },
+            (Wire::Moved { .. } | Wire::Hooks, None) => return Err(std::io::ErrorKind::InvalidData.into()),
             (Wire::Ready { not_enforced }, console) => Message::Ready { console, not_enforced },
             (Wire::Failed(error), _) => Message::Failed(error),
         })
@@ -140,6 +162,16 @@ pub(super) struct ChildReport {
 }
 
 impl ChildReport {
+    /// The same end in another process.
+    pub(super) fn of(socket: OwnedFd) -> ChildReport {
+        ChildReport { socket }
+    }
+
+    /// Asks the parent to have hooks run; their outcome comes through the other end of `outcome`.
+    pub(super) fn hooks_due(&self, outcome: &ChildReport) -> Result<(), Errno> {
+        self.send(&Wire::Hooks, Some(outcome.as_fd()))
+    }
+
     /// Waits for the one connection to a gate that listens.
     pub(super) fn accept(gate: &OwnedFd) -> Result<ChildReport, Errno> {
         loop {

@@ -21,6 +21,7 @@ mod target;
 
 pub(crate) use dev::open_pty;
 pub use mounts::{Ground, Sources};
+pub use options::{ATTRIBUTES as MOUNT_ATTRIBUTES, NAMES as MOUNT_OPTIONS};
 pub use target::{Made, open_in_root};
 
 use crate::bundle::RootfsPlan;

@@ -25,6 +25,49 @@ pub(super) struct Options {
     pub(super) data: Vec<(String, Option<String>)>,
 }
 
+/// Names of the options that are ours and not the file system's; those of [`ATTRIBUTES`] come once more with an `r` before them.
+pub const NAMES: [&str; 17] = [
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "unbindable",
+    "runbindable",
+    "bind",
+    "rbind",
+    "idmap",
+    "ridmap",
+    "defaults",
+    "async",
+    "nomand",
+    "noiversion",
+    "loud",
+];
+
+/// Names of the options that set or clear one attribute of a mount.
+pub const ATTRIBUTES: [&str; 18] = [
+    "ro",
+    "rw",
+    "nosuid",
+    "suid",
+    "nodev",
+    "dev",
+    "noexec",
+    "exec",
+    "noatime",
+    "strictatime",
+    "relatime",
+    "atime",
+    "nostrictatime",
+    "norelatime",
+    "nodiratime",
+    "diratime",
+    "nosymfollow",
+    "symfollow",
+];
+
 /// Parses `options`. Unknown ones belong to the file system.
 pub(super) fn parse(options: &[String]) -> Result<Options, StepError> {
     let mut parsed = Options::default();
@@ -114,6 +157,15 @@ mod tests {
     fn check(options: &[&str], expected: Options) {
         let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
         assert_eq!(parse(&options).expect("valid"), expected, "{options:?}");
+    }
+
+    #[test]
+    fn what_is_advertised_is_known() {
+        let recursive = ATTRIBUTES.map(|name| format!("r{name}"));
+        let names = NAMES.iter().chain(&ATTRIBUTES).copied().chain(recursive.iter().map(String::as_str));
+        for name in names {
+            assert!(known(&mut Options::default(), name), "{name}");
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use rustix::thread::{
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
 };
 
-/// Names by number, from CAP_CHOWN (0) on.
-const NAMES: [&str; 41] = [
+/// Names without `CAP_`, by number from CAP_CHOWN (0) on.
+pub const NAMES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",

@@ -8,8 +8,8 @@ mod seccomp;
 mod selinux;
 
 pub use apparmor::confine_at_exec;
-pub use capabilities::Capabilities;
 pub(crate) use capabilities::own_bounding_set;
+pub use capabilities::{Capabilities, NAMES as CAPABILITIES};
 pub use limits::{set_oom_score, set_rlimits};
 pub use seccomp::Filter;
 pub use selinux::{check, label_at_exec};

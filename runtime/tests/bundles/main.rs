@@ -1,6 +1,9 @@
 //! Containers on the real kernel, driven through `windlass-oci`. Needs root, a cgroup v2 tree and Debian's busybox-static.
 //! Each test has a directory, a cgroup and a mount namespace that end with it.
 
+mod commands;
+mod hooks;
+
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::symlink;
