@@ -1,5 +1,5 @@
-//! Go modules that the conformance tests need: the CRI's own interface file, and the real `crictl` and `critest`, built from
-//! `integration/go` into `<target>/windlass-tools`. Owns that cache; versions and checksums are committed, never taken as they come.
+//! Go modules that the conformance tests need: the CRI's own interface file, the real `crictl` and `critest`, and the validation
+//! programs of the OCI runtime specification, built from `integration/go` into `<target>/windlass-tools`. Owns that cache; versions and checksums are committed, never taken as they come.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -9,6 +9,12 @@ use std::process::{Command, Stdio};
 
 /// Where the Go module that builds the tools is kept.
 const TOOLS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go");
+
+/// The one that builds the validation programs.
+const VALIDATION_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/oci");
+
+/// The Go module with those programs.
+const RUNTIME_TOOLS: &str = "github.com/opencontainers/runtime-tools";
 
 /// Part of the stamp: changes when the way of building changes.
 const RECIPE: &str = "1 CGO_ENABLED=0 -trimpath";
@@ -63,42 +69,84 @@ pub fn target_dir() -> PathBuf {
 /// Builds crictl and critest unless `<target>/windlass-tools` holds the ones of this recipe. Prints what it does.
 pub fn tools() -> Result<Tools> {
     let dir = target_dir().join("windlass-tools");
-    std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let lock = std::fs::File::create(dir.join("lock")).context("create the lock of the tools")?;
-    lock.lock().context("wait for the lock of the tools")?;
-
     let tools = Tools { crictl: dir.join("crictl"), critest: dir.join("critest") };
-    let stamp_file = dir.join("stamp");
-    let stamp = stamp()?;
-    let current = std::fs::read_to_string(&stamp_file).is_ok_and(|found| found == stamp);
-    if current && tools.crictl.is_file() && tools.critest.is_file() {
-        return Ok(tools);
-    }
-    println!("building crictl and critest v1.34.0 from Go modules into {} (about two minutes)", dir.display());
-    go_build(&["build", "-trimpath"], &tools.crictl, "sigs.k8s.io/cri-tools/cmd/crictl")?;
-    go_build(&["test", "-c", "-trimpath"], &tools.critest, "sigs.k8s.io/cri-tools/cmd/critest")?;
-    std::fs::write(&stamp_file, stamp).context("write the stamp of the tools")?;
+    unless_built(&dir, Path::new(TOOLS_MODULE), &["go.mod", "go.sum", "tools.go"], &[&tools.crictl, &tools.critest], || {
+        println!("building crictl and critest v1.34.0 from Go modules into {} (about two minutes)", dir.display());
+        let module = Path::new(TOOLS_MODULE);
+        go_build(module, &["build", "-trimpath"], &tools.crictl, &["sigs.k8s.io/cri-tools/cmd/crictl"])?;
+        go_build(module, &["test", "-c", "-trimpath"], &tools.critest, &["sigs.k8s.io/cri-tools/cmd/critest"])
+    })?;
     Ok(tools)
 }
 
-fn stamp() -> Result<String> {
+/// The programs of the OCI runtime specification's validation suite, and what they run.
+#[derive(Debug, Clone)]
+pub struct Validation {
+    /// Directory of the programs, one for each folder of the suite; `runtimetest` among them, which runs inside containers.
+    pub programs: PathBuf,
+    /// The suite's root file system, a packed archive.
+    pub rootfs: PathBuf,
+}
+
+/// Builds the validation programs unless `<target>/windlass-tools/oci` holds the ones of this recipe. Prints what it does.
+pub fn validation() -> Result<Validation> {
+    let dir = target_dir().join("windlass-tools/oci");
+    let validation = Validation { programs: dir.join("programs"), rootfs: dir.join("rootfs.tar.gz") };
+    let module = Path::new(VALIDATION_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum"], &[&validation.programs.join("runtimetest"), &validation.rootfs], || {
+        println!("building the validation programs of runtime-tools into {} (about two minutes)", dir.display());
+        std::fs::create_dir_all(&validation.programs).context("create the folder of the validation programs")?;
+        let packages = [format!("{RUNTIME_TOOLS}/validation/..."), format!("{RUNTIME_TOOLS}/cmd/runtimetest")];
+        // The slash at the end makes it a folder of programs.
+        let output = validation.programs.join("");
+        go_build(module, &["build", "-trimpath"], &output, &packages.each_ref().map(String::as_str))?;
+        let found = Command::new("go").args(["list", "-m", "-f", "{{.Dir}}", RUNTIME_TOOLS]).current_dir(module).output();
+        let found = String::from_utf8(found.context("run go list")?.stdout).context("folder of runtime-tools")?;
+        let packed = Path::new(found.trim()).join("rootfs-amd64.tar.gz");
+        std::fs::copy(&packed, &validation.rootfs).with_context(|| format!("copy {}", packed.display())).map(drop)
+    })?;
+    Ok(validation)
+}
+
+/// Calls `build` unless `products` are there and the stamp in `dir` is that of the module's `inputs`. One process at a time.
+fn unless_built(
+    dir: &Path,
+    module: &Path,
+    inputs: &[&str],
+    products: &[&Path],
+    build: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let lock = std::fs::File::create(dir.join("lock")).context("create the lock of the tools")?;
+    lock.lock().context("wait for the lock of the tools")?;
+    let stamp_file = dir.join("stamp");
+    let stamp = stamp(module, inputs)?;
+    let current = std::fs::read_to_string(&stamp_file).is_ok_and(|found| found == stamp);
+    if current && products.iter().all(|product| product.is_file()) {
+        return Ok(());
+    }
+    build()?;
+    std::fs::write(&stamp_file, stamp).context("write the stamp of the tools")
+}
+
+fn stamp(module: &Path, inputs: &[&str]) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(RECIPE);
-    for name in ["go.mod", "go.sum", "tools.go"] {
-        hash.update(std::fs::read(Path::new(TOOLS_MODULE).join(name)).with_context(|| format!("read {name} of the tools"))?);
+    for name in inputs {
+        hash.update(std::fs::read(module.join(name)).with_context(|| format!("read {name} of the tools"))?);
     }
     Ok(hex::encode(hash.finalize()))
 }
 
-fn go_build(verb: &[&str], output: &Path, package: &str) -> Result<()> {
-    println!("  {package}");
+fn go_build(module: &Path, verb: &[&str], output: &Path, packages: &[&str]) -> Result<()> {
+    println!("  {}", packages.join(" "));
     // The checksum database does not answer for cri-tools; the committed go.sum pins it.
     let status = Command::new("go")
         .args(verb)
         .arg("-o")
         .arg(output)
-        .arg(package)
-        .current_dir(TOOLS_MODULE)
+        .args(packages)
+        .current_dir(module)
         .env("GONOSUMDB", "sigs.k8s.io/cri-tools")
         .env("GOFLAGS", "-mod=readonly -buildvcs=false")
         .env("GOWORK", "off")
@@ -106,6 +154,6 @@ fn go_build(verb: &[&str], output: &Path, package: &str) -> Result<()> {
         .stdin(Stdio::null())
         .status()
         .context("run go (Debian: apt-get install golang-go; Go 1.24 or newer)")?;
-    ensure!(status.success(), "build {package}: go ended with {status}");
+    ensure!(status.success(), "build {}: go ended with {status}", packages.join(" "));
     Ok(())
 }

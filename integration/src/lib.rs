@@ -16,3 +16,4 @@ pub mod setup;
 pub mod standin;
 pub mod standin_registry;
 pub mod suite;
+pub mod validation;

@@ -1,6 +1,11 @@
 //! The bundle: `config.json` of the OCI runtime specification and `rootfs.json`, the plan of an overlay root.
 //! Only reads; the daemon writes them.
 
+mod check;
+
+pub(crate) use check::check;
+pub use check::check_resources;
+
 use crate::process::{Context, Kind, StepError};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};

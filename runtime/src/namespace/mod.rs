@@ -91,14 +91,17 @@ pub fn open_namespace(path: &Path) -> Result<OwnedFd, StepError> {
 
 /// Refuses what this build cannot do.
 pub fn check(spec: &Spec) -> Result<(), StepError> {
-    let Some(list) = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref()) else { return Ok(()) };
-    for namespace in list {
-        if namespace.typ() == Type::Time {
-            let object = format!("{:?}", namespace.typ());
-            return Err(StepError::because(Kind::Unsupported, "join namespace", object, "not built yet"));
-        }
+    let refuse = |typ: Type, why: &str| Err(StepError::because(Kind::Unsupported, "use namespace", format!("{typ:?}"), why));
+    let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    if list.iter().any(|namespace| namespace.typ() == Type::Time) {
+        return refuse(Type::Time, "not built yet");
     }
-    Ok(())
+    // The host's tree, or another container's, is no place to build a root in.
+    match list.iter().find(|namespace| namespace.typ() == Type::Mount).map(|namespace| namespace.path()) {
+        Some(None) => Ok(()),
+        Some(Some(_)) => refuse(Type::Mount, "a container has one of its own and joins none"),
+        None => refuse(Type::Mount, "a container has one of its own: linux.namespaces must list it"),
+    }
 }
 
 /// Enters the mount, network, ipc, uts and cgroup namespaces of a process, and with `user` its user namespace, as root there. Its root

@@ -8,7 +8,7 @@ use super::entrypoint::Entrypoint;
 use super::hooks::{self, Stage, State};
 use super::report::ChildReport;
 use super::{Context, Kind, PidNamespace, Spawn, Stdio, StepError, identity, stdio};
-use crate::bundle::{RootfsPlan, read_config, read_rootfs_plan};
+use crate::bundle::{self, RootfsPlan, read_config, read_rootfs_plan};
 use crate::namespace::{self, Owned, User};
 use crate::rootfs::{self, Ground, Root, Sources};
 use crate::security::{self, Filter};
@@ -155,6 +155,7 @@ impl<'a> Build<'a> {
     fn bundle(&mut self) -> Result<(), StepError> {
         let spec = read_config(self.spawn.bundle)?;
         self.plan = read_rootfs_plan(self.spawn.bundle)?;
+        bundle::check(&spec)?;
         namespace::check(&spec)?;
         self.filter = Filter::of(&spec)?;
         self.spec = Some(spec);

@@ -5,6 +5,7 @@ use crate::record::{Record, Status};
 use crate::{Outcome, failed, invalid, unsupported};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 use std::io::Read;
+use windlass_runtime::bundle::check_resources;
 use windlass_runtime::cgroup;
 use windlass_runtime::process::{Kind, StepError};
 
@@ -51,6 +52,7 @@ pub(crate) fn update(call: &Call) -> Outcome<i32> {
     let record = Record::load(&home)?;
     record.require(&home, "update", &[Status::Created, Status::Running, Status::Paused])?;
     let resources = resources(call)?;
+    check_resources(&resources)?;
     let missing = cgroup::unavailable(&record.cgroup, &resources)?;
     if !missing.is_empty() {
         let why = format!("this host's cgroup tree has no controller for: {}", missing.join(", "));
