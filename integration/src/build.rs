@@ -13,8 +13,9 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 7] = [
+const PACKAGES: [(&str, &str); 8] = [
     ("busybox-static", "/bin/busybox"),
+    ("runc", "/usr/sbin/runc"),
     ("nftables", "/usr/sbin/nft"),
     ("iproute2", "/sbin/ip"),
     ("procps", "/usr/bin/pgrep"),

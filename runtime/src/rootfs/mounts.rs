@@ -6,6 +6,7 @@ use super::overlay::{self, file_system, image_volume};
 use super::target::{Made, is_directory, open_or_make};
 use super::{Root, attach};
 use crate::bundle::RootfsPlan;
+use crate::cgroup;
 use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
 use crate::security::{label_queues, mount_label, mount_option};
@@ -81,8 +82,8 @@ fn open_root(ground: &Ground<'_>) -> Result<OwnedFd, StepError> {
     overlay::ready(&ground.bundle.join(path))
 }
 
-/// File systems that a user namespace may not make as they have to be: /dev with device nodes, and sysfs without a network namespace of
-/// its own, in whose place the host's is shown.
+/// File systems that a user namespace may not make as they have to be: /dev with device nodes; sysfs and cgroups without a network or
+/// cgroup namespace of its own, in whose place the host's are shown.
 fn prepare(ground: &Ground<'_>, user: &User, mount: &Mount, options: &mut Options) -> Result<Option<OwnedFd>, StepError> {
     let typ = mount.typ().as_deref().unwrap_or_default();
     if mount.destination() == Path::new("/dev") && typ == "tmpfs" {
@@ -93,13 +94,15 @@ fn prepare(ground: &Ground<'_>, user: &User, mount: &Mount, options: &mut Option
         dev::make_nodes(made.as_fd(), ground.spec, user)?;
         return Ok(Some(made));
     }
-    let namespaces = ground.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let own_net = namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    if typ != "sysfs" || own_net {
-        return Ok(None);
-    }
+    let namespaces = ground.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    let own = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ);
+    let shown = match typ {
+        "sysfs" if !own(LinuxNamespaceType::Network) => "/sys".into(),
+        "cgroup" | "cgroup2" if !own(LinuxNamespaceType::Cgroup) => cgroup::mount_point()?,
+        _ => return Ok(None),
+    };
     options.bind = Some(false);
-    open_tree(CWD, "/sys", CLONE).context("mount", "the host's /sys").map(Some)
+    open_tree(CWD, &shown, CLONE).context("mount", format_args!("the host's {}", shown.display())).map(Some)
 }
 
 fn check(mount: &Mount) -> Result<(), StepError> {
