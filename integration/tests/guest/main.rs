@@ -3,6 +3,7 @@
 
 mod apparmor;
 mod limits;
+mod oci;
 mod parents;
 
 use anyhow::{Context, Result, bail, ensure};

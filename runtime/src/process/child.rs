@@ -196,7 +196,9 @@ impl<'a> Build<'a> {
 
     fn bind_sources(&mut self) -> Result<(), StepError> {
         let place = self.place_path()?;
-        std::fs::create_dir_all(&place).context("make directory", place.display())?;
+        if place != self.spawn.bundle {
+            std::fs::create_dir_all(&place).context("make directory", place.display())?;
+        }
         self.user = User::of(self.spec()?, self.spawn.namespaces.user)?;
         self.sources = Some(Sources::open(&Ground {
             bundle: self.spawn.bundle,

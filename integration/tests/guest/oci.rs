@@ -1,0 +1,103 @@
+//! `windlass-oci` where every controller is there: limits of a bundle, and other ones by `update`.
+
+use crate::{TREE, expect, in_guest};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+use windlass_integration::setup;
+
+const ID: &str = "windlass-update";
+
+/// A container that sleeps. Dropping it deletes it.
+struct Sleeper(tempfile::TempDir);
+
+impl Sleeper {
+    fn start(resources: &serde_json::Value) -> Result<Sleeper> {
+        let directory = tempfile::tempdir()?;
+        fs::create_dir_all(directory.path().join("rootfs/bin"))?;
+        fs::copy("/bin/busybox", directory.path().join("rootfs/bin/busybox")).context("copy busybox")?;
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs"},
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/busybox", "sleep", "1000"], "cwd": "/"},
+            "linux": {"cgroupsPath": format!("/{ID}"), "namespaces": [{"type": "mount"}, {"type": "pid"}], "resources": resources},
+        });
+        fs::write(directory.path().join("config.json"), config.to_string())?;
+        let sleeper = Sleeper(directory);
+        let bundle = sleeper.0.path().to_string_lossy().into_owned();
+        sleeper.done(&["create", "--bundle", &bundle, ID], "")?;
+        sleeper.done(&["start", ID], "")?;
+        Ok(sleeper)
+    }
+
+    fn call(&self, words: &[&str], input: &str) -> Result<Output> {
+        let mut command = Command::new(setup::programs()?.join("windlass-oci"));
+        command.arg("--root").arg(self.0.path().join("state")).args(words).stdin(Stdio::piped());
+        if words.first() == Some(&"create") {
+            // The container keeps the streams.
+            let status = command.stdout(Stdio::null()).stderr(Stdio::inherit()).status()?;
+            return Ok(Output { status, stdout: Vec::new(), stderr: Vec::new() });
+        }
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        child.stdin.take().context("input")?.write_all(input.as_bytes())?;
+        Ok(child.wait_with_output()?)
+    }
+
+    fn done(&self, words: &[&str], input: &str) -> Result<()> {
+        let output = self.call(words, input)?;
+        ensure!(output.status.success(), "{words:?}: {output:?}");
+        Ok(())
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.call(&["delete", "--force", ID], "");
+    }
+}
+
+#[test]
+fn an_update_changes_limits_or_none() -> Result<()> {
+    in_guest("an_update_changes_limits_or_none", |_| {
+        let sleeper = Sleeper::start(&json!({"memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "cpu": {"shares": 512}}))?;
+        let leaf: PathBuf = Path::new(TREE).join(ID);
+        expect(&leaf, "memory.max", "67108864")?;
+        expect(&leaf, "pids.max", "50")?;
+        let flags = ["--memory", "33554432", "--memory-swap", "67108864", "--pids-limit", "20", "--cpu-quota", "20000"];
+        let more = ["--cpu-period", "50000", "--cpu-share", "1024", "--memory-reservation", "1048576", "--cpuset-cpus", "0", ID];
+        sleeper.done(&[&["update"], &flags[..], &more[..]].concat(), "")?;
+        for (file, value) in [
+            ("memory.max", "33554432"),
+            ("memory.swap.max", "33554432"),
+            ("memory.low", "1048576"),
+            ("pids.max", "20"),
+            ("cpu.max", "20000 50000"),
+            ("cpu.weight", "100"),
+            ("cpuset.cpus", "0"),
+        ] {
+            expect(&leaf, file, value)?;
+        }
+        // As managers give them, with what is not to change left out.
+        sleeper
+            .done(&["update", "--resources", "-", ID], r#"{"pids": {"limit": -1}, "unified": {"memory.high": "16777216"}}"#)?;
+        expect(&leaf, "pids.max", "max")?;
+        expect(&leaf, "memory.high", "16777216")?;
+        expect(&leaf, "memory.max", "33554432")?;
+        // One that is refused leaves the others as they were.
+        let output = sleeper.call(&["update", "--pids-limit", "7", "--cpu-quota", "5", ID], "")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains("cpu.max"), "{output:?}");
+        expect(&leaf, "pids.max", "max")?;
+        let output = sleeper.call(&["update", "--resources", "-", ID], r#"{"memory": {"swappiness": 5}}"#)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains("swappiness"), "{output:?}");
+        drop(sleeper);
+        ensure!(!leaf.exists(), "its cgroup is left");
+        Ok(())
+    })
+}
