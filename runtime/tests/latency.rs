@@ -57,7 +57,6 @@ fn main() {
             namespaces: PodNamespaces::default(),
             stdio: Stdio::Null,
             id: "latency",
-            later_hooks: false,
         })
         .expect("created");
         let message = wait(&mut child.report);

@@ -41,6 +41,8 @@ pub(super) enum Phase {
     Starting(Reply),
     /// exec failed; waits for the child's end.
     StartFailed(Reply, StepError),
+    /// The program runs, and its poststart hooks do.
+    Started { to: Reply, started_at_ns: i64 },
     /// The program runs.
     Running { started_at_ns: i64 },
     /// Ended, and nothing of it is left but its cgroup's directory.
@@ -74,13 +76,20 @@ pub(super) struct Container {
     pub(super) stderr: Option<OwnedFd>,
     pub(super) terminal: bool,
     pub(super) log: Option<ContainerLog>,
+    /// The bundle has poststart or poststop hooks, and the latter did not run yet.
+    pub(super) later_hooks: bool,
 }
 
 impl Container {
     /// Whether requests may still act on its processes.
     fn lives(&self) -> bool {
-        let phase = matches!(self.phase, Phase::Created | Phase::Starting(_) | Phase::Running { .. });
+        let phase = matches!(self.phase, Phase::Created | Phase::Starting(_) | Phase::Started { .. } | Phase::Running { .. });
         phase && self.ended.is_none()
+    }
+
+    /// Whether what it does next waits for its poststart or poststop hooks, whose report is the one that is watched.
+    pub(super) fn hooks_run(&self) -> bool {
+        self.report.is_some() && matches!(self.phase, Phase::Started { .. } | Phase::Exited { .. })
     }
 }
 
@@ -168,6 +177,7 @@ impl Monitor {
             stderr,
             terminal: request.terminal,
             log,
+            later_hooks: false,
         };
         self.watch(key, &container);
         self.containers.insert(key, container);
@@ -196,7 +206,6 @@ impl Monitor {
             namespaces: pod.namespaces(),
             stdio,
             id: &request.container_id,
-            later_hooks: false,
         })
     }
 
@@ -222,7 +231,12 @@ impl Monitor {
             let message = report.receive();
             match message {
                 Ok(Message::WouldBlock) => return,
-                Ok(Message::Ready { console, not_enforced }) => self.on_ready(key, console, not_enforced),
+                Ok(Message::Ready { .. }) if container.hooks_run() => return self.on_hooks(key, Ok(())),
+                Ok(Message::Failed(error)) if container.hooks_run() => return self.on_hooks(key, Err(error)),
+                Ok(Message::Ready { console, not_enforced, later_hooks }) => {
+                    container.later_hooks = later_hooks;
+                    self.on_ready(key, console, not_enforced);
+                }
                 Ok(Message::Moved { pid, pidfd }) => (container.pid, container.pidfd) = (pid, pidfd),
                 Ok(Message::Hooks { outcome }) => {
                     // The child waits for an outcome: without one it fails by itself.
@@ -261,10 +275,49 @@ impl Monitor {
         if let Some(report) = container.report.take() {
             self.poll.remove(&report);
         }
-        if let Phase::Starting(to) = container.phase {
-            container.phase = Phase::Running { started_at_ns: now_ns() };
-            self.done(to);
+        let Phase::Starting(to) = container.phase else { return };
+        let started_at_ns = now_ns();
+        if !container.later_hooks {
+            container.phase = Phase::Running { started_at_ns };
+            return self.done(to);
         }
+        container.phase = Phase::Started { to, started_at_ns };
+        let begun = hooks::begin_poststart(&container.bundle, &container.id, container.pid);
+        self.follow_hooks(key, begun);
+    }
+
+    /// Watches the report of hooks that were begun.
+    pub(super) fn follow_hooks(&mut self, key: u64, begun: Result<Report, StepError>) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let watched = begun.and_then(|report| {
+            self.poll.add(&report, Source::ContainerReport(key)).context("watch hooks of", &container.id).map(|()| report)
+        });
+        match watched {
+            Ok(report) => container.report = Some(report),
+            Err(error) => self.on_hooks(key, Err(error)),
+        }
+    }
+
+    /// Poststart or poststop hooks have ended: a start or a delete goes on. A failed poststart hook ends the container.
+    fn on_hooks(&mut self, key: u64, outcome: Result<(), StepError>) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        if let Some(report) = container.report.take() {
+            self.poll.remove(&report);
+        }
+        match (&container.phase, outcome) {
+            (Phase::Started { to, started_at_ns }, Ok(())) => {
+                let (to, started_at_ns) = (*to, *started_at_ns);
+                container.phase = Phase::Running { started_at_ns };
+                self.done(to);
+            }
+            (Phase::Started { to, .. }, Err(error)) => {
+                container.phase = Phase::StartFailed(*to, error);
+                let _ = container.cgroup.kill();
+            }
+            (_, Err(error)) => note(format_args!("container {}: {error}", container.id)),
+            (_, Ok(())) => {}
+        }
+        self.settle(key, Instant::now());
     }
 
     /// The child ends by itself; killing its cgroup makes sure of it.

@@ -5,7 +5,7 @@ use super::exits;
 use super::note::note;
 use super::server::Monitor;
 use crate::log::now_ns;
-use crate::process::{Kind, StepError};
+use crate::process::{Kind, StepError, hooks};
 use rustix::process::WaitOptions;
 use std::time::{Duration, Instant};
 use windlass_proto::monitor::{ContainerExited, ExecExited, Exit, frame::Body};
@@ -108,7 +108,7 @@ impl Monitor {
     pub(super) fn next_check(&self, now: Instant) -> Option<Instant> {
         let killed = self.containers.values().any(|container| {
             let settling = container.ended.is_some() && !matches!(container.phase, Phase::Exited { .. });
-            settling || container.deleting.is_some()
+            !container.hooks_run() && (settling || container.deleting.is_some())
         });
         let looks = self.execs.values().filter_map(|exec| exec.look.map(|(at, _)| at));
         looks.chain(killed.then(|| now + KILLED_LOOK)).min()
@@ -127,6 +127,9 @@ impl Monitor {
     /// Brings a reaped container to EXITED, and a deleted one out of the list, as far as its cgroup is empty.
     pub(super) fn settle(&mut self, key: u64, now: Instant) {
         let Some(container) = self.containers.get_mut(&key) else { return };
+        if container.hooks_run() {
+            return;
+        }
         let exited = matches!(container.phase, Phase::Exited { .. });
         let Some(ended) = &container.ended else { return self.expire_delete(key, now) };
         if exited && container.deleting.is_none() {
@@ -171,7 +174,7 @@ impl Monitor {
             }
             Phase::StartFailed(to, error) => Some((*to, error.clone())),
             Phase::Starting(to) => Some((*to, died("start"))),
-            Phase::Created | Phase::Running { .. } | Phase::Exited { .. } => None,
+            Phase::Created | Phase::Started { .. } | Phase::Running { .. } | Phase::Exited { .. } => None,
         };
         if failure.is_some() {
             (exit.code, exit.signal) = (START_FAILED_CODE, 0);
@@ -194,6 +197,12 @@ impl Monitor {
     /// Undoes a Create that failed, then says so.
     fn drop_failed(&mut self, key: u64, to: Option<super::server::Reply>, error: StepError) {
         let Some(container) = self.containers.remove(&key) else { return };
+        // A hook that failed ends a container that was there. Nobody waits for these.
+        if error.step == hooks::STEP
+            && let Err(error) = hooks::begin_poststop(&container.bundle, &container.id)
+        {
+            note(format_args!("container {}: {error}", container.id));
+        }
         if let Some(report) = &container.report {
             self.poll.remove(report);
         }
@@ -222,6 +231,11 @@ impl Monitor {
                 self.fail(to, error.clone());
             }
             return;
+        }
+        if std::mem::take(&mut container.later_hooks) {
+            container.deleting = Some((replies, deadline));
+            let begun = hooks::begin_poststop(&container.bundle, &container.id);
+            return self.follow_hooks(key, begun);
         }
         self.containers.remove(&key);
         self.execs.retain(|_, exec| exec.container != key || exec.exit.is_none());

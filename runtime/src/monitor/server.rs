@@ -239,7 +239,9 @@ impl Monitor {
                 Phase::Created | Phase::Starting(_) | Phase::StartFailed(..) => {
                     (container_state::Phase::Created, container.pid, None, 0)
                 }
-                Phase::Running { started_at_ns } => (container_state::Phase::Running, container.pid, None, *started_at_ns),
+                Phase::Running { started_at_ns } | Phase::Started { started_at_ns, .. } => {
+                    (container_state::Phase::Running, container.pid, None, *started_at_ns)
+                }
                 Phase::Exited { exit, started_at_ns } => (container_state::Phase::Exited, 0, Some(*exit), *started_at_ns),
             };
             ContainerState { container_id: container.id.clone(), phase: phase.into(), pid, exit, started_at_ns }

@@ -34,7 +34,7 @@ pub(crate) fn beside<T>(
 fn run(work: impl FnOnce() -> Result<Vec<String>, StepError>, report: &ChildReport) -> ! {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(Ok(words)) => {
-            let _ = report.ready(None, words);
+            let _ = report.ready(None, words, false);
             let _ = report.wait_at_gate();
         }
         Ok(Err(error)) => report.failed(error),

@@ -76,7 +76,10 @@ pub(super) fn run(spawn: &Spawn<'_>, gate: Option<&OwnedFd>, report: &ChildRepor
     }
     let missing = || StepError::because(Kind::Internal, "entrypoint", "", "no program was found");
     let entrypoint = build.entrypoint.take().ok_or_else(missing)?;
-    report.ready(build.master.as_ref().map(AsFd::as_fd), std::mem::take(&mut build.not_enforced)).context("report", "")?;
+    let later =
+        build.spec.as_ref().is_some_and(|spec| [Stage::Poststart, Stage::Poststop].iter().any(|at| hooks::listed(spec, *at)));
+    let master = build.master.as_ref().map(AsFd::as_fd);
+    report.ready(master, std::mem::take(&mut build.not_enforced), later).context("report", "")?;
     let filter = build.filter.take();
     let at_start = build.spec.take().filter(|spec| hooks::listed(spec, Stage::StartContainer));
     // What the gated process need not hold: the root's and the terminal's descriptors and the parsed bundle.
@@ -159,9 +162,6 @@ impl<'a> Build<'a> {
         namespace::check(&spec)?;
         self.filter = Filter::of(&spec)?;
         self.spec = Some(spec);
-        if !self.spawn.later_hooks {
-            hooks::refuse_later(self.spec()?)?;
-        }
         security::check(self.spec.as_ref(), self.process()?)
     }
 

@@ -44,7 +44,7 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     stdio::give_to(process.user().uid(), process.user().gid())?;
     identity::assume(&process, available, filter.is_some())?;
     let entrypoint = Entrypoint::find(&process)?;
-    report.ready(console.as_ref().map(AsFd::as_fd), Vec::new()).context("report", "")?;
+    report.ready(console.as_ref().map(AsFd::as_fd), Vec::new(), false).context("report", "")?;
     sys::descriptors::close_on_exec_from(3).context("close descriptors", "")?;
     entrypoint.execute(filter.as_ref())
 }

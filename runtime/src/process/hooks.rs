@@ -6,7 +6,7 @@
 //! | prestart, createRuntime | the caller's namespaces | a copy of the caller ([`serve`]), which the child asks for; the root is built |
 //! | createContainer | the container's, host's tree in view | the child, before it changes its root |
 //! | startContainer | inside, as the program's user | the child, when the gate has opened |
-//! | poststart, poststop | the caller's | the caller ([`run`], [`run_all`]) |
+//! | poststart, poststop | the caller's | the caller ([`run`], [`run_all`]) or a copy of it ([`begin_poststart`], [`begin_poststop`]) |
 //!
 //! A hook that fails fails the operation, but poststop: there the others run all the same.
 
@@ -131,14 +131,6 @@ pub fn run_all(spec: &Spec, stage: Stage, state: &State<'_>, directory: &Path, m
     }
 }
 
-/// Refuses what a caller does not run that has no part in a container's later life.
-pub(super) fn refuse_later(spec: &Spec) -> Result<(), StepError> {
-    match [Stage::Poststart, Stage::Poststop].into_iter().find(|stage| listed(spec, *stage)) {
-        None => Ok(()),
-        Some(stage) => Err(StepError::because(Kind::Unsupported, "use hooks", stage.name(), "not run by a pod's monitor")),
-    }
-}
-
 /// In the child: has the hooks of the caller's namespaces run, and waits for their outcome.
 pub(super) fn ask(report: &ChildReport) -> Result<(), StepError> {
     let (mut outcome, other) = Report::pair(true).context("make report socket", "")?;
@@ -154,23 +146,47 @@ pub(super) fn ask(report: &ChildReport) -> Result<(), StepError> {
 /// Answers [`Message::Hooks`]: runs the prestart and createRuntime hooks of the bundle in a copy of the caller, which reports to
 /// `outcome` and ends. Returns at once; the caller must be single-threaded and reap what it does not know.
 pub fn serve(outcome: OwnedFd, bundle: &Path, id: &str, pid: i32) -> Result<(), StepError> {
-    // SAFETY: this library's processes have a single thread (module documentation of `process`).
-    let Forked::Child = unsafe { fork() }.context("fork", "")? else { return Ok(()) };
-    let keep = [0, 1, 2, outcome.as_raw_fd()];
-    // SAFETY: this copy of the caller uses no descriptor but those kept, and ends below.
-    let closed = unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "");
-    let outcome = ChildReport::of(outcome);
-    let work = || {
-        closed?;
+    in_copy(ChildReport::of(outcome), || {
         let spec = read_config(bundle)?;
         let state = State { id, status: "created", pid: pid.unsigned_abs(), bundle };
         run(&spec, Stage::Prestart, &state, bundle)?;
         run(&spec, Stage::CreateRuntime, &state, bundle)
-    };
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+    })
+}
+
+/// Runs the poststart hooks of the bundle in a copy of the caller, as [`serve`] does; Ready or Failed comes through the report.
+pub fn begin_poststart(bundle: &Path, id: &str, pid: i32) -> Result<Report, StepError> {
+    begin(|| {
+        let state = State { id, status: "running", pid: pid.unsigned_abs(), bundle };
+        run(&read_config(bundle)?, Stage::Poststart, &state, bundle)
+    })
+}
+
+/// As [`begin_poststart`], the poststop hooks. All of them run; Failed tells of the last that failed.
+pub fn begin_poststop(bundle: &Path, id: &str) -> Result<Report, StepError> {
+    begin(|| {
+        let state = State { id, status: "stopped", pid: 0, bundle };
+        let mut outcome = Ok(());
+        run_all(&read_config(bundle)?, Stage::Poststop, &state, bundle, |error| outcome = Err(error.clone()));
+        outcome
+    })
+}
+
+fn begin(work: impl FnOnce() -> Result<(), StepError>) -> Result<Report, StepError> {
+    let (report, outcome) = Report::pair(true).context("make report socket", "")?;
+    in_copy(outcome, work).map(|()| report)
+}
+
+fn in_copy(outcome: ChildReport, work: impl FnOnce() -> Result<(), StepError>) -> Result<(), StepError> {
+    // SAFETY: this library's processes have a single thread (module documentation of `process`).
+    let Forked::Child = unsafe { fork() }.context("fork", "")? else { return Ok(()) };
+    let keep = [0, 1, 2, outcome.as_fd().as_raw_fd()];
+    // SAFETY: this copy of the caller uses no descriptor but those kept, and ends below.
+    let closed = unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "");
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| closed.and_then(|()| work()))) {
         Ok(Ok(())) => {
-            // The child's end shows by itself.
-            let _ = outcome.ready(None, Vec::new());
+            // Whoever waits sees the end of this process by itself.
+            let _ = outcome.ready(None, Vec::new(), false);
         }
         Ok(Err(error)) => outcome.failed(error),
         Err(_) => outcome.failed(StepError::because(Kind::Internal, STEP, "", "panicked")),

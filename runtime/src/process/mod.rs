@@ -86,10 +86,8 @@ pub struct Spawn<'a> {
     pub namespaces: PodNamespaces<'a>,
     /// Overrides `process.terminal` of `config.json`.
     pub stdio: Stdio,
-    /// The container's id, as hooks are told.
+    /// The container's id, as hooks are told. The caller runs the bundle's poststart and poststop hooks.
     pub id: &'a str,
-    /// The caller runs the poststart and poststop hooks; without this a bundle that has some is refused.
-    pub later_hooks: bool,
 }
 
 /// What [`enter`] needs to know.

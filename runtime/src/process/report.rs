@@ -33,6 +33,8 @@ pub enum Message {
         console: Option<OwnedFd>,
         /// Limits of `config.json` that this host's cgroup tree cannot enforce, by controller: `memory`, `cpu`, `pids`..
         not_enforced: Vec<String>,
+        /// The bundle has poststart or poststop hooks, which the caller runs.
+        later_hooks: bool,
     },
     /// The first process is another one from now on, a child of the receiver like the one before, which ends.
     Moved {
@@ -58,7 +60,7 @@ pub enum Message {
 enum Wire {
     Moved { pid: i32 },
     Hooks,
-    Ready { not_enforced: Vec<String> },
+    Ready { not_enforced: Vec<String>, later_hooks: bool },
     Failed(StepError),
 }
 
@@ -136,7 +138,7 @@ impl Report {
             (Wire::Moved { pid }, Some(pidfd)) => Message::Moved { pid, pidfd },
             (Wire::Hooks, Some(outcome)) => Message::Hooks { outcome },
             (Wire::Moved { .. } | Wire::Hooks, None) => return Err(std::io::ErrorKind::InvalidData.into()),
-            (Wire::Ready { not_enforced }, console) => Message::Ready { console, not_enforced },
+            (Wire::Ready { not_enforced, later_hooks }, console) => Message::Ready { console, not_enforced, later_hooks },
             (Wire::Failed(error), _) => Message::Failed(error),
         })
     }
@@ -183,8 +185,13 @@ impl ChildReport {
     }
 
     /// Says that the child is at the gate. The master of a pty goes along.
-    pub(super) fn ready(&self, console: Option<BorrowedFd<'_>>, not_enforced: Vec<String>) -> Result<(), Errno> {
-        self.send(&Wire::Ready { not_enforced }, console)
+    pub(super) fn ready(
+        &self,
+        console: Option<BorrowedFd<'_>>,
+        not_enforced: Vec<String>,
+        later_hooks: bool,
+    ) -> Result<(), Errno> {
+        self.send(&Wire::Ready { not_enforced, later_hooks }, console)
     }
 
     /// Says that another process goes on in place of the caller.

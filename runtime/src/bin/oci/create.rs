@@ -117,7 +117,7 @@ fn build(plan: &Plan<'_>, call: &Call) -> Outcome<Made> {
     let stdio = if wants_terminal(spec) { Stdio::Terminal } else { own_streams()? };
     let namespaces = PodNamespaces::default();
     let id = call.id()?;
-    let spawn = Spawn { bundle, cgroup: cgroup.as_fd(), cgroup_path: path, pid, namespaces, stdio, id, later_hooks: true };
+    let spawn = Spawn { bundle, cgroup: cgroup.as_fd(), cgroup_path: path, pid, namespaces, stdio, id };
     let (pid, mut made) = hear(process::create_behind(spawn, gate)?, bundle, call)?;
     let created = String::from_utf8_lossy(&rfc3339_nano(now_ns())).into_owned();
     let start_time = start_time(pid).unwrap_or_default();
@@ -143,7 +143,7 @@ fn hear(child: Child, bundle: &Path, call: &Call) -> Outcome<(i32, Made)> {
                 (pid, pidfd) = (first, first_pidfd);
             }
             Message::Hooks { outcome } => hooks::serve(outcome, bundle, call.id()?, pid)?,
-            Message::Ready { console, not_enforced } => {
+            Message::Ready { console, not_enforced, .. } => {
                 if !not_enforced.is_empty() {
                     let names = not_enforced.join(", ");
                     call.log.warning(&format!("this host does not enforce limits of: {names}"));
