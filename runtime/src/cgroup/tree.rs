@@ -18,6 +18,9 @@ const CGROUP2_MAGIC: i64 = 0x6367_7270;
 /// The controllers that are enabled for containers.
 const CONTROLLERS: [&str; 6] = ["cpu", "memory", "pids", "cpuset", "io", "hugetlb"];
 
+/// How often a path is made before it is given up that loses a parent meanwhile.
+const CREATE_TRIES: u32 = 5;
+
 /// How often removal of a directory that the kernel still counts as busy is tried, 1 ms apart: a process leaves its cgroup a
 /// moment before its end is complete.
 const REMOVE_TRIES: u32 = 50;
@@ -51,13 +54,23 @@ impl Cgroup {
         if parts.is_empty() || !parts.iter().all(|part| matches!(part, std::path::Component::Normal(_))) {
             return Err(invalid("must name a directory below the cgroup v2 tree"));
         }
-        let mut at = root;
-        for part in parts {
-            enable_controllers(&at);
-            at.push(part);
-            make_directory(&at)?;
+        let make = || {
+            let mut at = root.clone();
+            for part in &parts {
+                enable_controllers(&at);
+                at.push(part);
+                make_directory(&at)?;
+            }
+            Self::open(path)
+        };
+        // An empty parent may be removed by somebody at this moment.
+        let mut made = make();
+        for _ in 1..CREATE_TRIES {
+            if made.as_ref().is_err_and(|error| error.errno == libc::ENOENT) {
+                made = make();
+            }
         }
-        Self::open(path)
+        made
     }
 
     /// Makes the directory alone, with nothing enabled in its parent: the sub-cgroup of an exec.

@@ -24,6 +24,9 @@ pub(crate) const FLAGS: &[Flag] = &[
     switch("--no-new-keyring", "", "refused"),
 ];
 
+/// Where containers are that name no cgroup.
+pub(crate) const CGROUP_PARENT: &str = "windlass-oci";
+
 /// Step of the error about a cgroup that others live in.
 const IN_USE: &str = "use cgroup";
 
@@ -169,7 +172,7 @@ fn keep_config(bundle: &Path, home: &Path) -> Outcome<()> {
 
 fn cgroup_path(spec: &Spec, id: &str) -> Outcome<PathBuf> {
     let given = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-    let path = given.unwrap_or_else(|| Path::new("windlass-oci").join(id));
+    let path = given.unwrap_or_else(|| Path::new(CGROUP_PARENT).join(id));
     if path.to_string_lossy().contains(':') {
         return Err(unsupported(&path.display().to_string(), "systemd's cgroups are the daemon's"));
     }

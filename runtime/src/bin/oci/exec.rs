@@ -11,6 +11,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 use windlass_runtime::cgroup::Cgroup;
+use windlass_runtime::log::now_ns;
 use windlass_runtime::process::{self, Child, Enter, Kind, Message, Stdio, StepError};
 
 /// Its flags.
@@ -43,7 +44,7 @@ pub(crate) fn exec(call: &Call) -> Outcome<i32> {
     console::check(terminal, call.flags.path("--console-socket").as_deref(), !detach)?;
     let json = serde_json::to_string(&process).map_err(|error| invalid("process", &error.to_string()))?;
     let signals = Signals::hold()?;
-    let cgroup = Cgroup::open(&record.cgroup)?.create_child(&format!("exec-{}", std::process::id()))?;
+    let cgroup = Cgroup::open(&record.cgroup)?.create_child(&format!("exec-{}-{}", std::process::id(), now_ns()))?;
     let result = enter(call, &record, &home, &cgroup, &json, terminal);
     let result =
         result.and_then(|(child, master)| if detach { Ok(None) } else { foreground(&child.pidfd, master, &signals).map(Some) });

@@ -131,6 +131,10 @@ fn remove(call: &Call, home: &Path, force: bool) -> Outcome<()> {
             cgroup.remove()?;
         }
     }
+    // The parent of containers that name no cgroup goes with the last of them.
+    if let Some(parent) = record.cgroup.parent().filter(|parent| parent.ends_with(create::CGROUP_PARENT)) {
+        let _ = fs::remove_dir(parent);
+    }
     fs::remove_dir_all(home).map_err(|error| failed("remove", home, &error))?;
     match spec {
         Ok(spec) => {
