@@ -190,7 +190,10 @@ fn a_terminal_goes_to_the_console_socket() {
     let path = socket.display().to_string();
     assert!(!bundle.verb("create").status.success(), "a terminal without a console socket");
     let directory = bundle.directory.path().display().to_string();
-    ok(bundle.oci(&["create", "--bundle", &directory, "--console-socket", &path, &bundle.id]));
+    let pid_file = bundle.path("pid").display().to_string();
+    ok(bundle.oci(&["create", "--bundle", &directory, "--console-socket", &path, "--pid-file", &pid_file, &bundle.id]));
+    let state: Value = serde_json::from_slice(&bundle.verb("state").stdout).expect("state");
+    assert_eq!(fs::read_to_string(&pid_file).expect("pid"), state["pid"].to_string());
     let mut master = fs::File::from(receive(&listener));
     ok(bundle.verb("start"));
     master.write_all(b"word\n").expect("typed");
