@@ -134,6 +134,26 @@ fn users_of_its_own_on_the_hosts_network_and_with_a_terminal() -> Result<()> {
 }
 
 #[test]
+fn containers_of_a_pod_with_users_may_share_their_processes() -> Result<()> {
+    node::run(|| {
+        let (daemon, client, before) = begin()?;
+        let mut config = with_users(pod(&daemon.path("logs")));
+        options(&mut config)?.pid = cri::NamespaceMode::Pod.into();
+        let id = client.run(&config)?;
+        let mut created = Vec::new();
+        for (name, seconds) in [("first", "1000"), ("second", "2000")] {
+            let one = client.create(&id, &config, &container(&config, name, &["sleep", seconds]))?;
+            client.start(&one)?;
+            created.push(one);
+        }
+        let seen = shell(&client, &created[0], "ps -o user,args")?;
+        ensure!(seen.contains("sleep 1000") && seen.contains("sleep 2000"), "{seen}");
+        client.remove(&id)?;
+        before.expect_same(&Snapshot::take(&daemon)?)
+    })
+}
+
+#[test]
 fn users_that_cannot_be_served_are_refused_by_name() -> Result<()> {
     node::run(|| {
         let (daemon, client, before) = begin()?;
@@ -145,10 +165,6 @@ fn users_that_cannot_be_served_are_refused_by_name() -> Result<()> {
             let error = client.run(&config).expect_err("refused");
             ensure!(error.code() == Code::InvalidArgument && error.message().contains(word), "{error}");
         }
-        let mut shared = plain.clone();
-        options(&mut shared)?.pid = cri::NamespaceMode::Pod.into();
-        let error = client.run(&shared).expect_err("not served yet");
-        ensure!(error.code() == Code::Unimplemented && error.message().contains("userns_options"), "{error}");
         let id = client.run(&plain)?;
         let mut other = container(&plain, "other", &["sleep", "1"]);
         let security = other.linux.get_or_insert_default().security_context.get_or_insert_default();

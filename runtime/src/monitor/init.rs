@@ -15,8 +15,6 @@ pub fn run() -> std::io::Result<()> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     // Process 1 gets no signal from inside its namespace without a handler; blocking them all leaves only SIGKILL from outside.
     SigSet::all().thread_block()?;
-    // In a user namespace the ids are still the host's.
-    crate::namespace::user::become_root().map_err(std::io::Error::other)?;
     leave_root()?;
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;

@@ -261,7 +261,7 @@ fn shared_memory(request: &SetupRequest) -> Result<OwnedFd, StepError> {
 /// Starts the built-in init as process 1 of a new pid namespace, which `user` owns, and waits until it is ready.
 fn start_init(cgroup: &Path, user: Option<&OwnedFd>) -> Result<Init, StepError> {
     let words = match user {
-        Some(user) => user::inside_as_host(user.as_fd(), || spawn_init().map(|pid| vec![pid.to_string()]))?,
+        Some(user) => user::inside(user.as_fd(), &[], || spawn_init().map(|pid| vec![pid.to_string()]))?,
         None => vec![spawn_init_from_here()?.to_string()],
     };
     let unknown = || StepError::because(Kind::Internal, "start", "the pod's init", "it has no process id");
@@ -288,7 +288,7 @@ fn spawn_init_from_here() -> Result<Pid, StepError> {
     spawned
 }
 
-/// Starts the init in a new pid namespace. End of file on its output says that it is ready, or has ended. The caller's later children
+/// Starts the init in a new pid namespace, as root of the caller's user namespace: an exec by anybody else would lose the rights over it. End of file on its output says that it is ready, or has ended. The caller's later children
 /// are born there too.
 fn spawn_init() -> Result<Pid, StepError> {
     unshare(CloneFlags::CLONE_NEWPID).context("unshare", "pid")?;

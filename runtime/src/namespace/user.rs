@@ -160,20 +160,8 @@ pub fn make_owned(user: BorrowedFd<'_>, kinds: &[(CloneFlags, &str)]) -> Result<
     beside(new, |pid, _| kinds.iter().map(|(_, kind)| open_namespace(Path::new(&format!("/proc/{pid}/ns/{kind}")))).collect())
 }
 
-/// Does something with all rights over a user namespace, but still with the host's ids. What it starts is the caller's to reap, who
-/// must be a reaper.
-pub fn inside_as_host(
-    user: BorrowedFd<'_>,
-    work: impl FnOnce() -> Result<Vec<String>, StepError>,
-) -> Result<Vec<String>, StepError> {
-    let there = || {
-        setns(user, CloneFlags::CLONE_NEWUSER).context("join namespace", "User")?;
-        work()
-    };
-    beside(there, |_, words| Ok(words))
-}
-
-/// Does something as root of a user namespace, in other namespaces that it owns.
+/// Does something as root of a user namespace, in other namespaces that it owns. What it starts is the caller's to reap,
+/// who must be a reaper.
 pub fn inside(
     user: BorrowedFd<'_>,
     others: &[(BorrowedFd<'_>, CloneFlags)],

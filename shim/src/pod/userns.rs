@@ -37,10 +37,6 @@ pub fn of(options: &NamespaceOption) -> Result<Option<Users>> {
             return Err(Error::invalid(why));
         }
     }
-    if options.pid() == NamespaceMode::Pod {
-        let why = format!("{FIELD}: a pid namespace shared by the pod (namespace_options.pid POD) is not served with it yet");
-        return Err(Error::unimplemented(why));
-    }
     if !available() {
         return Err(Error::unimplemented(format!("{FIELD}: user.max_user_namespaces of this host is 0")));
     }
