@@ -35,7 +35,11 @@ impl Daemon {
             directory,
         };
         let bridge = format!("wlt{}", &unique[unique.len() - 6..]);
-        let config = format!("[cgroup]\nparent = {:?}\n[network]\nbridge = {bridge:?}\n", daemon.cgroup);
+        let cdi = daemon.path("cdi");
+        let config = format!(
+            "[cgroup]\nparent = {:?}\n[devices]\ncdi_spec_dirs = [{cdi:?}]\n[network]\nbridge = {bridge:?}\n",
+            daemon.cgroup
+        );
         fs::write(daemon.path("config.toml"), config)?;
         Ok(daemon)
     }

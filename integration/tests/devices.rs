@@ -118,3 +118,87 @@ fn devices_that_cannot_be_given_are_named() -> Result<()> {
         before.expect_same(&Snapshot::take(&daemon)?)
     })
 }
+
+fn cdi(name: &str) -> cri::CdiDevice {
+    cri::CdiDevice { name: name.into() }
+}
+
+/// A file of a vendor whose device brings a node, a mount, a variable, a group and a hook, and one that brings a fault.
+fn vendor(heard: &std::path::Path, mounted: &std::path::Path, value: &str) -> String {
+    format!(
+        "cdiVersion: 0.6.0
+kind: example.com/card
+containerEdits:
+  env: [CARDS=all]
+devices:
+- name: one
+  containerEdits:
+    env: [\"CARD={value}\"]
+    deviceNodes:
+    - {{path: /dev/card, hostPath: /dev/fuse, permissions: r}}
+    mounts:
+    - {{hostPath: {mounted:?}, containerPath: /opt/card, options: [ro]}}
+    hooks:
+    - {{hookName: createRuntime, path: /bin/sh, args: [sh, -c, 'cat > {heard}']}}
+    additionalGids: [4242]
+- name: lost
+  containerEdits:
+    deviceNodes:
+    - path: /dev/that-is-not-there
+- name: classes
+  containerEdits:
+    intelRdt: {{closID: x}}
+",
+        heard = heard.display()
+    )
+}
+
+#[test]
+fn cdi_devices_bring_what_their_files_say() -> Result<()> {
+    node::run(|| {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        let (heard, mounted) = (daemon.path("heard"), daemon.path("mounted"));
+        std::fs::create_dir(&mounted)?;
+        std::fs::write(mounted.join("file"), "of the vendor")?;
+        let config = pod(&daemon.path("logs"));
+        let warm = client.run(&config)?;
+        client.remove(&warm)?;
+        let before = Snapshot::take(&daemon)?;
+        let id = client.run(&config)?;
+        let mut wanted = container(&config, "main", &["sleep", "1000"]);
+        wanted.cdi_devices = vec![cdi("example.com/card=one")];
+        let error = client.create(&id, &config, &wanted).expect_err("no file yet");
+        ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains("CDI_devices"), "{error}");
+        std::fs::create_dir(daemon.path("cdi"))?;
+        for value in ["first", "second"] {
+            std::fs::write(daemon.path("cdi").join("card.yaml"), vendor(&heard, &mounted, value))?;
+            let main = client.create(&id, &config, &wanted)?;
+            client.start(&main)?;
+            let script = "echo $CARDS $CARD; cat /opt/card/file; id -G; (: < /dev/card) && echo opened; \
+                          (: <> /dev/card) || echo refused; (echo > /opt/card/new) || echo kept";
+            let reply = client.exec(&main, &["sh", "-c", &format!("({script}) 2>/dev/null")])?;
+            let seen = String::from_utf8_lossy(&reply.stdout).into_owned();
+            ensure!(seen == format!("all {value}\nof the vendor0 4242\nopened\nrefused\nkept\n"), "{seen:?}");
+            let state: serde_json::Value = serde_json::from_slice(&std::fs::read(&heard)?)?;
+            ensure!(state["id"] == main.as_str(), "{state}");
+            std::fs::remove_file(&heard)?;
+            client.stop(&main, 0)?;
+            client.remove_container(cri::RemoveContainerRequest { container_id: main })?;
+        }
+        for (name, part) in [("lost", "that-is-not-there"), ("classes", "intelRdt"), ("none", "card=none")] {
+            wanted.cdi_devices = vec![cdi(&format!("example.com/card={name}"))];
+            let error = client.create(&id, &config, &wanted).expect_err("refused");
+            ensure!(error.message().contains("CDI_devices") && error.message().contains(part), "{error}");
+        }
+        wanted.cdi_devices.clear();
+        wanted.annotations.insert("cdi.k8s.io/plugin".into(), "example.com/card=one".into());
+        let main = client.create(&id, &config, &wanted)?;
+        client.start(&main)?;
+        ensure!(client.exec(&main, &["test", "-c", "/dev/card"])?.exit_code == 0);
+        client.remove(&id)?;
+        std::fs::remove_dir_all(daemon.path("cdi"))?;
+        std::fs::remove_file(heard)?;
+        before.expect_same(&Snapshot::take(&daemon)?)
+    })
+}

@@ -20,6 +20,7 @@ pub struct Config {
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `windlass::image=debug`.
     pub log_level: String,
     pub cgroup: CgroupConfig,
+    pub devices: DeviceConfig,
     pub network: NetworkConfig,
     pub images: ImageConfig,
     pub monitor: MonitorConfig,
@@ -33,6 +34,14 @@ pub struct CgroupConfig {
     pub parent: String,
     /// Refuse a limit that this host cannot enforce, instead of saying so and running without it.
     pub strict: bool,
+}
+
+/// `[devices]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Directories of CDI files; a later one goes over an earlier one. They are read at each request that names a CDI device.
+    pub cdi_spec_dirs: Vec<PathBuf>,
 }
 
 /// `[network]`
@@ -75,6 +84,7 @@ impl Default for Config {
             socket: "/run/windlass/windlass.sock".into(),
             log_level: "info".into(),
             cgroup: CgroupConfig::default(),
+            devices: DeviceConfig::default(),
             network: NetworkConfig::default(),
             images: ImageConfig::default(),
             monitor: MonitorConfig::default(),
@@ -85,6 +95,12 @@ impl Default for Config {
 impl Default for CgroupConfig {
     fn default() -> CgroupConfig {
         CgroupConfig { parent: "/windlass".into(), strict: false }
+    }
+}
+
+impl Default for DeviceConfig {
+    fn default() -> DeviceConfig {
+        DeviceConfig { cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()] }
     }
 }
 

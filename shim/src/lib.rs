@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apparmor;
+pub mod cdi;
 pub mod cgroup;
 pub mod cli;
 pub mod config;

@@ -14,9 +14,6 @@ const DEVICES_MAX: usize = 4096;
 
 /// Device nodes and cgroup rules.
 pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
-    if let Some(device) = input.config.cdi_devices.first() {
-        return Err(Error::unimplemented(format!("config.CDI_devices: {:?}: CDI is not served yet", device.name)));
-    }
     let mut devices = Vec::new();
     let mut rules = vec![json!({ "allow": input.privileged(), "access": "rwm" })];
     if input.privileged() {
@@ -73,7 +70,8 @@ fn walk(source: &Path, target: &Path, depth: usize, into: &mut Vec<Value>) -> Re
     Ok(())
 }
 
-fn node(source: &Path, target: &Path) -> Option<Value> {
+/// The node of a device of the host, for another path in the container; `None` if there is none.
+pub(super) fn node(source: &Path, target: &Path) -> Option<Value> {
     let stat: Stat = rustix::fs::lstat(source).ok()?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::CharacterDevice => "c",

@@ -1,6 +1,7 @@
 //! The OCI runtime configuration of a container, from the CRI's request, the image and the pod. Reads device nodes and mount sources of the
 //! host, changes nothing. Every field that is not applied yet and would make the container weaker is refused by name.
 
+mod cdi;
 mod devices;
 mod mounts;
 mod paths;
@@ -114,6 +115,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
         spec["linux"]["uidMappings"] = mapping(&users.uids);
         spec["linux"]["gidMappings"] = mapping(&users.gids);
     }
+    cdi::apply(&mut spec, input)?;
     let spec = serde_json::from_value(spec).map_err(|error| Error::internal(format!("OCI configuration: {error}")))?;
     Ok((spec, resources::not_enforced(&asked, &input.node.tree)))
 }
