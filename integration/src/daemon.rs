@@ -55,6 +55,19 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// A daemon that serves, with these images on it: name, uncompressed layers, further fields of the configuration.
+    pub fn start_with(images: Vec<(&str, Vec<Vec<u8>>, serde_json::Value)>) -> Result<Daemon> {
+        let mut daemon = Daemon::prepare(&[])?;
+        let archive = daemon.path("images.tar");
+        for (name, layers, fields) in images {
+            crate::image::write_archive_with(&archive, name, layers, fields)?;
+            daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
+        }
+        fs::remove_file(archive)?;
+        daemon.serve()?;
+        Ok(daemon)
+    }
+
     /// A path in the daemon's temporary directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

@@ -86,13 +86,31 @@ pub fn write_archive(path: &Path) -> Result<()> {
     write_archive_of(path, BUSYBOX, layers()?.to_vec())
 }
 
+/// A layer of files that anybody may execute: path and content.
+pub fn programs_layer(programs: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+    let mut builder = Builder::new(Vec::new());
+    for (path, content) in programs {
+        file(&mut builder, path, 0o755, content)?;
+    }
+    Ok(builder.into_inner()?)
+}
+
 /// Writes an archive with one image of these uncompressed layers, lowest first.
 pub fn write_archive_of(path: &Path, name: &str, layers: Vec<Vec<u8>>) -> Result<()> {
+    write_archive_with(path, name, layers, json!({}))
+}
+
+/// The same with further fields of the image's `config`, which go over the usual ones.
+pub fn write_archive_with(path: &Path, name: &str, layers: Vec<Vec<u8>>, fields: serde_json::Value) -> Result<()> {
     let digest = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
     let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", digest(layer))).collect();
+    let mut config = json!({ "Cmd": ["sh"], "Env": ["PATH=/bin", "IMAGE=busybox"] });
+    for (key, value) in fields.as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
     let config = json!({
         "architecture": ARCHITECTURE, "os": "linux",
-        "config": { "Cmd": ["sh"], "Env": ["PATH=/bin", "IMAGE=busybox"] },
+        "config": config,
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     })
     .to_string();

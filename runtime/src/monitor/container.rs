@@ -348,6 +348,10 @@ impl Monitor {
     pub(super) fn signal(&mut self, to: Reply, id: &str, signal: i32) -> Result<(), StepError> {
         let (_, container) = self.living("signal", id)?;
         send_signal(container.pidfd.as_fd(), signal, id)?;
+        if container.cgroup.frozen()? {
+            // Nothing that is held still can obey.
+            container.cgroup.freeze(false, Duration::ZERO)?;
+        }
         self.done(to);
         Ok(())
     }
@@ -462,9 +466,8 @@ impl Monitor {
 
 /// Sends a signal to a process that may have ended a moment ago.
 pub(super) fn send_signal(pidfd: BorrowedFd<'_>, signal: i32, object: &str) -> Result<(), StepError> {
-    let invalid = || StepError::because(Kind::Invalid, "signal", object, format!("no signal {signal}"));
-    let signal = rustix::process::Signal::from_named_raw(signal).ok_or_else(invalid)?;
-    match rustix::process::pidfd_send_signal(pidfd, signal) {
+    match crate::sys::signal::send(pidfd, signal) {
+        Err(Errno::INVAL) => Err(StepError::because(Kind::Invalid, "signal", object, format!("no signal {signal}"))),
         // It ended and waits to be reaped: the event is under way.
         Err(Errno::SRCH) => Ok(()),
         other => other.context("signal", object),

@@ -45,6 +45,10 @@ impl Entrypoint {
         error.message = match errno {
             Errno::NOENT => "its interpreter or dynamic linker is not in the container".into(),
             Errno::NOEXEC => "not a program of this machine, or a script without #!".into(),
+            Errno::TOOBIG => {
+                "an argument or variable is longer than 128 KiB, or all together than the stack's limit allows".into()
+            }
+            Errno::ACCESS => "not executable by this user, or on a file system mounted noexec".into(),
             _ => String::new(),
         };
         Err(error)

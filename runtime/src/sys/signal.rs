@@ -1,5 +1,17 @@
-//! sigaction(2) and sigprocmask(2): a program starts with default dispositions and nothing blocked. SIG_IGN survives exec, and
+//! sigaction(2), sigprocmask(2) and pidfd_send_signal(2): a program starts with default dispositions and nothing blocked. SIG_IGN survives exec, and
 //! Rust's runtime ignores SIGPIPE.
+
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Sends a signal by its number in the kernel, 1 to 64, real-time signals included (the C library's types leave out those it keeps for itself).
+/// EINVAL for a number that is none, ESRCH for a process that has ended.
+pub fn send(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+    // SAFETY: the descriptor lives through the call; no siginfo and no flags are given.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0) };
+    if sent == 0 { Ok(()) } else { Err(super::process::last_errno()) }
+}
 
 /// Sets every signal to its default disposition and unblocks all.
 pub fn reset_all() {

@@ -122,10 +122,14 @@ fn stop_signal(record: &container::Record) -> cri::Signal {
     if record.config.stop_signal() != cri::Signal::RuntimeDefault {
         return record.config.stop_signal();
     }
-    nix::sys::signal::Signal::try_from(record.stop_signal)
-        .ok()
-        .and_then(|signal| cri::Signal::from_str_name(signal.as_str()))
-        .unwrap_or(cri::Signal::RuntimeDefault)
+    let name = match record.stop_signal {
+        34 => "SIGRTMIN".to_owned(),
+        64 => "SIGRTMAX".to_owned(),
+        number @ 35..=49 => format!("SIGRTMINPLUS{}", number - 34),
+        number @ 50..=63 => format!("SIGRTMAXMINUS{}", 64 - number),
+        number => nix::sys::signal::Signal::try_from(number).map(|signal| signal.as_str().to_owned()).unwrap_or_default(),
+    };
+    cri::Signal::from_str_name(&format!("SIGNAL_{name}")).unwrap_or(cri::Signal::RuntimeDefault)
 }
 
 pub(super) fn image(image: &Image) -> cri::Image {

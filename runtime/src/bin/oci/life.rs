@@ -4,12 +4,14 @@ use crate::arguments::{Call, Flag, switch};
 use crate::console::foreground;
 use crate::record::{Record, Status};
 use crate::{KILL_TIMEOUT, Outcome, create, failed, invalid};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use windlass_runtime::cgroup::Cgroup;
 use windlass_runtime::process::hooks::{self, Stage};
 use windlass_runtime::process::{Kind, Message, Report, StepError};
+use windlass_runtime::sys::signal::send;
 
 /// Flags of `run` beside those of `create`.
 pub(crate) const RUN_FLAGS: &[Flag] = &[
@@ -67,13 +69,13 @@ pub(crate) fn kill(call: &Call) -> Outcome<i32> {
     let signal = parse_signal(call.operands.get(1).map_or("TERM", String::as_str))?;
     if call.flags.has("--all") {
         let cgroup = Cgroup::open(&record.cgroup)?;
-        if signal == Signal::KILL {
+        if signal == libc::SIGKILL {
             return cgroup.kill().map(|()| 0);
         }
         for pid in cgroup.processes()? {
             let opened = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
             // One that has ended meanwhile needs no signal.
-            let _ = opened.map(|pidfd| pidfd_send_signal(&pidfd, signal));
+            let _ = opened.map(|pidfd| send(pidfd.as_fd(), signal));
         }
         return Ok(0);
     }
@@ -81,7 +83,7 @@ pub(crate) fn kill(call: &Call) -> Outcome<i32> {
         return Err(StepError::because(Kind::WrongState, "kill", &record.id, "the container is stopped"));
     }
     let pidfd = record.open_process()?;
-    pidfd_send_signal(&pidfd, signal).map_err(|errno| failed("kill", &home, &errno.into()))?;
+    send(pidfd.as_fd(), signal).map_err(|errno| failed("kill", &home, &errno.into()))?;
     Ok(0)
 }
 
@@ -147,11 +149,13 @@ fn remove(call: &Call, home: &Path, force: bool) -> Outcome<()> {
     Ok(())
 }
 
-fn parse_signal(text: &str) -> Outcome<Signal> {
+fn parse_signal(text: &str) -> Outcome<i32> {
     let number = text.parse::<i32>().ok().or_else(|| {
         let upper = text.to_ascii_uppercase();
         let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
-        name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
+        let real_time =
+            name.strip_prefix("SIGRTMIN+").and_then(|offset| offset.parse::<i32>().ok()).map(|offset| libc::SIGRTMIN() + offset);
+        real_time.or_else(|| name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32))
     });
-    number.and_then(Signal::from_named_raw).ok_or_else(|| invalid(text, "not a signal"))
+    number.filter(|number| (1..=64).contains(number)).ok_or_else(|| invalid(text, "not a signal"))
 }

@@ -273,7 +273,7 @@ fn annotations(input: &Input<'_>) -> Value {
 /// The signal that a stop begins with: the request's, the image's, else TERM.
 pub(super) fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32> {
     if config.stop_signal() != Signal::RuntimeDefault {
-        let name = config.stop_signal().as_str_name();
+        let name = config.stop_signal().as_str_name().trim_start_matches("SIGNAL_");
         return signal_number(name).ok_or_else(|| Error::invalid(format!("stop_signal {name} is not a signal of Linux")));
     }
     let image = image.config.config().as_ref().and_then(|config| config.stop_signal().clone()).unwrap_or_default();
@@ -294,6 +294,12 @@ fn signal_number(name: &str) -> Option<i32> {
     if let Some(rest) = name.strip_prefix("SIGRTMAX") {
         return if rest.is_empty() { Some(64) } else { offset(rest).ok().map(|offset| 64 - offset) };
     }
+    let name = match name.as_str() {
+        "SIGCLD" => "SIGCHLD",
+        "SIGIOT" => "SIGABRT",
+        "SIGPOLL" => "SIGIO",
+        other => other,
+    };
     name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
 }
 
@@ -343,6 +349,11 @@ mod tests {
         }
         for name in ["", "SIGNOPE", "0", "99"] {
             assert_eq!(signal_number(name), None, "{name}");
+        }
+        for number in 0..=i32::from(u8::MAX) {
+            let Ok(signal) = Signal::try_from(number) else { continue };
+            let name = signal.as_str_name().trim_start_matches("SIGNAL_");
+            assert!(signal == Signal::RuntimeDefault || signal_number(name).is_some(), "{name}");
         }
     }
 }
