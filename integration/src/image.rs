@@ -88,9 +88,14 @@ pub fn write_archive(path: &Path) -> Result<()> {
 
 /// A layer of files that anybody may execute: path and content.
 pub fn programs_layer(programs: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+    files_layer(&programs.iter().map(|(path, content)| (*path, 0o755, *content)).collect::<Vec<_>>())
+}
+
+/// A layer of files: path, mode and content.
+pub fn files_layer(files: &[(&str, u32, &[u8])]) -> Result<Vec<u8>> {
     let mut builder = Builder::new(Vec::new());
-    for (path, content) in programs {
-        file(&mut builder, path, 0o755, content)?;
+    for (path, mode, content) in files {
+        file(&mut builder, path, *mode, content)?;
     }
     Ok(builder.into_inner()?)
 }
