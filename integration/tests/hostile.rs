@@ -106,11 +106,7 @@ fn ten_thousand_variables_and_a_thousand_mounts() -> Result<()> {
         let volume = ground.daemon.path("volume");
         fs::create_dir(&volume)?;
         let id = ground.start("main", &["sleep", "1000"], |config| {
-            let variable = |number: u32| cri::KeyValue {
-                key: format!("V{number}"),
-                value: number.to_string().into_bytes(),
-                ..Default::default()
-            };
+            let variable = |number: u32| cri::KeyValue { key: format!("V{number}"), value: number.to_string().into_bytes() };
             config.envs = (0..10_000).map(variable).collect();
             let mount = |number: u32| cri::Mount {
                 container_path: format!("/volumes/{number}"),

@@ -192,13 +192,33 @@ fn resources() -> impl Strategy<Value = cri::LinuxContainerResources> {
     )
 }
 
-/// Targets that no kernel could refuse: what a mount over them does is for the tests of volumes.
 fn target() -> impl Strategy<Value = String> {
-    pick(&["", "relative", "/data", "/data/inner", "/new/place", "/tmp"])
+    let odd = [
+        "",
+        "relative",
+        "/",
+        "//.",
+        "/etc",
+        "/etc/passwd",
+        "/etc/passwd/x",
+        "/proc/self",
+        "/proc/new",
+        "/sys/x",
+        "/dev",
+        "/dev/null",
+        "/a/../etc",
+    ];
+    prop_oneof![pick(&["/data", "/data/inner", "/new/place", "/tmp"]), pick(&odd)]
 }
 
 fn mount() -> impl Strategy<Value = cri::Mount> {
-    (target(), pick(&["", "/tmp", "/etc", "relative", "/no/such"]), any::<bool>(), mostly(false, Just(true)), mostly(0, -1i32..4))
+    (
+        target(),
+        pick(&["", "/tmp", "/etc", "/etc/hostname", "relative", "/no/such"]),
+        any::<bool>(),
+        mostly(false, Just(true)),
+        mostly(0, -1i32..4),
+    )
         .prop_map(|(container_path, host_path, readonly, recursive_read_only, propagation)| cri::Mount {
             container_path,
             host_path,
@@ -211,8 +231,8 @@ fn mount() -> impl Strategy<Value = cri::Mount> {
 
 fn device() -> impl Strategy<Value = cri::Device> {
     (
-        pick(&["", "/dev/extra", "/dev/more/x"]),
-        pick(&["/dev/null", "/dev/zero", "/dev/shm", "", "/no/such", "/etc/passwd"]),
+        pick(&["", "/dev/extra", "/dev/more/x", "/etc", "/", "/dev", "/etc/passwd/x", "/proc/x"]),
+        pick(&["/dev/null", "/dev/zero", "/dev/shm", "/proc", "", "/no/such", "/etc/passwd"]),
         pick(&["rwm", "r", "", "x", "mr"]),
     )
         .prop_map(|(container_path, host_path, permissions)| cri::Device { container_path, host_path, permissions })

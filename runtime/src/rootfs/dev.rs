@@ -111,9 +111,16 @@ impl Root {
     }
 
     fn make_node(&self, node: &Node<'_>) -> Result<(), StepError> {
-        let (parent, name) = open_parent(self.as_fd(), node.path)?;
+        let refused = |mut error: StepError| {
+            error.step = format!("devices: {}", error.step);
+            error.kind(Kind::Invalid)
+        };
+        let (parent, name) = open_parent(self.as_fd(), node.path).map_err(refused)?;
         match mknod(parent.as_fd(), name, node) {
             Err(Errno::PERM) => self.bind_node(node),
+            Err(errno @ (Errno::ISDIR | Errno::NOTDIR | Errno::NAMETOOLONG)) => {
+                Err(refused(StepError::errno("make device", node.path.display(), errno.raw_os_error())))
+            }
             other => other.context("make device", node.path.display()),
         }
     }

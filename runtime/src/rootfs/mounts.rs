@@ -198,7 +198,15 @@ impl Root {
                 }
             }
         }
-        let target = open_or_make(self.as_fd(), mount.destination(), made)?;
+        let target = open_or_make(self.as_fd(), mount.destination(), made).map_err(unusable)?;
+        if is_directory(target.as_fd()).context("mount", &object)? != (made == Made::Directory) {
+            let why = if made == Made::Directory {
+                "a directory cannot be mounted over a file"
+            } else {
+                "a file cannot be mounted over a directory"
+            };
+            return Err(StepError::because(Kind::Invalid, "mounts: mount on", &object, why));
+        }
         attach(fd, target.as_fd()).context("mount", format!("on {object}"))?;
         // A volume is private unless asked: an unmount on the host must not take it from the container, nor the reverse.
         let (propagation, all) = match options.propagation {
@@ -208,6 +216,17 @@ impl Root {
         let attr = MountAttr { propagation, ..MountAttr::default() };
         mount_setattr(fd, all, &attr).context("set propagation of", &object)
     }
+}
+
+/// A mount point that the root cannot have is the request's fault.
+fn unusable(mut error: StepError) -> StepError {
+    let faults =
+        [libc::ENOTDIR, libc::ELOOP, libc::ENAMETOOLONG, libc::ENOENT, libc::EPERM, libc::EACCES, libc::EROFS, libc::EINVAL];
+    if !faults.contains(&error.errno) {
+        return error;
+    }
+    error.step = format!("mounts: {}", error.step);
+    error.kind(Kind::Invalid)
 }
 
 fn new_file_system(mount: &Mount, options: &Options, label: Option<&str>) -> Result<OwnedFd, StepError> {

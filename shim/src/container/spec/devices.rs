@@ -11,13 +11,15 @@ use std::{
 
 /// Most device nodes that one container may get.
 const DEVICES_MAX: usize = 4096;
+/// Most entries of a directory of devices and all below it.
+const ENTRIES_MAX: usize = 16_384;
 
 /// Device nodes and cgroup rules.
 pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
     let mut devices = Vec::new();
     let mut rules = vec![json!({ "allow": input.privileged(), "access": "rwm" })];
     if input.privileged() {
-        walk(Path::new("/dev"), Path::new("/dev"), 0, &mut devices)?;
+        walk(Path::new("/dev"), Path::new("/dev"), &mut devices).map_err(|why| Error::internal(format!("/dev: {why}")))?;
     }
     for (index, device) in input.config.devices.iter().enumerate() {
         let invalid = |field: &str, value: &str, why: &dyn std::fmt::Display| {
@@ -33,7 +35,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
         let mut found = Vec::new();
         let source = fs::canonicalize(&device.host_path).map_err(|error| invalid("host_path", &device.host_path, &error))?;
         if source.is_dir() {
-            walk(&source, Path::new(target), 0, &mut found)?;
+            walk(&source, Path::new(target), &mut found).map_err(|why| invalid("host_path", &device.host_path, &why))?;
         } else {
             found.push(
                 node(&source, Path::new(target))
@@ -54,17 +56,25 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
     Ok((devices, rules))
 }
 
-/// Device nodes below a directory, without what every container has of its own.
-fn walk(source: &Path, target: &Path, depth: usize, into: &mut Vec<Value>) -> Result<()> {
-    let listing = fs::read_dir(source).map_err(|error| Error::io(format_args!("read {}", source.display()), error))?;
-    for entry in listing.flatten() {
-        let name = entry.file_name();
-        let (source, target): (PathBuf, PathBuf) = (entry.path(), target.join(&name));
-        let own = matches!(name.to_str(), Some("pts" | "shm" | "mqueue" | "console" | "fd" | "ptmx" | "core" | ".lxc" | ".udev"));
-        match entry.file_type() {
-            Ok(_) if own && depth == 0 => {}
-            Ok(kind) if kind.is_dir() && depth < 8 => walk(&source, &target, depth + 1, into)?,
-            _ => into.extend(node(&source, &target)),
+/// Device nodes below a directory, without what every container has of its own. What vanishes meanwhile is left out.
+fn walk(source: &Path, target: &Path, into: &mut Vec<Value>) -> Result<(), String> {
+    let mut rest: Vec<(PathBuf, PathBuf, usize)> = vec![(source.into(), target.into(), 0)];
+    let mut seen = 0;
+    while let Some((source, target, depth)) = rest.pop() {
+        for entry in fs::read_dir(&source).into_iter().flatten().flatten() {
+            seen += 1;
+            if seen > ENTRIES_MAX {
+                return Err(format!("more than {ENTRIES_MAX} entries, which is no directory of devices"));
+            }
+            let name = entry.file_name();
+            let own =
+                matches!(name.to_str(), Some("pts" | "shm" | "mqueue" | "console" | "fd" | "ptmx" | "core" | ".lxc" | ".udev"));
+            let (source, target) = (entry.path(), target.join(&name));
+            match entry.file_type() {
+                Ok(_) if own && depth == 0 => {}
+                Ok(kind) if kind.is_dir() && depth < 8 => rest.push((source, target, depth + 1)),
+                _ => into.extend(node(&source, &target)),
+            }
         }
     }
     Ok(())

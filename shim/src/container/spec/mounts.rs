@@ -73,11 +73,16 @@ fn pod_files(input: &Input<'_>) -> Vec<(String, Value)> {
         .collect()
 }
 
+fn check_target(target: &str) -> Result<()> {
+    if !target.starts_with('/') || normal(target) == "/" {
+        return Err(Error::invalid(format!("config.mounts: container_path {target:?} is not absolute and below the root")));
+    }
+    Ok(())
+}
+
 fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
     let target = &mount.container_path;
-    if !target.starts_with('/') {
-        return Err(Error::invalid(format!("config.mounts: container_path {target:?} is not absolute")));
-    }
+    check_target(target)?;
     if !mount.image_sub_path.is_empty() {
         return Err(Error::invalid(format!("config.mounts: {target}: image_sub_path is set without image")));
     }
@@ -115,9 +120,7 @@ fn id_mappings(input: &Input<'_>, mount: &Mount) -> Result<Option<(IdMapping, Id
 /// A volume of an image, which is never written to.
 fn image(input: &Input<'_>, index: usize, mount: &Mount) -> Result<Value> {
     let target = &mount.container_path;
-    if !target.starts_with('/') {
-        return Err(Error::invalid(format!("config.mounts: container_path {target:?} is not absolute")));
-    }
+    check_target(target)?;
     let mut options = ["rbind", "rprivate", "ro"].map(str::to_owned).to_vec();
     options.extend(extra_options(mount)?);
     let source = text(&image_volume::source(input.directory, index));
