@@ -15,7 +15,7 @@ use windlass_integration::{
 use windlass_proto::cri;
 
 /// Configurations that are tried.
-const CASES: u32 = 500;
+const CASES: u32 = 2000;
 
 /// Fields of the CRI, as messages may name them.
 const FIELDS: [&str; 40] = [
@@ -248,7 +248,7 @@ fn config() -> impl Strategy<Value = cri::ContainerConfig> {
                 .prop_map(|(key, value)| cri::KeyValue { key, value }),
         ),
     );
-    let things = (mostly(vec![], list(mount())), mostly(vec![], list(device())));
+    let things = (prop_oneof![Just(vec![]), list(mount())], mostly(vec![], list(device())));
     let rest = (mostly(String::new(), path()), any::<bool>(), any::<bool>(), mostly(0, -1i32..70));
     (words, envs, things, rest, security(), resources()).prop_map(|(words, envs, things, rest, security, resources)| {
         cri::ContainerConfig {

@@ -146,7 +146,13 @@ impl Root {
 pub(crate) fn open_pty(root: BorrowedFd<'_>) -> Result<(OwnedFd, OwnedFd), StepError> {
     let path = "/dev/pts/ptmx";
     // Looked at before it is opened: opening a device that an image put there could do anything.
-    let found = open_in_root(root, Path::new(path), OFlags::PATH).context("open terminal", path)?;
+    let found = match open_in_root(root, Path::new(path), OFlags::PATH) {
+        Err(Errno::NOENT | Errno::NOTDIR) => {
+            let why = "there is none in what is mounted on /dev";
+            return Err(StepError::because(Kind::Invalid, "mounts: open terminal", path, why));
+        }
+        other => other.context("open terminal", path)?,
+    };
     let stat = rustix::fs::fstat(&found).context("open terminal", path)?;
     let magic = rustix::fs::fstatfs(&found).context("open terminal", path)?.f_type;
     if magic != DEVPTS_MAGIC || stat.st_rdev != makedev(5, 2) {
@@ -167,10 +173,12 @@ fn mknod(parent: BorrowedFd<'_>, name: &OsStr, node: &Node<'_>) -> Result<(), Er
     let device = makedev(node.major, node.minor);
     let make = || mknodat(parent, name, node.typ, Mode::from_raw_mode(node.mode), device);
     match make() {
-        Err(Errno::EXIST) => {
-            unlinkat(parent, name, AtFlags::empty())?;
-            make()?;
-        }
+        Err(Errno::EXIST) => match unlinkat(parent, name, AtFlags::empty()) {
+            Ok(()) => make()?,
+            // A mount of the request lies there.
+            Err(Errno::BUSY) => return Ok(()),
+            Err(errno) => return Err(errno),
+        },
         other => other?,
     }
     let (uid, gid) = node.owner;
@@ -184,8 +192,8 @@ fn link(dev: BorrowedFd<'_>, name: &str, to: &str) -> Result<(), Errno> {
     match symlinkat(to, dev, name) {
         Err(Errno::EXIST) => match unlinkat(dev, name, AtFlags::empty()) {
             Ok(()) => symlinkat(to, dev, name),
-            // An image's own directory there is left alone.
-            Err(Errno::ISDIR) => Ok(()),
+            // An image's own directory there is left alone, as is a mount of the request.
+            Err(Errno::ISDIR | Errno::BUSY) => Ok(()),
             Err(errno) => Err(errno),
         },
         other => other,

@@ -221,6 +221,9 @@ fn request(
                     options.target_id
                 )));
             }
+            if target.is_exited() {
+                return Err(Error::invalid(format!("namespace_options.target_id {:?} has exited", options.target_id)));
+            }
             target_container_id = target.id.clone();
             PidMode::Target
         }
