@@ -13,9 +13,10 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
+    ("crun", "/usr/bin/crun"),
     ("nftables", "/usr/sbin/nft"),
     ("iproute2", "/sbin/ip"),
     ("procps", "/usr/bin/pgrep"),

@@ -2,10 +2,14 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Where the configuration is read from unless `--config` names another file. It need not exist.
 pub const DEFAULT_PATH: &str = "/etc/windlass/config.toml";
+
+/// Name of the handler that is always there, beside the empty name.
+pub const NATIVE_HANDLER: &str = "windlass";
 
 /// The whole configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -21,6 +25,8 @@ pub struct Config {
     pub log_level: String,
     pub cgroup: CgroupConfig,
     pub devices: DeviceConfig,
+    /// Other OCI runtimes, by the names under which pods ask for them.
+    pub handlers: BTreeMap<String, HandlerConfig>,
     pub network: NetworkConfig,
     pub images: ImageConfig,
     pub monitor: MonitorConfig,
@@ -34,6 +40,14 @@ pub struct CgroupConfig {
     pub parent: String,
     /// Refuse a limit that this host cannot enforce, instead of saying so and running without it.
     pub strict: bool,
+}
+
+/// `[handlers.NAME]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandlerConfig {
+    /// The runtime's program, absolute: runc, crun, or another with the commands of the OCI runtime command line.
+    pub path: PathBuf,
 }
 
 /// `[devices]`
@@ -85,6 +99,7 @@ impl Default for Config {
             log_level: "info".into(),
             cgroup: CgroupConfig::default(),
             devices: DeviceConfig::default(),
+            handlers: BTreeMap::new(),
             network: NetworkConfig::default(),
             images: ImageConfig::default(),
             monitor: MonitorConfig::default(),
@@ -123,6 +138,14 @@ impl Default for ImageConfig {
 }
 
 impl Config {
+    /// The program of a runtime handler, empty for the native one. `None`: no handler has this name.
+    pub fn handler(&self, name: &str) -> Option<&Path> {
+        match name {
+            "" | NATIVE_HANDLER => Some(Path::new("")),
+            other => self.handlers.get(other).map(|handler| handler.path.as_path()),
+        }
+    }
+
     /// Reads `path`, or the defaults where the default path has no file.
     pub fn load(path: Option<&Path>) -> Result<Config> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));

@@ -198,7 +198,7 @@ impl Monitor {
                 PidNamespace::Join(target.pidfd.as_fd())
             }
         };
-        process::create(Spawn {
+        let spawn = Spawn {
             bundle: Path::new(&request.bundle),
             cgroup: cgroup.as_fd(),
             cgroup_path: cgroup.path(),
@@ -206,7 +206,11 @@ impl Monitor {
             namespaces: pod.namespaces(),
             stdio,
             id: &request.container_id,
-        })
+        };
+        match request.runtime.as_str() {
+            "" => process::create(spawn),
+            program => process::create_by(Path::new(program), &spawn),
+        }
     }
 
     fn watch(&self, key: u64, container: &Container) {

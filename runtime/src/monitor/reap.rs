@@ -135,6 +135,10 @@ impl Monitor {
         if exited && container.deleting.is_none() {
             return;
         }
+        if matches!(container.phase, Phase::Starting(_)) && container.report.is_some() && now < ended.deadline {
+            // Another runtime has started it, and has not ended itself: whether that was a success is still to come.
+            return;
+        }
         if container.cgroup.populated().unwrap_or(false) {
             let _ = container.cgroup.kill();
             if exited || now < ended.deadline {

@@ -7,6 +7,7 @@ mod child;
 mod entrypoint;
 mod error;
 mod exec;
+mod external;
 pub mod hooks;
 mod identity;
 mod report;
@@ -14,6 +15,7 @@ mod spawn;
 mod stdio;
 
 pub use error::{Kind, StepError};
+pub use external::create_by;
 pub use report::{Message, Report};
 pub use spawn::{create, create_behind, enter};
 

@@ -13,6 +13,7 @@
 //! 7. [`Root::pivot`].
 
 mod dev;
+mod expose;
 mod mask;
 mod mounts;
 mod options;
@@ -20,6 +21,7 @@ mod overlay;
 mod target;
 
 pub(crate) use dev::open_pty;
+pub(crate) use expose::{CGROUP, expose};
 pub use mounts::{Ground, Sources};
 pub use options::{ATTRIBUTES as MOUNT_ATTRIBUTES, NAMES as MOUNT_OPTIONS};
 pub use target::{Made, open_in_root};

@@ -160,6 +160,7 @@ impl Pod {
         let bundle = self.directory.path().join(format!("bundle-{id}"));
         write_bundle(&bundle, &["sh", "-c", script]);
         CreateRequest {
+            runtime: String::new(),
             container_id: id.into(),
             bundle: bundle.display().to_string(),
             cgroup: self.cgroup.join(id).display().to_string(),

@@ -11,7 +11,7 @@ use crate::{
 use std::{fs, path::Path, sync::Arc};
 use tracing::Instrument;
 use windlass_proto::{
-    cri::{ContainerConfig, NamespaceMode},
+    cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode},
     monitor::{CreateRequest, DeleteRequest, create_request::PidMode, frame::Body},
 };
 
@@ -228,6 +228,16 @@ fn request(
             PidMode::Target
         }
     };
+    let handler = &pod.runtime_handler;
+    let program = node.config.handler(handler);
+    let program =
+        program.ok_or_else(|| Error::precondition(format!("runtime_handler {handler:?} of the pod is no longer configured")))?;
+    let shared = |mount: &Mount| mount.propagation() == MountPropagation::PropagationBidirectional;
+    if !program.as_os_str().is_empty() && config.mounts.iter().any(shared) {
+        return Err(Error::unimplemented(format!(
+            "config.mounts: runtime_handler {handler:?} does not serve bidirectional propagation, the native one does"
+        )));
+    }
     Ok(CreateRequest {
         container_id: id.to_owned(),
         bundle: text(bundle),
@@ -238,5 +248,6 @@ fn request(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         terminal: config.tty,
+        runtime: text(program),
     })
 }

@@ -2,6 +2,7 @@
 
 use super::{Service, status, view};
 use crate::{
+    config::NATIVE_HANDLER,
     container::{self, Container},
     error::{Kind, Result as Outcome},
     pod,
@@ -243,7 +244,12 @@ impl RuntimeService for Service {
         ];
         let features =
             cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: pod::userns::available() };
-        let handlers = ["", "windlass"].map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) }).into();
+        let native = ["", NATIVE_HANDLER].map(|name| cri::RuntimeHandler { name: name.into(), features: Some(features) });
+        let others = self.node.config.handlers.keys().map(|name| {
+            let features = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+            cri::RuntimeHandler { name: name.clone(), features: Some(features) }
+        });
+        let handlers = native.into_iter().chain(others).collect();
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),
             info: if request.into_inner().verbose { self.node_info() } else { HashMap::new() },

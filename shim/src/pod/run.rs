@@ -5,6 +5,7 @@
 
 use super::{Phase, Pod, Record, files, namespace_modes, stop, userns, watch};
 use crate::{
+    config::NATIVE_HANDLER,
     error::{Error, Kind, Result},
     monitor::Monitor,
     node::{Node, new_id, now_ns},
@@ -20,7 +21,8 @@ use windlass_proto::{
 
 /// Runs a pod; returns its id. A call with the metadata of a run under way, or of a ready pod, gets that pod.
 pub async fn run(node: Arc<Node>, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
-    let key = check(&config, &runtime_handler)?;
+    let key = check(&config)?;
+    check_handler(&node, &config, &runtime_handler)?;
     let operation_node = node.clone();
     let operation_key = key.clone();
     node.joined(key, move || async move {
@@ -50,17 +52,27 @@ fn key_of(config: &PodSandboxConfig) -> String {
     format!("pod/{}/{}/{}/{}", meta.namespace, meta.name, meta.uid, meta.attempt)
 }
 
-fn check(config: &PodSandboxConfig, runtime_handler: &str) -> Result<String> {
+fn check_handler(node: &Node, config: &PodSandboxConfig, name: &str) -> Result<()> {
+    let Some(program) = node.config.handler(name) else {
+        let others = node.config.handlers.keys().map(|name| format!(", {name:?}")).collect::<String>();
+        return Err(Error::invalid(format!(
+            "runtime_handler {name:?} is not configured; this node has \"\", {NATIVE_HANDLER:?}{others}"
+        )));
+    };
+    if !program.as_os_str().is_empty() && userns::of(&namespace_modes(config))?.is_some() {
+        return Err(Error::unimplemented(format!(
+            "security_context.namespace_options.userns_options: runtime_handler {name:?} does not serve user namespaces, the native one does"
+        )));
+    }
+    Ok(())
+}
+
+fn check(config: &PodSandboxConfig) -> Result<String> {
     let meta = config.metadata.as_ref().ok_or_else(|| Error::invalid("config.metadata is missing"))?;
     for (field, value) in [("name", &meta.name), ("namespace", &meta.namespace), ("uid", &meta.uid)] {
         if value.is_empty() {
             return Err(Error::invalid(format!("config.metadata.{field} is empty")));
         }
-    }
-    if !matches!(runtime_handler, "" | "windlass") {
-        return Err(Error::invalid(format!(
-            "runtime_handler {runtime_handler:?} is not configured; this node has \"\" and \"windlass\""
-        )));
     }
     if config.hostname.len() > 64 {
         return Err(Error::invalid(format!("config.hostname has {} bytes, the kernel takes 64", config.hostname.len())));
