@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     time::{Duration, Instant},
 };
 use windlass_integration::{
@@ -380,5 +381,175 @@ fn a_user_may_use_its_terminal_streams_and_devices() -> Result<()> {
             ensure!(status == 0 && text.replace('\r', "") == expected, "terminal {terminal}: {status} {text:?}");
         }
         ground.end()
+    })
+}
+
+/// What lies in the directory of compiled profiles: name, inode, number of instructions.
+fn programs(daemon: &Daemon) -> Result<Vec<(String, u64, u64)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(daemon.state().join("seccomp"))? {
+        let (name, data) = entry.and_then(|entry| Ok((entry.file_name(), entry.metadata()?)))?;
+        found.push((name.to_string_lossy().into_owned(), data.ino(), (data.len() - 8) / 8));
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_profile_is_compiled_once_for_all_its_containers() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let default = |s: &mut cri::LinuxContainerSecurityContext| s.seccomp = profile(ProfileType::RuntimeDefault, "");
+        let first = ground.sleeper(default)?;
+        let kept = programs(&ground.daemon)?;
+        ensure!(kept.len() == 1 && kept.iter().all(|(name, _, length)| name.len() == 64 && *length > 100), "{kept:?}");
+        let second = ground.sleeper(default)?;
+        for id in [&first, &second] {
+            let run = ground.client.exec(id, &["unshare", "-U", "true"])?;
+            ensure!(run.exit_code != 0, "an exec is not confined: {run:?}");
+        }
+        ensure!(programs(&ground.daemon)? == kept, "the same profile: {:?}", programs(&ground.daemon)?);
+        // The one that is read is the one that holds: allow everything in its place.
+        let path = ground.daemon.state().join("seccomp").join(&kept[0].0);
+        let allow = [b"wl-bpf-1".as_slice(), &[6, 0, 0, 0, 0, 0, 0xff, 0x7f]].concat();
+        fs::write(&path, allow)?;
+        let run = ground.client.exec(&first, &["unshare", "-U", "true"])?;
+        ensure!(run.exit_code == 0, "the kept program was not read: {run:?}");
+        fs::remove_file(&path)?;
+        let run = ground.client.exec(&first, &["unshare", "-U", "true"])?;
+        ensure!(run.exit_code != 0 && programs(&ground.daemon)?.len() == 1, "compiled again: {run:?}");
+
+        // Never more than 64.
+        let file = ground.daemon.path("profile.json");
+        for errno in 1..=70 {
+            let text = serde_json::json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{ "names": ["acct"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno }],
+            });
+            fs::write(&file, text.to_string())?;
+            let local = |s: &mut cri::LinuxContainerSecurityContext| {
+                s.seccomp = profile(ProfileType::Localhost, &file.to_string_lossy());
+            };
+            let wanted = ground.wanted(&["true"], local);
+            let id = ground.create(&wanted)?;
+            ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
+        }
+        ensure!(programs(&ground.daemon)?.len() == 64, "{} programs are kept", programs(&ground.daemon)?.len());
+        ground.end()
+    })
+}
+
+/// Every line that a shell printed, as a container's first process and as an exec.
+fn both(ground: &mut Ground, script: &str, change: impl Fn(&mut cri::ContainerConfig)) -> Result<[String; 2]> {
+    let mut wanted = ground.wanted(&["sh", "-c", script], |_| ());
+    change(&mut wanted);
+    let id = ground.create(&wanted)?;
+    ground.client.start(&id)?;
+    let (code, first) = ground.ended(&id)?;
+    ensure!(code == 0, "{script}: {code}: {first}");
+    let mut wanted = ground.wanted(&["sleep", "1000"], |_| ());
+    change(&mut wanted);
+    let id = ground.create(&wanted)?;
+    ground.client.start(&id)?;
+    let run = ground.client.exec(&id, &["sh", "-c", script])?;
+    ensure!(run.exit_code == 0, "{script}: {run:?}");
+    Ok([first, String::from_utf8(run.stdout)?.trim_end().to_owned()])
+}
+
+#[test]
+fn shared_memory_limits_and_scores() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let own = fs::read_to_string("/proc/self/limits")?;
+        let own = own.lines().find(|line| line.starts_with("Max open files")).context("limits")?;
+        let own_hard: u64 = own.split_whitespace().nth(4).context("hard limit")?.parse()?;
+        let script = "df -k /dev/shm | tail -n 1 | awk '{print $2}'; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj";
+        let score = |score: i64| {
+            move |wanted: &mut cri::ContainerConfig| {
+                wanted.linux.get_or_insert_default().resources.get_or_insert_default().oom_score_adj = score;
+            }
+        };
+        for seen in both(&mut ground, script, score(987))? {
+            let hard = own_hard.min(524_288);
+            ensure!(seen == format!("65536\n{}\n{hard}\n987", hard.min(1024)), "{seen}");
+        }
+        // Below the daemon's own: applied where the daemon may, else the nearest that it may, and never a failed start.
+        let mut own: i64 = fs::read_to_string("/proc/self/oom_score_adj")?.trim().parse()?;
+        let status = fs::read_to_string("/proc/self/status")?;
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("CapEff")?;
+        const SYS_RESOURCE: u32 = 24;
+        if u64::from_str_radix(effective.trim(), 16)? & (1 << SYS_RESOURCE) != 0 {
+            own = own.min(-998);
+        }
+        for seen in both(&mut ground, "cat /proc/self/oom_score_adj", score(-998))? {
+            ensure!(seen == own.to_string(), "{seen}, not {own}");
+        }
+        // A volume in memory takes the place of the pod's.
+        let volume = |wanted: &mut cri::ContainerConfig| {
+            wanted.mounts.push(cri::Mount { container_path: "/dev/shm".into(), host_path: "/dev".into(), ..Default::default() });
+        };
+        let listed = both(&mut ground, "test -e /dev/shm/full && echo volume", volume)?;
+        ensure!(listed.iter().all(|seen| seen == "volume"), "{listed:?}");
+        ground.end()
+    })
+}
+
+#[test]
+fn configured_shared_memory_and_limits() -> Result<()> {
+    node::run(|| {
+        let mut daemon = Daemon::start(&[])?;
+        daemon.stop()?;
+        let path = daemon.path("config.toml");
+        let more = "[containers]\nshm_size_bytes = 1048576\n[containers.default_ulimits]\ncore = { soft = 0, hard = 0 }\n\
+                    nofile = { soft = 77, hard = 99 }\n";
+        fs::write(&path, fs::read_to_string(&path)? + more)?;
+        daemon.serve()?;
+        let client = Client::connect(&daemon)?;
+        let config = pod(&daemon.path("logs"));
+        let id = client.run(&config)?;
+        let created = client.create(&id, &config, &container(&config, "main", &["sleep", "1000"]))?;
+        client.start(&created)?;
+        let script = "df -k /dev/shm | tail -n 1 | awk '{print $2}'; ulimit -Sn; ulimit -Hn; ulimit -Hc";
+        let run = client.exec(&created, &["sh", "-c", script])?;
+        ensure!(run.stdout == b"1024\n77\n99\n0\n", "{run:?}");
+        client.remove(&id)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_proc_that_is_not_masked_is_for_pods_with_users_of_their_own() -> Result<()> {
+    node::run(|| {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        let ids = || vec![cri::IdMapping { container_id: 0, host_id: 1 << 20, length: 1 << 16 }];
+        let users = || cri::UserNamespace { mode: cri::NamespaceMode::Pod.into(), uids: ids(), gids: ids() };
+        // A second proc may be mounted in a namespace of users only where nothing of the first is covered.
+        let nested = ["unshare", "-Urpfm", "mount", "-t", "proc", "proc", "/proc"];
+        for (own_users, lists, covered, mountable) in
+            [(false, false, true, false), (true, false, false, true), (true, true, true, false)]
+        {
+            let mut config = pod(&daemon.path("logs"));
+            let mut options = cri::NamespaceOption { pid: cri::NamespaceMode::Container.into(), ..Default::default() };
+            options.userns_options = own_users.then(users);
+            let security = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            security.namespace_options = Some(options.clone());
+            let id = client.run(&config)?;
+            let mut wanted = container(&config, "main", &["sleep", "1000"]);
+            let security = wanted.linux.get_or_insert_default().security_context.get_or_insert_default();
+            security.namespace_options = Some(options);
+            if lists {
+                security.masked_paths = vec!["/proc/kcore".into()];
+                security.readonly_paths = vec!["/proc/sys".into()];
+            }
+            let main = client.create(&id, &config, &wanted)?;
+            client.start(&main)?;
+            let mounts = client.exec(&main, &["cat", "/proc/self/mountinfo"])?;
+            let seen = String::from_utf8(mounts.stdout)?.lines().any(|line| line.contains(" /proc/"));
+            ensure!(seen == covered, "own users {own_users}, lists {lists}: parts of /proc are covered: {seen}");
+            let run = client.exec(&main, &nested)?;
+            ensure!((run.exit_code == 0) == mountable, "own users {own_users}, lists {lists}: {run:?}");
+            client.remove(&id)?;
+        }
+        Ok(())
     })
 }

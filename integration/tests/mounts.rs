@@ -1,6 +1,6 @@
 //! Volumes as the CRI asks for them: options, recursive read-only, image volumes, and images full of links that point outside.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     fs,
@@ -259,6 +259,31 @@ fn sources_and_targets_of_every_kind() -> Result<()> {
         ground.shell(&id, "test -e /dev/shm/mine")?;
         ground.refused(Code::InvalidArgument, &["dangling"], bind(&host.join("dangling"), "/x"))?;
         ground.refused(Code::InvalidArgument, &["container_path"], bind(&host, "relative"))?;
+        ground.end()
+    })
+}
+
+/// What kubelet makes for volumes in memory and of huge pages.
+#[test]
+fn volumes_of_other_file_systems_keep_their_kind() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let mut mounts = Vec::new();
+        for (kind, options) in [("hugetlbfs", "pagesize=2M"), ("tmpfs", "size=128k")] {
+            let at = ground.daemon.path(kind);
+            fs::create_dir(&at)?;
+            mount(Some(kind), &at, Some(kind), MsFlags::empty(), Some(options)).with_context(|| format!("mount {kind}"))?;
+            mounts.push(bind(&at, &format!("/volumes/{kind}")));
+        }
+        let id = ground.start("main", mounts)?;
+        let seen = ground.shell(&id, "grep ' /volumes/' /proc/self/mountinfo | sed 's/.* - //' | sort")?;
+        let kinds: Vec<&str> = seen.lines().filter_map(|line| line.split(' ').next()).collect();
+        ensure!(kinds == ["hugetlbfs", "tmpfs"] && seen.contains("pagesize=2M") && seen.contains("size=128k"), "{seen}");
+        ground.shell(&id, "mkdir /volumes/hugetlbfs/a && dd if=/dev/zero of=/volumes/tmpfs/b bs=64k count=2")?;
+        ground.fails(&id, "dd if=/dev/zero of=/volumes/tmpfs/c bs=64k count=1", "No space left")?;
+        for kind in ["hugetlbfs", "tmpfs"] {
+            umount2(&ground.daemon.path(kind), MntFlags::MNT_DETACH)?;
+        }
         ground.end()
     })
 }

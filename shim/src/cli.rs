@@ -19,7 +19,7 @@ use crate::{
 use clap::{Args, Parser, Subcommand};
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -205,6 +205,7 @@ async fn serve(config: Config) -> Result<()> {
     let images = open_store(&config)?;
     let network = start_network(&config)?;
     let node = Arc::new(Node::new(config, tree, images, network, program, AppArmor::start().await));
+    keep_seccomp_programs(&node.seccomp_directory())?;
     pod::recover(&node).await;
     let listener = listener(&node.config.socket)?;
     tracing::info!(
@@ -216,6 +217,15 @@ async fn serve(config: Config) -> Result<()> {
     leave_nothing_unused(&node).await;
     tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
     served.map_err(|error| Error::internal(format!("serve: {error}")))
+}
+
+/// Makes the directory of compiled seccomp profiles anew: another build's programs may differ.
+fn keep_seccomp_programs(directory: &Path) -> Result<()> {
+    let made = match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => fs::DirBuilder::new().mode(0o700).create(directory),
+    };
+    made.map_err(|error| Error::io(format_args!("make {} anew", directory.display()), error))
 }
 
 /// What only the daemon itself needed goes when no pod is left: socket, bridge, rules and the default cgroup.

@@ -24,6 +24,7 @@ pub struct Config {
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `windlass::image=debug`.
     pub log_level: String,
     pub cgroup: CgroupConfig,
+    pub containers: ContainerConfig,
     pub devices: DeviceConfig,
     /// Other OCI runtimes, by the names under which pods ask for them.
     pub handlers: BTreeMap<String, HandlerConfig>,
@@ -41,6 +42,47 @@ pub struct CgroupConfig {
     /// Refuse a limit that this host cannot enforce, instead of saying so and running without it.
     pub strict: bool,
 }
+
+/// `[containers]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerConfig {
+    /// Resource limits of every process, by the names of getrlimit(2) in small letters and without `RLIMIT_`. A limit that is not
+    /// named is the daemon's own.
+    pub default_ulimits: BTreeMap<String, Ulimit>,
+    /// Size of a pod's /dev/shm in bytes.
+    pub shm_size_bytes: u64,
+}
+
+/// One resource limit, in the unit of getrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ulimit {
+    /// What holds.
+    pub soft: u64,
+    /// What the process may raise it to.
+    pub hard: u64,
+}
+
+/// The names that `default_ulimits` takes.
+const ULIMITS: [&str; 16] = [
+    "as",
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
 
 /// `[handlers.NAME]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -98,6 +140,7 @@ impl Default for Config {
             socket: "/run/windlass/windlass.sock".into(),
             log_level: "info".into(),
             cgroup: CgroupConfig::default(),
+            containers: ContainerConfig::default(),
             devices: DeviceConfig::default(),
             handlers: BTreeMap::new(),
             network: NetworkConfig::default(),
@@ -110,6 +153,14 @@ impl Default for Config {
 impl Default for CgroupConfig {
     fn default() -> CgroupConfig {
         CgroupConfig { parent: "/windlass".into(), strict: false }
+    }
+}
+
+impl Default for ContainerConfig {
+    fn default() -> ContainerConfig {
+        // systemd's own for services: programs that close every possible descriptor stay quick, those that need more may raise it.
+        let nofile = Ulimit { soft: 1024, hard: 524_288 };
+        ContainerConfig { default_ulimits: [("nofile".to_owned(), nofile)].into(), shm_size_bytes: 64 << 20 }
     }
 }
 
@@ -137,6 +188,23 @@ impl Default for ImageConfig {
     }
 }
 
+impl ContainerConfig {
+    fn check(&self) -> std::result::Result<(), String> {
+        for (name, limit) in &self.default_ulimits {
+            if !ULIMITS.contains(&name.as_str()) {
+                return Err(format!("containers.default_ulimits: {name:?} is none of {}", ULIMITS.join(", ")));
+            }
+            if limit.soft > limit.hard {
+                return Err(format!("containers.default_ulimits.{name}: soft {} is above hard {}", limit.soft, limit.hard));
+            }
+        }
+        if self.shm_size_bytes == 0 {
+            return Err("containers.shm_size_bytes: 0 bytes of /dev/shm".into());
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// The program of a runtime handler, empty for the native one. `None`: no handler has this name.
     pub fn handler(&self, name: &str) -> Option<&Path> {
@@ -154,7 +222,10 @@ impl Config {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_none() => return Ok(Config::default()),
             Err(error) => return Err(Error::io(format_args!("read configuration {}", file.display()), error)),
         };
-        toml::from_str(&text).map_err(|error| Error::invalid(format!("configuration {}: {error}", file.display())))
+        let invalid = |why: String| Error::invalid(format!("configuration {}: {why}", file.display()));
+        let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+        config.containers.check().map_err(invalid)?;
+        Ok(config)
     }
 
     /// The `windlass-monitor` program to run.
@@ -193,6 +264,22 @@ mod tests {
         std::fs::write(&path, "[cgroup]\nparant = \"/x\"\n").expect("write");
         let error = Config::load(Some(&path)).expect_err("unknown key");
         assert!(error.message.contains("parant"), "{error}");
+    }
+
+    #[test]
+    fn limits_are_checked() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("config.toml");
+        for (text, named) in [
+            ("default_ulimits = { files = { soft = 1, hard = 2 } }", "\"files\""),
+            ("default_ulimits = { nofile = { soft = 3, hard = 2 } }", "nofile: soft 3"),
+            ("default_ulimits = { nofile = { soft = 3 } }", "hard"),
+            ("shm_size_bytes = 0", "shm_size_bytes"),
+        ] {
+            std::fs::write(&path, format!("[containers]\n{text}\n")).expect("write");
+            let error = Config::load(Some(&path)).expect_err(text);
+            assert!(error.message.contains(named), "{error}");
+        }
     }
 
     #[test]

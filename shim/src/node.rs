@@ -67,6 +67,11 @@ impl Node {
         self.config.root.join("containers").join(id)
     }
 
+    /// Directory of the compiled seccomp profiles.
+    pub fn seccomp_directory(&self) -> PathBuf {
+        self.config.state.join("seccomp")
+    }
+
     pub fn pods(&self) -> Vec<Arc<Pod>> {
         self.pods.read().expect(POISON).values().cloned().collect()
     }

@@ -45,6 +45,9 @@ pub struct RootfsPlan {
     /// Bind sources of `config.json` were resolved before: a link in one of them is a change that came since, and refused.
     #[serde(default)]
     pub sources_resolved: bool,
+    /// Absolute path of the compiled `linux.seccomp`, named after its digest: read where it is, written where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seccomp_program: Option<PathBuf>,
 }
 
 /// A volume made of an image's layers. The bind mounts of `config.json` whose source is [`ImageVolume::source`] show it.
@@ -86,8 +89,16 @@ pub fn read_rootfs_plan(bundle: &Path) -> Result<Option<RootfsPlan>, StepError> 
         return invalid("upper and work go together");
     }
     let volumes = plan.image_volumes.iter().flat_map(|volume| volume.lower.iter().chain([&volume.source]));
-    if plan.lower.iter().chain(&plan.upper).chain(&plan.work).chain(volumes).any(|path| !path.is_absolute()) {
-        return invalid("every directory must be absolute");
+    if plan
+        .lower
+        .iter()
+        .chain(&plan.upper)
+        .chain(&plan.work)
+        .chain(&plan.seccomp_program)
+        .chain(volumes)
+        .any(|path| !path.is_absolute())
+    {
+        return invalid("every path must be absolute");
     }
     Ok(Some(plan))
 }

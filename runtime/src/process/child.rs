@@ -160,7 +160,7 @@ impl<'a> Build<'a> {
         self.plan = read_rootfs_plan(self.spawn.bundle)?;
         bundle::check(&spec)?;
         namespace::check(&spec)?;
-        self.filter = Filter::of(&spec)?;
+        self.filter = Filter::of(&spec, self.plan.as_ref().and_then(|plan| plan.seccomp_program.as_deref()))?;
         self.spec = Some(spec);
         security::check(self.spec.as_ref(), self.process()?)
     }

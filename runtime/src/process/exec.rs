@@ -4,7 +4,7 @@
 use super::entrypoint::Entrypoint;
 use super::report::ChildReport;
 use super::{Context, Enter, Kind, Stdio, StepError, identity, stdio};
-use crate::bundle::read_config;
+use crate::bundle::{read_config, read_rootfs_plan};
 use crate::security::{self, Filter};
 use crate::{namespace, rootfs, sys};
 use oci_spec::runtime::Process;
@@ -77,5 +77,7 @@ fn read_process(enter: &Enter<'_>) -> Result<(Process, Option<Filter>, Option<Ho
     }
     security::check(Some(&spec), &process)?;
     let ids = namespace::user::host_ids(&spec, process.user().uid(), process.user().gid())?;
-    Ok((process, Filter::of(&spec)?, ids))
+    let plan = read_rootfs_plan(enter.bundle)?;
+    let filter = Filter::of(&spec, plan.as_ref().and_then(|plan| plan.seccomp_program.as_deref()))?;
+    Ok((process, filter, ids))
 }

@@ -1,7 +1,9 @@
 //! Seccomp filters, from the profile of a bundle to the kernel. The compiler is our own: libseccomp needs milliseconds where this
-//! needs tens of microseconds, and other crates serve one architecture or one errno in a filter. A start and an
-//! exec each compile anew, 0.1 ms for the default profile with its three architectures: a cache would save less than it could get wrong.
+//! needs tens of microseconds, and other crates serve one architecture or one errno in a filter. Where the
+//! bundle's plan names a file for it, a profile is compiled by the first container that has it (0.1 ms for the default one with its three
+//! architectures) and read by all that follow, execs included.
 
+mod cache;
 mod filter;
 mod program;
 mod rules;

@@ -8,7 +8,12 @@ use crate::{
     pod::{self, Phase, Pod},
     selinux, store,
 };
-use std::{fs, path::Path, sync::Arc};
+use sha2::{Digest, Sha256};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tracing::Instrument;
 use windlass_proto::{
     cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode},
@@ -109,7 +114,8 @@ async fn assemble(
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
     relabel(&input, spec::labels(&input)?.file).await?;
-    write_bundle(directory, &oci, image, &volumes)?;
+    let program = seccomp_program(node, &oci)?;
+    write_bundle(directory, &oci, image, &volumes, program.as_deref())?;
     let log_path = log_path(&pod_record, &config)?;
     let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
     let (pid, not_enforced) = match reply.0 {
@@ -162,7 +168,31 @@ fn image_name(config: &ContainerConfig, image: &Image) -> String {
     }
 }
 
-fn write_bundle(directory: &Path, oci: &oci_spec::runtime::Spec, image: &Image, volumes: &[ImageVolume]) -> Result<()> {
+/// Compiled seccomp profiles that are kept.
+const PROGRAMS_MAX: usize = 64;
+
+/// The file that all containers with this seccomp profile share; the first of them writes it.
+fn seccomp_program(node: &Node, oci: &oci_spec::runtime::Spec) -> Result<Option<PathBuf>> {
+    let Some(profile) = oci.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()) else { return Ok(None) };
+    let profile = serde_json::to_vec(profile).map_err(|error| Error::internal(format!("encode linux.seccomp: {error}")))?;
+    let directory = node.seccomp_directory();
+    let path = directory.join(hex::encode(Sha256::digest(profile)));
+    if !path.exists() {
+        let kept = fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.path());
+        for one in kept.skip(PROGRAMS_MAX - 1) {
+            let _ = fs::remove_file(one);
+        }
+    }
+    Ok(Some(path))
+}
+
+fn write_bundle(
+    directory: &Path,
+    oci: &oci_spec::runtime::Spec,
+    image: &Image,
+    volumes: &[ImageVolume],
+    seccomp_program: Option<&Path>,
+) -> Result<()> {
     let parts = ["upper", "work", "rootfs"].map(|part| directory.join(part));
     for path in parts.into_iter().chain(volumes.iter().map(|volume| volume.source(directory))) {
         fs::create_dir_all(&path).map_err(|error| Error::io(format_args!("create {}", path.display()), error))?;
@@ -177,6 +207,7 @@ fn write_bundle(directory: &Path, oci: &oci_spec::runtime::Spec, image: &Image, 
         "volatile": true,
         "image_volumes": volumes.iter().map(|volume| volume.plan(directory)).collect::<Vec<_>>(),
         "sources_resolved": true,
+        "seccomp_program": seccomp_program.map(text),
     });
     store::write_file(&directory.join("rootfs.json"), plan.to_string().as_bytes())
 }

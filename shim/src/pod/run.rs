@@ -198,7 +198,7 @@ async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<Owned
         shared_pid,
         init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
         sysctls: record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect(),
-        shm_size_bytes: 0,
+        shm_size_bytes: node.config.containers.shm_size_bytes,
         uid_mappings: users.iter().map(|users| userns::mapping(&users.uids)).collect(),
         gid_mappings: users.iter().map(|users| userns::mapping(&users.gids)).collect(),
         mount_label: node.selinux.labels(&record.selinux_categories, super::selinux_options(&record.config), None, false)?.file,

@@ -14,6 +14,7 @@ pub(super) use resources::resources;
 
 use super::{identity::Identity, text};
 use crate::{
+    config::Ulimit,
     error::{Error, Result},
     image::Image,
     node::Node,
@@ -153,9 +154,15 @@ fn process(input: &Input<'_>) -> Result<Value> {
         "capabilities": security::capabilities(input)?,
         "noNewPrivileges": security.no_new_privs,
         "oomScoreAdj": oom,
+        "rlimits": rlimits(&input.node.config.containers),
         "apparmorProfile": input.node.apparmor.profile(&security)?,
         "selinuxLabel": given(labels(input)?.process),
     }))
+}
+
+fn rlimits(config: &crate::config::ContainerConfig) -> Value {
+    let limit = |(name, limit): (&String, &Ulimit)| json!({ "type": format!("RLIMIT_{}", name.to_uppercase()), "soft": limit.soft, "hard": limit.hard });
+    config.default_ulimits.iter().map(limit).collect()
 }
 
 /// Docker's rules: a command of the request replaces the image's entrypoint and its arguments; arguments replace only the arguments.

@@ -4,7 +4,7 @@ use super::Input;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use windlass_proto::cri::{Capability, NamespaceMode};
+use windlass_proto::cri::Capability;
 
 /// What a container has unless it asks otherwise: the field's customary set.
 const DEFAULT: [&str; 14] = [
@@ -146,7 +146,8 @@ pub(super) fn capabilities(input: &Input<'_>) -> Result<Value> {
     Ok(json!({ "bounding": granted, "effective": granted, "permitted": granted, "inheritable": ambient, "ambient": ambient }))
 }
 
-/// Masked and read-only paths: the request's when it gives any, else the customary ones; none for a privileged container.
+/// Masked and read-only paths: the request's when it gives any, else the customary ones; none for a privileged container. Kubelet
+/// sends two empty lists for `procMount: Unmasked`, which Kubernetes allows to pods with users of their own only; so do we.
 pub(super) fn paths(input: &Input<'_>) -> Result<(Vec<String>, Vec<String>)> {
     let security = input.security();
     for (field, paths) in [("masked_paths", &security.masked_paths), ("readonly_paths", &security.readonly_paths)] {
@@ -156,19 +157,16 @@ pub(super) fn paths(input: &Input<'_>) -> Result<(Vec<String>, Vec<String>)> {
         return Ok((Vec::new(), Vec::new()));
     }
     let own = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>();
-    let host_pid = input.namespaces().pid() == NamespaceMode::Node;
-    let linux = &input.config.linux;
-    let unspecified = linux.as_ref().and_then(|linux| linux.security_context.as_ref()).is_none();
-    let masked = if security.masked_paths.is_empty() && (unspecified || security.readonly_paths.is_empty()) {
-        let mut masked = own(&MASKED);
-        masked.push(MASKED_MORE.to_owned());
-        masked
-    } else {
-        security.masked_paths
-    };
-    let readonly = if security.readonly_paths.is_empty() { own(&READONLY) } else { security.readonly_paths };
-    let _ = host_pid;
-    Ok((masked, readonly))
+    let given = input.config.linux.as_ref().is_some_and(|linux| linux.security_context.is_some());
+    if !security.masked_paths.is_empty() || !security.readonly_paths.is_empty() {
+        return Ok((security.masked_paths, security.readonly_paths));
+    }
+    if given && input.users()?.is_some() {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let mut masked = own(&MASKED);
+    masked.push(MASKED_MORE.to_owned());
+    Ok((masked, own(&READONLY)))
 }
 
 #[cfg(test)]
