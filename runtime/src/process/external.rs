@@ -7,6 +7,7 @@ use super::{Child, Context, Kind, PidNamespace, Report, Spawn, Stdio, StepError,
 use crate::bundle::{self, read_config, read_rootfs_plan};
 use crate::cgroup;
 use crate::rootfs::{CGROUP, expose};
+use crate::security;
 use crate::sys;
 use crate::sys::clone::{Forked, fork};
 use oci_spec::runtime::Spec;
@@ -160,6 +161,12 @@ impl Driver<'_> {
         let path = self.spawn.cgroup_path.strip_prefix(&tree).unwrap_or(self.spawn.cgroup_path);
         config["linux"]["resources"]["devices"] = json!([{ "allow": true, "type": "a", "access": "rwm" }]);
         config["linux"]["cgroupsPath"] = json!(Path::new("/").join(path));
+        let limits = spec.process().as_ref().and_then(|process| process.rlimits().as_deref()).unwrap_or_default();
+        for (index, limit) in limits.iter().enumerate() {
+            let (soft, hard) = security::reachable_rlimit(limit);
+            config["process"]["rlimits"][index]["soft"] = json!(soft);
+            config["process"]["rlimits"][index]["hard"] = json!(hard);
+        }
         if let Some(score) = config["process"]["oomScoreAdj"].as_i64()
             && fs::write("/proc/self/oom_score_adj", score.to_string()).is_err()
         {

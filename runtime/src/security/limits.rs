@@ -18,6 +18,19 @@ pub fn set_rlimits(limits: &[PosixRlimit]) -> Result<(), StepError> {
     Ok(())
 }
 
+/// Soft and hard value as [`set_rlimits`] would set them, for a program that fails where it may not raise one. A hard limit that may be
+/// raised is, of the calling process.
+pub fn reachable_rlimit(limit: &PosixRlimit) -> (u64, u64) {
+    let own = getrlimit(resource(limit.typ()));
+    let wanted = Rlimit { current: value(limit.soft()), maximum: value(limit.hard()) };
+    let near = nearest(wanted, own);
+    let raised = Rlimit { current: own.current, maximum: wanted.maximum };
+    if near.maximum == wanted.maximum || setrlimit(resource(limit.typ()), raised).is_ok() {
+        return (limit.soft(), limit.hard());
+    }
+    (near.current.unwrap_or(u64::MAX), near.maximum.unwrap_or(u64::MAX))
+}
+
 fn nearest(wanted: Rlimit, own: Rlimit) -> Rlimit {
     let least = |a: Option<u64>, b: Option<u64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.min(b)),

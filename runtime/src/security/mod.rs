@@ -10,7 +10,7 @@ mod selinux;
 pub use apparmor::confine_at_exec;
 pub(crate) use capabilities::own_bounding_set;
 pub use capabilities::{Capabilities, NAMES as CAPABILITIES};
-pub use limits::{set_oom_score, set_rlimits};
+pub use limits::{reachable_rlimit, set_oom_score, set_rlimits};
 pub use seccomp::Filter;
 pub use selinux::{check, label_at_exec};
 pub(crate) use selinux::{label_queues, mount_label, mount_option};
