@@ -3,10 +3,10 @@
 use crate::{
     apparmor::AppArmor,
     cgroup::Tree,
-    config::Config,
+    config::{Config, LayerChoice},
     cri,
     error::{Error, Result},
-    image::{Store, StoreConfig},
+    image::{LayerFormat, Store, StoreConfig},
     monitor::Program,
     network::{
         Network,
@@ -152,7 +152,12 @@ fn start_log(level: &str) -> Result<()> {
 }
 
 fn open_store(config: &Config) -> Result<Store> {
-    let store = StoreConfig::new(config.root.join("images"), config.images.registry_config_dir.clone());
+    let mut store = StoreConfig::new(config.root.join("images"), config.images.registry_config_dir.clone());
+    store.layer_format = match config.images.layers {
+        LayerChoice::Auto => None,
+        LayerChoice::Erofs => Some(LayerFormat::Erofs),
+        LayerChoice::Directory => Some(LayerFormat::Directory),
+    };
     Store::open(store).map_err(|error| Error::internal(format!("open image store: {error}")))
 }
 

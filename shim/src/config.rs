@@ -122,6 +122,21 @@ pub struct NetworkConfig {
 pub struct ImageConfig {
     /// Directory of `<host>/hosts.toml` files, as containerd reads them.
     pub registry_config_dir: PathBuf,
+    /// How layers are kept from now on.
+    pub layers: LayerChoice,
+}
+
+/// `images.layers`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerChoice {
+    /// As EROFS images where this host can mount them from files, else as directories.
+    #[default]
+    Auto,
+    /// As EROFS images, or the daemon does not start.
+    Erofs,
+    /// As directories.
+    Directory,
 }
 
 /// `[monitor]`
@@ -184,7 +199,7 @@ impl Default for NetworkConfig {
 
 impl Default for ImageConfig {
     fn default() -> ImageConfig {
-        ImageConfig { registry_config_dir: "/etc/windlass/certs.d".into() }
+        ImageConfig { registry_config_dir: "/etc/windlass/certs.d".into(), layers: LayerChoice::Auto }
     }
 }
 

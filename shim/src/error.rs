@@ -1,5 +1,6 @@
 //! What a failed operation tells its caller: a kind, by which the caller decides, and one sentence for a person.
 
+use crate::image::ImageError;
 use std::fmt;
 
 /// What the caller may do about a failure. `cri::status` maps each kind to one gRPC code, and nothing else does.
@@ -65,6 +66,12 @@ impl Error {
             _ => Kind::Internal,
         };
         Error::new(kind, format!("{operation}: {error}"))
+    }
+
+    /// A failure of the image store beside what a client asked of images.
+    pub fn of_image(error: ImageError) -> Error {
+        let kind = if matches!(error, ImageError::NoSpace(_)) { Kind::Exhausted } else { Kind::Internal };
+        Error::new(kind, error.to_string())
     }
 
     /// Puts the operation in front of the cause.

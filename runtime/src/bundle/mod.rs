@@ -11,8 +11,9 @@ use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// Newest version of [`RootfsPlan`] that this build reads: 2 added `image_volumes` and `sources_resolved`.
-pub const ROOTFS_PLAN_VERSION: u32 = 2;
+/// Newest version of [`RootfsPlan`] that this build reads: 2 added `image_volumes` and `sources_resolved`, 3 layers that are EROFS
+/// images.
+pub const ROOTFS_PLAN_VERSION: u32 = 3;
 
 /// Name of the plan's file in a bundle.
 pub const ROOTFS_PLAN_FILE: &str = "rootfs.json";
@@ -23,9 +24,9 @@ const FILE_LIMIT_BYTES: u64 = 16 << 20;
 /// How the root is composed: `rootfs.json` of a bundle. Without that file `root.path` of `config.json` is the root.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootfsPlan {
-    /// 1, or 2 with a field that came with it; at most [`ROOTFS_PLAN_VERSION`].
+    /// 1, or that with which one of its fields came; at most [`ROOTFS_PLAN_VERSION`].
     pub version: u32,
-    /// Absolute layer directories, the topmost first (the order of overlayfs' `lowerdir`). At least one.
+    /// Absolute layers, the topmost first (the order of overlayfs' `lowerdir`): directories, or EROFS images (`.erofs`). At least one.
     pub lower: Vec<PathBuf>,
     /// Absolute directory that takes the changes. Without it and `work` the root is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,7 +56,7 @@ pub struct RootfsPlan {
 pub struct ImageVolume {
     /// Absolute; an empty directory of the bundle.
     pub source: PathBuf,
-    /// Absolute layer directories, the topmost first. At least one.
+    /// Absolute layers, the topmost first. At least one.
     pub lower: Vec<PathBuf>,
     /// File or directory of the image that is shown in place of its root, resolved inside the image.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,7 +5,7 @@ use super::poll::Source;
 use super::server::{Monitor, Reply};
 use crate::cgroup::Cgroup;
 use crate::log::{ContainerLog, Stream, now_ns};
-use crate::process::{self, Child, Context, Kind, Message, PidNamespace, Report, Spawn, Stdio, StepError, hooks};
+use crate::process::{self, Child, Context, Kind, Message, PidNamespace, PodNamespaces, Report, Spawn, Stdio, StepError, hooks};
 use crate::pty;
 use oci_spec::runtime::LinuxResources;
 use rustix::io::Errno;
@@ -203,7 +203,7 @@ impl Monitor {
             cgroup: cgroup.as_fd(),
             cgroup_path: cgroup.path(),
             pid,
-            namespaces: pod.namespaces(),
+            namespaces: PodNamespaces { layers: self.layers.as_ref().map(AsFd::as_fd), ..pod.namespaces() },
             stdio,
             id: &request.container_id,
         };

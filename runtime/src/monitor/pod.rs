@@ -131,7 +131,7 @@ impl Pod {
     pub(super) fn namespaces(&self) -> PodNamespaces<'_> {
         let held = [&self.user, &self.net, &self.ipc, &self.uts, &self.shm];
         let [user, net, ipc, uts, shm] = held.map(|fd| fd.as_ref().map(AsFd::as_fd));
-        PodNamespaces { user, net, ipc, uts, shm }
+        PodNamespaces { user, net, ipc, uts, shm, layers: None }
     }
 
     /// Whether containers live in a user namespace.

@@ -17,7 +17,7 @@ pub(super) const SOCKET_FILE: &str = "monitor.sock";
 /// Name of the monitor's own log in the run directory.
 const LOG_FILE: &str = "monitor.log";
 
-/// Serves the daemon whose connection is fd 0, and every later one at `monitor.sock` in `directory`, until Shutdown.
+/// Serves the daemon whose connection is fd 0 (and whose tree of layers fd 1, if that is a directory), and every later one at `monitor.sock` in `directory`, until Shutdown.
 pub fn run(directory: &Path) -> std::io::Result<()> {
     let directory = directory.canonicalize()?;
     // A caller may have made it a session leader already.
@@ -26,6 +26,7 @@ pub fn run(directory: &Path) -> std::io::Result<()> {
         Err(errno) => return Err(errno.into()),
     }
     let control = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let layers = layer_tree()?;
     redirect_standard_streams(&directory)?;
     std::env::set_current_dir("/")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
@@ -39,11 +40,18 @@ pub fn run(directory: &Path) -> std::io::Result<()> {
     children.thread_block()?;
     let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let listener = listen(&directory)?;
-    let result = Monitor::new(directory, signals, listener, control)?.run();
+    let result = Monitor::new(directory, signals, listener, control, layers)?.run();
     if let Err(error) = &result {
         note(format_args!("the event loop failed: {error}"));
     }
     result
+}
+
+/// The tree of layers that the daemon gave.
+fn layer_tree() -> std::io::Result<Option<OwnedFd>> {
+    let given = std::io::stdout();
+    let directory = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&given)?.st_mode).is_dir();
+    directory.then(|| given.as_fd().try_clone_to_owned()).transpose()
 }
 
 /// fd 0 and 1 become /dev/null, fd 2 the monitor's log.

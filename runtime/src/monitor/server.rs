@@ -41,6 +41,8 @@ pub(super) struct Monitor {
     connections: BTreeMap<u64, Connection>,
     /// It runs in its own cgroup.
     settled: bool,
+    /// The tree of mounted layers, for containers and for the next daemon.
+    pub(super) layers: Option<OwnedFd>,
     pub(super) pod: Option<Pod>,
     pub(super) containers: BTreeMap<u64, Container>,
     pub(super) execs: BTreeMap<u64, Exec>,
@@ -49,7 +51,13 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    pub(super) fn new(directory: PathBuf, signals: SignalFd, listener: OwnedFd, control: OwnedFd) -> std::io::Result<Monitor> {
+    pub(super) fn new(
+        directory: PathBuf,
+        signals: SignalFd,
+        listener: OwnedFd,
+        control: OwnedFd,
+        layers: Option<OwnedFd>,
+    ) -> std::io::Result<Monitor> {
         let poll = Poll::new()?;
         poll.add(&listener, Source::Listener)?;
         poll.add(&signals, Source::Signals)?;
@@ -60,6 +68,7 @@ impl Monitor {
             listener,
             connections: BTreeMap::new(),
             settled: false,
+            layers,
             pod: None,
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
@@ -183,9 +192,11 @@ impl Monitor {
         let result = match body {
             Some(Body::Setup(request)) => self.setup(to, &request),
             Some(Body::State(_)) => {
-                let state = Body::StateReply(self.state());
-                self.reply(to, state, Vec::new());
-                Ok(())
+                let layers = self.layers.as_ref().map(OwnedFd::try_clone).transpose();
+                layers.context("give", "the tree of layers").map(|layers| {
+                    let state = Body::StateReply(self.state());
+                    self.reply(to, state, layers.into_iter().collect());
+                })
             }
             Some(Body::Create(request)) => self.create(to, &request),
             Some(Body::Start(request)) => self.start(to, &request.container_id),
@@ -252,6 +263,7 @@ impl Monitor {
             containers: containers.collect(),
             version: env!("CARGO_PKG_VERSION").into(),
             init_pid: self.pod.as_ref().map_or(0, Pod::init_pid),
+            layers: self.layers.is_some(),
         }
     }
 

@@ -140,7 +140,7 @@ impl<'a> Build<'a> {
         stdio::install(&self.spawn.stdio)?;
         let pod = &self.spawn.namespaces;
         let mut keep = vec![0, 1, 2, self.report.as_fd().as_raw_fd()];
-        keep.extend([pod.user, pod.net, pod.ipc, pod.uts, pod.shm].into_iter().flatten().map(|fd| fd.as_raw_fd()));
+        keep.extend([pod.user, pod.net, pod.ipc, pod.uts, pod.shm, pod.layers].into_iter().flatten().map(|fd| fd.as_raw_fd()));
         keep.extend(self.gate.map(AsRawFd::as_raw_fd));
         // SAFETY: the child runs nothing of the parent's code any more; of the parent's descriptors it uses those kept here.
         unsafe { sys::descriptors::close_all_but(&keep) }.context("close descriptors", "")
@@ -205,6 +205,7 @@ impl<'a> Build<'a> {
             spec: self.spec()?,
             plan: self.plan.as_ref(),
             shm: self.spawn.namespaces.shm,
+            layers: self.spawn.namespaces.layers,
             user: self.user.as_ref(),
         })?);
         Ok(())

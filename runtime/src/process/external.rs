@@ -71,7 +71,7 @@ impl Driver<'_> {
         let plan = read_rootfs_plan(self.spawn.bundle)?.ok_or_else(missing)?;
         // While the cgroup tree is where the caller knows it.
         let (config, not_enforced) = self.configuration(&spec)?;
-        expose(self.spawn.bundle, &spec, &plan, self.spawn.namespaces.shm)?;
+        expose(self.spawn.bundle, &spec, &plan, &self.spawn.namespaces)?;
         let own = self.own();
         fs::create_dir_all(&own).context("create", own.display())?;
         fs::write(own.join("config.json"), config.to_string()).context("write", own.join("config.json").display())?;
@@ -120,10 +120,10 @@ impl Driver<'_> {
         self.spawn.bundle.join("oci")
     }
 
-    fn held(&self) -> [Option<BorrowedFd<'_>>; 5] {
+    fn held(&self) -> [Option<BorrowedFd<'_>>; 6] {
         let pod = &self.spawn.namespaces;
         let pid = if let PidNamespace::Join(target) = self.spawn.pid { Some(target) } else { None };
-        [pod.net, pod.ipc, pod.uts, pod.shm, pid]
+        [pod.net, pod.ipc, pod.uts, pod.shm, pod.layers, pid]
     }
 
     fn close_others(&self) -> Result<(), StepError> {

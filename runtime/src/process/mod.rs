@@ -53,6 +53,8 @@ pub struct PodNamespaces<'a> {
     pub uts: Option<BorrowedFd<'a>>,
     /// A detached tmpfs mount (`fsmount`); the container gets a clone of it at /dev/shm.
     pub shm: Option<BorrowedFd<'a>>,
+    /// No namespace, but held in the same way: a detached tree in which EROFS layers are mounted, by the stem of their file's name.
+    pub layers: Option<BorrowedFd<'a>>,
 }
 
 /// Standard input, output and error of a process.

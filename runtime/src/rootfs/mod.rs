@@ -14,6 +14,7 @@
 
 mod dev;
 mod expose;
+mod layer;
 mod mask;
 mod mounts;
 mod options;

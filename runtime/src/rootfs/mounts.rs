@@ -33,6 +33,14 @@ pub struct Ground<'a> {
     pub shm: Option<BorrowedFd<'a>>,
     /// The user namespace that the container will live in.
     pub user: Option<&'a User>,
+    /// A tree with layers that are mounted already.
+    pub layers: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Ground<'a> {
+    fn look(&self) -> overlay::Look<'a> {
+        overlay::Look { label: mount_label(self.spec), user: self.user, tree: self.layers }
+    }
 }
 
 /// Detached mounts that are made or cloned while the host is in reach.
@@ -75,7 +83,7 @@ impl Sources {
 
 fn open_root(ground: &Ground<'_>) -> Result<OwnedFd, StepError> {
     if let Some(plan) = ground.plan {
-        return overlay::compose(plan, mount_label(ground.spec), ground.user);
+        return overlay::compose(plan, ground.look());
     }
     let path = ground.spec.root().as_ref().map(|root| root.path().clone());
     let path = path.ok_or_else(|| StepError::because(Kind::Invalid, "mount root", "", "config.json has no root"))?;
@@ -139,7 +147,7 @@ fn clone_source(ground: &Ground<'_>, mount: &Mount, recursive: bool) -> Result<O
     };
     let source = bundle.join(source);
     if let Some(volume) = plan.and_then(|plan| plan.image_volumes.iter().find(|volume| volume.source == source)) {
-        return image_volume(volume, mount_label(ground.spec), ground.user).map_err(|mut error| {
+        return image_volume(volume, ground.look()).map_err(|mut error| {
             error.object = format!("image volume on {destination}: {}", error.object);
             error
         });

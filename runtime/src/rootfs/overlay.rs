@@ -1,6 +1,6 @@
 //! The root's first mount, an overlay of layers or a directory that is ready; and volumes made of layers.
 
-use super::open_in_root;
+use super::{layer, open_in_root};
 use crate::bundle::{ImageVolume, RootfsPlan};
 use crate::namespace::User;
 use crate::process::{Context, Kind, StepError};
@@ -12,16 +12,29 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_fd, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen, open_tree,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+/// How layers are shown.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Look<'a> {
+    /// SELinux label of the mount.
+    pub(super) label: Option<&'a str>,
+    /// Whose mappings they are seen through.
+    pub(super) user: Option<&'a User>,
+    /// A tree with layers that are mounted already.
+    pub(super) tree: Option<BorrowedFd<'a>>,
+}
 
 /// Composes the overlay as a detached mount. A single layer without an upper directory is mounted by itself, because overlayfs
-/// wants two. With `user`, layers are seen through its mappings; what is changed lies in `upper` with the host's ids, because
+/// wants two. With a user namespace, layers are seen through its mappings; what is changed lies in `upper` with the host's ids, because
 /// overlayfs' own work there is done by the host's root.
-pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>, user: Option<&User>) -> Result<OwnedFd, StepError> {
+pub(super) fn compose(plan: &RootfsPlan, look: Look<'_>) -> Result<OwnedFd, StepError> {
+    let Look { label, user, .. } = look;
     if let (None, [only]) = (&plan.upper, plan.lower.as_slice()) {
         return match user {
+            _ if layer::is_image(only) => layer::image(only, look),
             Some(user) => mapped(only, user),
             None => ready(only),
         };
@@ -30,12 +43,13 @@ pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>, user: Option<&User
     let text = |path: &Path| Value::Text(path.display().to_string());
     // Held until the overlay has clones of its own: a detached mount ends with its descriptor.
     let mut stores = HashMap::new();
-    match user {
-        Some(user) => {
-            let layers = mapped_layers(&plan.lower, user, &mut stores)?;
-            options.extend(layers.into_iter().map(|layer| ("lowerdir+", Value::Fd(layer))));
-        }
-        None => options.extend(plan.lower.iter().map(|lower| ("lowerdir+", text(lower)))),
+    for lower in &plan.lower {
+        let value = match user {
+            _ if layer::is_image(lower) => Value::Fd(layer::image(lower, look)?),
+            Some(user) => Value::Fd(mapped_layer(lower, user, &mut stores)?),
+            None => text(lower),
+        };
+        options.push(("lowerdir+", value));
     }
     if let (Some(upper), Some(work)) = (&plan.upper, &plan.work) {
         if let Some(user) = user {
@@ -53,25 +67,16 @@ pub(super) fn compose(plan: &RootfsPlan, label: Option<&str>, user: Option<&User
 }
 
 /// Layers of one store lie side by side: one mapped clone of their directory, kept in `stores`, serves all.
-fn mapped_layers<'p>(
-    layers: &'p [PathBuf],
-    user: &User,
-    stores: &mut HashMap<&'p Path, OwnedFd>,
-) -> Result<Vec<OwnedFd>, StepError> {
-    let mut opened = Vec::with_capacity(layers.len());
-    for layer in layers {
-        let (Some(directory), Some(name)) = (layer.parent(), layer.file_name()) else {
-            return Err(StepError::because(Kind::Invalid, "mount layer", layer.display(), "must name a directory below another"));
-        };
-        if !stores.contains_key(directory) {
-            stores.insert(directory, mapped(directory, user)?);
-        }
-        if let Some(store) = stores.get(directory) {
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            opened.push(openat(store, name, flags, Mode::empty()).context("open layer", layer.display())?);
-        }
-    }
-    Ok(opened)
+fn mapped_layer<'p>(layer: &'p Path, user: &User, stores: &mut HashMap<&'p Path, OwnedFd>) -> Result<OwnedFd, StepError> {
+    let (Some(directory), Some(name)) = (layer.parent(), layer.file_name()) else {
+        return Err(StepError::because(Kind::Invalid, "mount layer", layer.display(), "must name a directory below another"));
+    };
+    let store = match stores.entry(directory) {
+        Entry::Occupied(there) => there.into_mut(),
+        Entry::Vacant(place) => place.insert(mapped(directory, user)?),
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(store, name, flags, Mode::empty()).context("open layer", layer.display())
 }
 
 /// A clone of a directory, seen through the mappings.
@@ -87,10 +92,10 @@ fn mapped(path: &Path, user: &User) -> Result<OwnedFd, StepError> {
 
 /// A volume of layers as a detached mount that nobody can write through, of the whole image or of one path in it. The overlay has
 /// no upper directory; a single layer is the layer's own directory, so it is made read-only as well.
-pub(super) fn image_volume(volume: &ImageVolume, label: Option<&str>, user: Option<&User>) -> Result<OwnedFd, StepError> {
+pub(super) fn image_volume(volume: &ImageVolume, look: Look<'_>) -> Result<OwnedFd, StepError> {
     let read_only = MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
     let plan = RootfsPlan { lower: volume.lower.clone(), ..RootfsPlan::default() };
-    let whole = compose(&plan, label, user)?;
+    let whole = compose(&plan, look)?;
     let shown = match &volume.sub_path {
         None => whole,
         Some(path) => {
@@ -114,7 +119,7 @@ pub(super) fn ready(path: &Path) -> Result<OwnedFd, StepError> {
 }
 
 /// What an option of a file system has behind its name.
-enum Value {
+pub(super) enum Value {
     Flag,
     Text(String),
     Fd(OwnedFd),
@@ -127,7 +132,7 @@ pub(super) fn file_system(typ: &str, options: &[(&str, Option<String>)], attr: M
 }
 
 /// Makes a detached mount of a new file system. The kernel's own words about a refused option become the error's message.
-fn make(typ: &str, options: &[(&str, Value)], attr: MountAttrFlags) -> Result<OwnedFd, StepError> {
+pub(super) fn make(typ: &str, options: &[(&str, Value)], attr: MountAttrFlags) -> Result<OwnedFd, StepError> {
     let step = format!("mount {typ}");
     let context = fsopen(typ, FsOpenFlags::FSOPEN_CLOEXEC).context(&step, "")?;
     for (key, value) in options {

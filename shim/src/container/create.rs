@@ -199,13 +199,15 @@ fn write_bundle(
     }
     let config = serde_json::to_vec(oci).map_err(|error| Error::internal(format!("encode config.json: {error}")))?;
     store::write_file(&directory.join("config.json"), &config)?;
+    let lower = image_volume::layers(image)?;
     let plan = serde_json::json!({
-        "version": 2,
-        "lower": image_volume::layers(image),
+        // The first version that has all of this, for monitors of earlier builds.
+        "version": if lower.iter().any(|layer| layer.ends_with(".erofs")) { 3 } else { 2 },
+        "lower": lower,
         "upper": text(&directory.join("upper")),
         "work": text(&directory.join("work")),
         "volatile": true,
-        "image_volumes": volumes.iter().map(|volume| volume.plan(directory)).collect::<Vec<_>>(),
+        "image_volumes": volumes.iter().map(|volume| volume.plan(directory)).collect::<Result<Vec<_>>>()?,
         "sources_resolved": true,
         "seccomp_program": seccomp_program.map(text),
     });

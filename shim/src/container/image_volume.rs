@@ -4,7 +4,7 @@
 use super::text;
 use crate::{
     error::{Error, Kind, Result},
-    image::Image,
+    image::{Image, Layer},
     node::Node,
 };
 use serde_json::{Value, json};
@@ -66,12 +66,12 @@ fn find_one(node: &Node, index: usize, mount: &Mount) -> Result<ImageVolume> {
 
 impl ImageVolume {
     /// The volume in `rootfs.json`.
-    pub(super) fn plan(&self, bundle: &Path) -> Value {
-        let mut plan = json!({ "source": text(&source(bundle, self.index)), "lower": layers(&self.image) });
+    pub(super) fn plan(&self, bundle: &Path) -> Result<Value> {
+        let mut plan = json!({ "source": text(&source(bundle, self.index)), "lower": layers(&self.image)? });
         if !self.sub_path.is_empty() {
             plan["sub_path"] = json!(self.sub_path);
         }
-        plan
+        Ok(plan)
     }
 
     /// Its directory in the bundle.
@@ -80,7 +80,8 @@ impl ImageVolume {
     }
 }
 
-/// Layer directories, topmost first, as overlayfs takes them.
-pub(super) fn layers(image: &Image) -> Vec<String> {
-    image.layers.iter().rev().map(|layer| text(&layer.path)).collect()
+/// Layers, topmost first, as overlayfs takes them. They are mounted where they are images, so that containers share the mount.
+pub(super) fn layers(image: &Image) -> Result<Vec<String>> {
+    let mounted = |layer: &Layer| layer.root().map(|_| text(&layer.path)).map_err(Error::of_image);
+    image.layers.iter().rev().map(mounted).collect()
 }

@@ -1,5 +1,6 @@
 //! The RPC face: the only module that knows tonic. Requests become calls of `pod`, `container` and `image`; their results become messages.
 
+mod deadline;
 mod image;
 mod runtime;
 mod status;
@@ -47,6 +48,7 @@ pub async fn serve(
         let _ = ending.send(());
     };
     let served = tonic::transport::Server::builder()
+        .layer(tower_layer::layer_fn(deadline::Deadline))
         .add_service(runtime)
         .add_service(image)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);

@@ -6,6 +6,7 @@
 
 use super::archive::{Archive, Entry};
 use super::error::ImageError;
+use super::layers::LayerFormat;
 use rustix::fs::{self, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
@@ -15,8 +16,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use tar::EntryType;
 
-const WHITEOUT: &[u8] = b".wh.";
-const OPAQUE: &[u8] = b".wh..wh..opq";
+pub(super) const WHITEOUT: &[u8] = b".wh.";
+pub(super) const OPAQUE: &[u8] = b".wh..wh..opq";
 const COPY_BYTES: usize = 64 << 10;
 const FS_BLOCK: u64 = 4096;
 
@@ -28,11 +29,12 @@ pub(super) struct Limits {
     pub(super) entries: u64,
 }
 
-/// What was written: bytes on disk (whole blocks) and inodes.
+/// What was written: bytes on disk (whole blocks), inodes, and in which form.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) bytes: u64,
     pub(super) inodes: u64,
+    pub(super) format: LayerFormat,
 }
 
 /// Unpacks the archive into the existing directory `dir`; gives back the reader behind the archive's end.
@@ -378,11 +380,15 @@ fn set_attributes(fd: &OwnedFd, entry: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// Sets the entry's xattrs but overlayfs's own, which would let an image reach into how layers are joined, and
-/// SELinux labels, which are the host's. What the file system does not keep is left out.
+/// All xattrs but overlayfs's own, which would let an image reach into how layers are joined, and SELinux labels, which are the host's.
+pub(super) fn keeps_xattr(key: &[u8]) -> bool {
+    !key.starts_with(b"trusted.overlay.") && !key.starts_with(b"user.overlay.") && key != b"security.selinux"
+}
+
+/// Sets the entry's xattrs. What the file system does not keep is left out.
 fn set_xattrs(entry: &Entry, set: impl Fn(&OsStr, &[u8]) -> Result<(), Errno>) -> io::Result<()> {
     for (key, value) in &entry.xattrs {
-        if key.starts_with(b"trusted.overlay.") || key.starts_with(b"user.overlay.") || key == b"security.selinux" {
+        if !keeps_xattr(key) {
             continue;
         }
         match set(OsStr::from_bytes(key), value) {

@@ -1,12 +1,16 @@
-//! Layers on disk, one directory each by chain id, and who uses them. A layer that no image and no lease uses is
+//! Layers on disk, one EROFS image or directory each by chain id, and who uses them. A layer that no image and no lease uses is
 //! renamed away at once and deleted in the background.
 
 use super::digest::{hex_of, is_hex};
 use super::error::ImageError;
 use super::extract::Written;
+use super::mounts::Mounts;
 use super::record::{self, LayerRecord};
+use super::unpack::Place;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
@@ -22,8 +26,41 @@ pub struct FsUsage {
     pub inodes_used: u64,
 }
 
+/// How a layer is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerFormat {
+    /// `<hex>`, a directory of the layer's files.
+    #[default]
+    Directory,
+    /// `<hex>.erofs`, one file.
+    Erofs,
+}
+
+impl LayerFormat {
+    /// The name below the layers' directory.
+    fn name(self, hex: &str) -> String {
+        match self {
+            LayerFormat::Directory => hex.to_owned(),
+            LayerFormat::Erofs => format!("{hex}.erofs"),
+        }
+    }
+
+    /// The form and the layer that a name stands for.
+    fn of(name: &str) -> Option<(LayerFormat, &str)> {
+        let found = match name.strip_suffix(".erofs") {
+            Some(hex) => (LayerFormat::Erofs, hex),
+            None => (LayerFormat::Directory, name),
+        };
+        is_hex(found.1).then_some(found)
+    }
+}
+
 pub(super) struct Layers {
     dir: PathBuf,
+    /// Of the layers that are made from now on.
+    format: LayerFormat,
+    pub(super) mounts: Mounts,
     held: Mutex<HashMap<String, Held>>,
     building: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     trash: mpsc::Sender<PathBuf>,
@@ -41,7 +78,11 @@ struct Held {
 
 impl Layers {
     /// Takes up the layers in `dir` that have a record or are named in `imaged`; removes everything else.
-    pub(super) fn open(dir: PathBuf, imaged: &HashMap<String, LayerRecord>) -> Result<Layers, ImageError> {
+    pub(super) fn open(
+        dir: PathBuf,
+        imaged: &HashMap<String, LayerRecord>,
+        format: Option<LayerFormat>,
+    ) -> Result<Layers, ImageError> {
         let failed = |e| ImageError::io(format!("open layers in {}", dir.display()), e);
         fs::create_dir_all(&dir).map_err(failed)?;
         let trash = start_trash_thread().map_err(failed)?;
@@ -49,11 +90,11 @@ impl Layers {
         for entry in fs::read_dir(&dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            if !is_hex(&name) {
+            let Some((found, hex)) = LayerFormat::of(&name) else {
                 discard_stray(&dir, &path, &name, &trash);
                 continue;
-            }
-            let chain_id = format!("sha256:{name}");
+            };
+            let chain_id = format!("sha256:{hex}");
             let record_path = record_path(&dir, &chain_id);
             let record = match imaged.get(&chain_id) {
                 Some(record) => {
@@ -65,8 +106,9 @@ impl Layers {
                 None => record::read::<LayerRecord>(&record_path).ok(),
             };
             match record {
+                Some(r) if r.format != found => discard(&dir, &path, &trash),
                 Some(r) => {
-                    let written = Written { bytes: r.bytes, inodes: r.inodes };
+                    let written = Written { bytes: r.bytes, inodes: r.inodes, format: r.format };
                     held.insert(chain_id, Held { uses: 0, on_disk: Some(written), durable: true });
                 }
                 None => {
@@ -76,11 +118,26 @@ impl Layers {
                 }
             }
         }
-        Ok(Layers { dir, held: Mutex::new(held), building: Mutex::default(), trash, closed: AtomicBool::new(false) })
+        let format = match format {
+            Some(LayerFormat::Erofs) => super::mounts::probe(&dir).map(|()| LayerFormat::Erofs)?,
+            Some(LayerFormat::Directory) => LayerFormat::Directory,
+            None => super::mounts::probe(&dir).map(|()| LayerFormat::Erofs).unwrap_or_else(|error| {
+                tracing::info!(%error, "new layers are kept as directories: this host cannot mount EROFS images there");
+                LayerFormat::Directory
+            }),
+        };
+        let (held, closed) = (Mutex::new(held), AtomicBool::new(false));
+        Ok(Layers { dir, format, mounts: Mounts::default(), held, building: Mutex::default(), trash, closed })
     }
 
-    pub(super) fn path(&self, chain_id: &str) -> PathBuf {
-        self.dir.join(hex_of(chain_id))
+    fn path(&self, chain_id: &str, format: LayerFormat) -> PathBuf {
+        self.dir.join(format.name(hex_of(chain_id)))
+    }
+
+    /// Where a layer that is on disk lies, and its form.
+    pub(super) fn place(&self, chain_id: &str) -> (PathBuf, LayerFormat) {
+        let format = self.written(chain_id).unwrap_or_default().format;
+        (self.path(chain_id, format), format)
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -117,12 +174,23 @@ impl Layers {
         lock.lock_owned().await
     }
 
+    /// What to unpack into, in the form of new layers; gone when dropped unless published.
+    pub(super) fn temp(&self) -> Result<TempLayer, ImageError> {
+        if self.format == LayerFormat::Directory {
+            return self.temp_dir();
+        }
+        let path = random_name(&self.dir, "tmp");
+        let failed = |e| ImageError::io(format!("make layer {}", path.display()), e);
+        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(failed)?;
+        Ok(TempLayer { path, file: Some(file), published: false })
+    }
+
     /// A directory to unpack into, gone when dropped unless published.
     pub(super) fn temp_dir(&self) -> Result<TempLayer, ImageError> {
         let path = random_name(&self.dir, "tmp");
         let failed = |e| ImageError::io(format!("make layer directory {}", path.display()), e);
         fs::create_dir(&path).map_err(failed)?;
-        let temp = TempLayer { path: path.clone(), published: false };
+        let temp = TempLayer { path: path.clone(), file: None, published: false };
         // A layer without an entry for its root has the usual one, whatever the umask.
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(failed)?;
         Ok(temp)
@@ -130,7 +198,7 @@ impl Layers {
 
     /// Gives the unpacked directory its name. The caller holds a lease on it and the right to build it.
     pub(super) fn publish(&self, chain_id: &str, mut temp: TempLayer, written: Written) -> Result<(), ImageError> {
-        let path = self.path(chain_id);
+        let path = self.path(chain_id, written.format);
         let mut held = self.lock();
         fs::rename(&temp.path, &path).map_err(|e| ImageError::io(format!("name layer {chain_id}"), e))?;
         temp.published = true;
@@ -153,6 +221,7 @@ impl Layers {
                 chain_id: chain_id.clone(),
                 bytes: written.bytes,
                 inodes: written.inodes,
+                format: written.format,
             };
             if !layer.durable {
                 record::write(&record_path(&self.dir, chain_id), &record, false)?;
@@ -202,11 +271,14 @@ impl Layers {
     }
 
     fn discard_layer(&self, held: &mut HashMap<String, Held>, chain_id: &str) {
-        if held.remove(chain_id).is_some_and(|h| h.on_disk.is_some()) {
+        if let Some(written) = held.remove(chain_id).and_then(|h| h.on_disk) {
+            if written.format == LayerFormat::Erofs {
+                self.mounts.forget(hex_of(chain_id));
+            }
             if let Err(error) = record::remove(&record_path(&self.dir, chain_id)) {
                 tracing::warn!(%error, "removing a layer");
             }
-            discard(&self.dir, &self.path(chain_id), &self.trash);
+            discard(&self.dir, &self.path(chain_id, written.format), &self.trash);
         }
     }
 
@@ -238,6 +310,8 @@ impl Drop for Lease {
 /// A layer being unpacked.
 pub(super) struct TempLayer {
     path: PathBuf,
+    /// Of an image.
+    file: Option<fs::File>,
     published: bool,
 }
 
@@ -245,16 +319,28 @@ impl TempLayer {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+
+    pub(super) fn place(&self) -> Place<'_> {
+        match &self.file {
+            Some(file) => Place::Erofs(file),
+            None => Place::Directory(&self.path),
+        }
+    }
 }
 
 impl Drop for TempLayer {
     fn drop(&mut self) {
         if !self.published
-            && let Err(error) = fs::remove_dir_all(&self.path)
+            && let Err(error) = remove(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
         }
     }
+}
+
+/// Removes a layer of either form.
+fn remove(path: &Path) -> std::io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 fn record_path(dir: &Path, chain_id: &str) -> PathBuf {
@@ -272,9 +358,13 @@ fn discard_stray(dir: &Path, path: &Path, name: &str, trash: &mpsc::Sender<PathB
         discard(dir, path, trash);
     } else if name.starts_with("trash-") {
         let _ = trash.send(path.to_path_buf());
-    } else if name.ends_with(".json.tmp") || name.strip_suffix(".json").is_some_and(|n| is_hex(n) && !dir.join(n).exists()) {
+    } else if name.ends_with(".json.tmp") || name.strip_suffix(".json").is_some_and(|n| is_hex(n) && !exists(dir, n)) {
         let _ = fs::remove_file(path);
     }
+}
+
+fn exists(dir: &Path, hex: &str) -> bool {
+    [LayerFormat::Directory, LayerFormat::Erofs].iter().any(|format| dir.join(format.name(hex)).exists())
 }
 
 fn discard(dir: &Path, path: &Path, trash: &mpsc::Sender<PathBuf>) {
@@ -290,7 +380,7 @@ fn start_trash_thread() -> std::io::Result<mpsc::Sender<PathBuf>> {
     let (sender, paths) = mpsc::channel::<PathBuf>();
     std::thread::Builder::new().name("layer-trash".into()).spawn(move || {
         for path in paths {
-            if let Err(error) = fs::remove_dir_all(&path) {
+            if let Err(error) = remove(&path) {
                 tracing::warn!(path = %path.display(), %error, "deleting a removed layer");
             }
         }

@@ -1,19 +1,22 @@
-//! The image store: pulls and imports images, keeps each layer once as a directory by chain id, and answers
+//! The image store: pulls and imports images, keeps each layer once by chain id, as an EROFS image or a directory, and answers
 //! what an image is. A layer is fetched, verified, decompressed and unpacked in one pass; no compressed copy stays.
 //!
-//! It knows no pod, no container and no gRPC; a container holds its layers by a [`Lease`]. It never mounts.
+//! It knows no pod, no container and no gRPC; a container holds its layers by a [`Lease`]. What it mounts is
+//! layers, in a tree that nobody sees (`mounts`).
 //! Durability: layers first, one `syncfs`, then layer records, the image record last; what has no record is unfinished
 //! work and is removed when the store opens.
 
 mod archive;
 mod auth;
 mod digest;
+mod erofs;
 mod error;
 mod extract;
 mod hosts;
 mod import;
 mod layers;
 mod manifest;
+mod mounts;
 mod read;
 mod record;
 pub mod reference;
@@ -31,7 +34,7 @@ mod tests;
 
 pub use auth::RegistryAuth;
 pub use error::ImageError;
-pub use layers::{FsUsage, Lease};
+pub use layers::{FsUsage, LayerFormat, Lease};
 pub use manifest::Platform;
 pub use reference::Reference;
 pub use store::{Image, Layer, Store, StoreConfig};

@@ -1,7 +1,7 @@
-//! Reads one file of an image through its layers, as overlayfs would show it, with nothing mounted.
+//! Reads one file of an image through its layers' roots, uppermost first, as overlayfs would show it, with no overlay mounted.
 
 use super::error::ImageError;
-use rustix::fs::{self, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{self, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -13,10 +13,9 @@ use std::path::{Component, Path, PathBuf};
 const MAX_SYMLINKS: u32 = 40;
 
 /// The regular file at `path`, symlinks followed inside the image; `None` if there is none.
-pub(super) fn read_file(layers: &[&Path], path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
+pub(super) fn read_file(roots: &[OwnedFd], path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
     let what = || format!("read {path:?} of image");
-    let roots = open_roots(layers).map_err(|e| ImageError::io(what(), e))?;
-    let found = resolve(&roots, Path::new(path)).map_err(|e| ImageError::io(what(), e))?;
+    let found = resolve(roots, Path::new(path)).map_err(|e| ImageError::io(what(), e))?;
     let Some((root, real, FileType::RegularFile)) = found else {
         return Ok(None);
     };
@@ -30,15 +29,8 @@ pub(super) fn read_file(layers: &[&Path], path: &str, limit_bytes: u64) -> Resul
 }
 
 /// Whether the image has a file or directory at `path`, symlinks followed inside the image.
-pub(super) fn has_path(layers: &[&Path], path: &str) -> Result<bool, ImageError> {
-    let found = open_roots(layers).and_then(|roots| Ok(resolve(&roots, Path::new(path))?.is_some()));
-    found.map_err(|e| ImageError::io(format!("find {path:?} in image"), e))
-}
-
-/// The layers' directories, uppermost first.
-fn open_roots(layers: &[&Path]) -> Result<Vec<OwnedFd>, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    layers.iter().rev().map(|dir| fs::openat(CWD, *dir, flags, Mode::empty())).collect()
+pub(super) fn has_path(roots: &[OwnedFd], path: &str) -> Result<bool, ImageError> {
+    resolve(roots, Path::new(path)).map(|found| found.is_some()).map_err(|e| ImageError::io(format!("find {path:?} in image"), e))
 }
 
 /// Walks the path through the merged view; `roots` are uppermost first.

@@ -1,6 +1,7 @@
 //! The durable form of images and layers: one versioned JSON file each.
 
 use super::error::ImageError;
+use super::layers::LayerFormat;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs::{self, File};
 use std::io::Write;
@@ -27,6 +28,8 @@ pub(super) struct LayerRecord {
     pub(super) chain_id: String,
     pub(super) bytes: u64,
     pub(super) inodes: u64,
+    #[serde(default)]
+    pub(super) format: LayerFormat,
 }
 
 /// Reads a record of a version this program knows.

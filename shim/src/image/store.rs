@@ -5,7 +5,7 @@ use super::auth::RegistryAuth;
 use super::digest::{self, chain_ids, hex_of, is_hex};
 use super::error::ImageError;
 use super::extract::Limits;
-use super::layers::{FsUsage, Layers, Lease};
+use super::layers::{FsUsage, LayerFormat, Layers, Lease};
 use super::manifest::{self, Document, Manifest, Platform};
 use super::record::{self, ImageRecord, LayerRecord};
 use super::reference::Reference;
@@ -15,7 +15,9 @@ use super::{import, read};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use oci_spec::image::ImageConfiguration;
+use rustix::fs::{CWD, Mode, OFlags};
 use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tokio::sync::Semaphore;
@@ -39,6 +41,8 @@ pub struct StoreConfig {
     pub layer_limit_bytes: u64,
     /// Most entries in one layer.
     pub layer_limit_entries: u64,
+    /// How new layers are kept; `None` for EROFS images where this host can mount them.
+    pub layer_format: Option<LayerFormat>,
 }
 
 impl StoreConfig {
@@ -51,17 +55,43 @@ impl StoreConfig {
             parallel_layers: 4,
             layer_limit_bytes: 256 << 30,
             layer_limit_entries: 10_000_000,
+            layer_format: None,
         }
     }
 }
 
 /// One layer of an image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Layer {
     /// Digest over this layer's and all lower layers' diff ids.
     pub chain_id: String,
-    /// The directory with the layer's files and overlayfs whiteouts.
+    /// The directory with the layer's files and overlayfs whiteouts, or the EROFS image (`.erofs`) of such a one.
     pub path: PathBuf,
+    format: LayerFormat,
+    layers: Arc<Layers>,
+}
+
+impl std::fmt::Debug for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Layer").field(&self.path).finish()
+    }
+}
+
+impl Layer {
+    /// The layer's files as a directory. An EROFS image is mounted for that in the store's tree, and stays.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn root(&self) -> Result<OwnedFd, ImageError> {
+        match self.format {
+            LayerFormat::Directory => {
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let opened = rustix::fs::openat(CWD, &self.path, flags, Mode::empty());
+                opened.map_err(|e| ImageError::io(format!("open layer {}", self.path.display()), e))
+            }
+            LayerFormat::Erofs => self.layers.mounts.open(hex_of(&self.chain_id), &self.path),
+        }
+    }
 }
 
 /// An image on disk, as it was when it was looked up.
@@ -87,8 +117,7 @@ impl Image {
     /// # Errors
     /// `TooMany` if the file is longer than `limit_bytes`; `Io`.
     pub fn read_file(&self, path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
-        let layers: Vec<&Path> = self.layers.iter().map(|l| l.path.as_path()).collect();
-        read::read_file(&layers, path, limit_bytes)
+        read::read_file(&self.roots()?, path, limit_bytes)
     }
 
     /// Whether there is a file or directory at `path`, symlinks followed inside the image.
@@ -96,8 +125,12 @@ impl Image {
     /// # Errors
     /// `Io`.
     pub fn has_path(&self, path: &str) -> Result<bool, ImageError> {
-        let layers: Vec<&Path> = self.layers.iter().map(|l| l.path.as_path()).collect();
-        read::has_path(&layers, path)
+        read::has_path(&self.roots()?, path)
+    }
+
+    /// The layers' roots, the uppermost first.
+    fn roots(&self) -> Result<Vec<OwnedFd>, ImageError> {
+        self.layers.iter().rev().map(Layer::root).collect()
     }
 
     fn chain_ids(&self) -> Vec<String> {
@@ -189,7 +222,7 @@ impl Store {
         }
         let imaged: HashMap<String, LayerRecord> =
             records.iter().flat_map(|(r, _): &(ImageRecord, _)| &r.layers).map(|l| (l.chain_id.clone(), l.clone())).collect();
-        let layers = Arc::new(Layers::open(config.root.join("layers"), &imaged)?);
+        let layers = Arc::new(Layers::open(config.root.join("layers"), &imaged, config.layer_format)?);
         let mut index = BTreeMap::new();
         for (record, parsed) in records {
             if let Some(lost) = record.layers.iter().find(|l| layers.written(&l.chain_id).is_none()) {
@@ -371,6 +404,19 @@ impl Store {
         self.0.layers.collect();
     }
 
+    /// The tree in which EROFS layers are mounted, for monitors to keep and to take layers from.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn layer_tree(&self) -> Result<BorrowedFd<'_>, ImageError> {
+        self.0.layers.mounts.tree().map(AsFd::as_fd)
+    }
+
+    /// Takes over the tree of an earlier daemon, as one of its monitors kept it. To be called before layers are used.
+    pub fn adopt_layer_tree(&self, tree: OwnedFd) {
+        self.0.layers.mounts.adopt(tree);
+    }
+
     /// What the layers take on disk.
     pub fn usage(&self) -> FsUsage {
         self.0.layers.usage()
@@ -474,14 +520,17 @@ fn indexed(layers: &Arc<Layers>, record: ImageRecord, config: ImageConfiguration
     Indexed { image: Arc::new(image_of(layers, &record, config)), record, _lease: layers.lease(&chain) }
 }
 
-fn image_of(layers: &Layers, record: &ImageRecord, config: ImageConfiguration) -> Image {
-    let places = record.layers.iter().map(|l| Layer { chain_id: l.chain_id.clone(), path: layers.path(&l.chain_id) });
+fn image_of(layers: &Arc<Layers>, record: &ImageRecord, config: ImageConfiguration) -> Image {
+    let place = |record: &LayerRecord| {
+        let (path, format) = layers.place(&record.chain_id);
+        Layer { chain_id: record.chain_id.clone(), path, format, layers: Arc::clone(layers) }
+    };
     Image {
         id: record.id.clone(),
         repo_tags: record.repo_tags.clone(),
         repo_digests: record.repo_digests.clone(),
         size_bytes: record.config.len() as u64 + record.layers.iter().map(|l| l.bytes).sum::<u64>(),
         config,
-        layers: places.collect(),
+        layers: record.layers.iter().map(place).collect(),
     }
 }

@@ -6,7 +6,7 @@ use super::*;
 use rustix::fs::{self as rfs, FileType};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tar::EntryType;
 
@@ -17,6 +17,16 @@ fn open(root: &Path) -> Store {
     Store::open(config).unwrap()
 }
 
+/// The layer's files, while the process has the descriptor.
+fn root_of(layer: &Layer) -> PathBuf {
+    let root = layer.root().unwrap();
+    PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::IntoRawFd::into_raw_fd(root)))
+}
+
+fn paths(image: &super::Image) -> Vec<PathBuf> {
+    image.layers.iter().map(|layer| layer.path.clone()).collect()
+}
+
 /// Waits until the layers' directory holds `expected` layers and nothing unfinished.
 fn assert_layers(root: &Path, expected: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -25,7 +35,7 @@ fn assert_layers(root: &Path, expected: usize) {
             .unwrap()
             .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
             .collect();
-        let layers = names.iter().filter(|n| n.len() == 64).count();
+        let layers = names.iter().filter(|n| n.trim_end_matches(".erofs").len() == 64).count();
         let strays = names.iter().filter(|n| n.starts_with("tmp-") || n.starts_with("trash-")).count();
         let records = names.len() - layers - strays;
         if layers == expected && strays == 0 && records == layers {
@@ -62,14 +72,14 @@ async fn pulls_all_compressions_and_kinds_and_survives_reopening() {
     assert_eq!(image.repo_tags, [registry.name("a/b:latest")]);
     assert_eq!(image.repo_digests, [format!("{}@{}", registry.name("a/b"), digest::of(&list))]);
     for (i, layer) in image.layers.iter().enumerate() {
-        assert_eq!(fs::read(layer.path.join(format!("f{i}"))).unwrap(), noise(i as u64 + 1, 300_000));
+        assert_eq!(fs::read(root_of(layer).join(format!("f{i}"))).unwrap(), noise(i as u64 + 1, 300_000));
     }
     let usage = store.usage();
     assert!(usage.used_bytes >= 1_200_000 && usage.inodes_used == 4, "{usage:?}");
     drop(store);
     let store = open(root.path());
     let again = store.get(&registry.name("a/b")).unwrap();
-    assert_eq!((&again.layers, again.size_bytes), (&image.layers, image.size_bytes));
+    assert_eq!((paths(&again), again.size_bytes), (paths(&image), image.size_bytes));
     assert_eq!(store.usage(), usage);
     assert_layers(root.path(), 4);
     let blobs = registry.requests("/blobs/");
@@ -139,7 +149,7 @@ async fn cut_connections_are_resumed() {
             (content.cut_after, content.ignore_ranges) = (Some(400_000), ignore_ranges);
         }
         let image = open(root.path()).pull(&registry.name("a/b:t"), None).await.unwrap();
-        assert_eq!(fs::read(image.layers[0].path.join("big")).unwrap(), noise(7, 1_000_000));
+        assert_eq!(fs::read(root_of(&image.layers[0]).join("big")).unwrap(), noise(7, 1_000_000));
         assert!(registry.requests("bytes=400000-") > 0);
     }
 }
@@ -234,7 +244,7 @@ async fn identical_pulls_are_joined_and_shared_layers_fetched_once() {
     let (one, two) = (registry.name("a/b:t"), registry.name("a/c:t"));
     let (a, b, c) = tokio::join!(store.pull(&one, None), store.pull(&one, None), store.pull(&two, None));
     let (a, b, c) = (a.unwrap(), b.unwrap(), c.unwrap());
-    assert_eq!((&a.id, &a.layers[0]), (&b.id, &c.layers[0]));
+    assert_eq!((&a.id, &paths(&a)[0]), (&b.id, &paths(&c)[0]));
     assert_eq!(registry.requests(&digest::of(&base.1)), 1);
     assert_eq!(registry.requests("a/b/manifests"), 1);
     store.remove(&one).unwrap();
@@ -261,7 +271,17 @@ fn unpack(plain: Vec<u8>) -> (tempfile::TempDir, Result<extract::Written, ImageE
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("layer")).unwrap();
     let limits = extract::Limits { bytes: 100 << 20, entries: 10_000 };
-    let result = unpack::unpack(&plain[..], &digest::of(&plain), &dir.path().join("layer"), limits);
+    let place = dir.path().join("layer");
+    let result = unpack::unpack(&plain[..], &digest::of(&plain), unpack::Place::Directory(&place), limits);
+    // An image has the same content, or fails for the same reason.
+    match &result {
+        Ok(_) => super::erofs::tests::same_as_a_directory(&plain),
+        Err(error) => {
+            let image = tempfile::tempfile().unwrap();
+            let other = unpack::unpack(&plain[..], &digest::of(&plain), unpack::Place::Erofs(&image), limits).unwrap_err();
+            assert_eq!(other.to_string(), error.to_string());
+        }
+    }
     (dir, result)
 }
 
@@ -491,11 +511,11 @@ async fn unfinished_work_and_bad_records_do_not_stop_the_store() {
     assert_eq!(store.list().len(), 1);
     assert_layers(root.path(), 1);
     drop(store);
-    fs::remove_dir_all(&image.layers[0].path).unwrap();
+    fs::remove_file(&image.layers[0].path).unwrap();
     let store = open(root.path());
     assert!(store.list().is_empty());
     store.pull(&name, None).await.unwrap();
-    assert!(image.layers[0].path.join("etc/passwd").exists());
+    assert!(store.get(&name).unwrap().has_path("etc/passwd").unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -517,4 +537,41 @@ async fn a_full_disk_fails_the_pull_and_leaves_nothing() {
     assert!(matches!(error, ImageError::NoSpace(_)), "{error}");
     assert_layers(disk.0.path(), 0);
     store.pull(&registry.name("a/b:small"), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_forms_of_layers_live_side_by_side() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let layer = |name: &str| Tar::new().file(name, 0o644, name.as_bytes()).finish();
+    let both = [layer("lower"), layer("upper")].map(|plain| (plain.clone(), gzip(&plain)));
+    registry.push("a/one", "t", &image(&both[..1], false));
+    registry.push("a/two", "t", &image(&both, false));
+    let open_as = |format| {
+        let mut config = StoreConfig::new(root.path().join("images"), root.path().join("certs.d"));
+        config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+        config.layer_format = Some(format);
+        Store::open(config).unwrap()
+    };
+    let store = open_as(LayerFormat::Directory);
+    let one = store.pull(&registry.name("a/one:t"), None).await.unwrap();
+    assert!(one.layers[0].path.is_dir());
+    drop((one, store));
+    let store = open_as(LayerFormat::Erofs);
+    let two = store.pull(&registry.name("a/two:t"), None).await.unwrap();
+    assert!(two.layers[0].path.is_dir() && two.layers[1].path.is_file(), "{two:?}");
+    drop(two);
+    drop(store);
+    let store = open_as(LayerFormat::Directory);
+    let two = store.get(&registry.name("a/two:t")).unwrap();
+    for name in ["lower", "upper"] {
+        assert_eq!(two.read_file(name, 100).unwrap().as_deref(), Some(name.as_bytes()));
+    }
+    let kept = root_of(&two.layers[1]);
+    for name in ["a/one:t", "a/two:t"] {
+        store.remove(&registry.name(name)).unwrap();
+    }
+    assert_layers(root.path(), 0);
+    assert_eq!(fs::read(kept.join("upper")).unwrap(), b"upper", "who uses a layer keeps it");
+    let tree = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&store.layer_tree().unwrap())));
+    assert_eq!(fs::read_dir(tree).unwrap().count(), 0, "nothing is left in the tree");
 }

@@ -6,7 +6,7 @@ use super::extract::Limits;
 use super::layers::Layers;
 use super::manifest::Descriptor;
 use super::registry::{Session, cause};
-use super::unpack::{CHANNEL_CHUNKS, ChannelReader, Chunk, unpack};
+use super::unpack::{CHANNEL_CHUNKS, ChannelReader, Chunk, Place, unpack};
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_RANGE;
 use sha2::{Digest as _, Sha256};
@@ -45,21 +45,22 @@ pub(super) async fn ensure(layers: Arc<Layers>, slots: Arc<Semaphore>, want: Wan
     let work = {
         let (lease, layers) = (layers.lease(std::slice::from_ref(&want.chain_id)), Arc::clone(&layers));
         let (chain_id, diff_id) = (want.chain_id, want.diff_id);
-        move |read: &mut dyn FnMut(&std::path::Path, &str) -> Result<super::extract::Written, ImageError>| {
-            let temp = layers.temp_dir()?;
-            let result = read(temp.path(), &diff_id).and_then(|written| layers.publish(&chain_id, temp, written));
+        move |read: &mut dyn FnMut(Place<'_>, &str) -> Result<super::extract::Written, ImageError>| {
+            let temp = layers.temp()?;
+            let result = read(temp.place(), &diff_id).and_then(|written| layers.publish(&chain_id, temp, written));
             drop((lease, building, slot));
             result
         }
     };
     let worker = match want.source {
         Source::File(mut file, expected) => tokio::task::spawn_blocking(move || {
-            work(&mut |dir, diff_id| from_file(&mut file, expected.as_deref(), diff_id, dir, limits))
+            work(&mut |place, diff_id| from_file(&mut file, expected.as_deref(), diff_id, place, limits))
         }),
         Source::Registry(session, descriptor) => {
             let (chunks, receiver) = mpsc::channel(CHANNEL_CHUNKS);
             let mut reader = ChannelReader::new(receiver);
-            let worker = tokio::task::spawn_blocking(move || work(&mut |dir, diff_id| unpack(&mut reader, diff_id, dir, limits)));
+            let worker =
+                tokio::task::spawn_blocking(move || work(&mut |place, diff_id| unpack(&mut reader, diff_id, place, limits)));
             feed(&session, &descriptor, &chunks).await;
             drop(chunks);
             worker
@@ -72,11 +73,11 @@ fn from_file(
     file: &mut File,
     expected: Option<&str>,
     diff_id: &str,
-    dir: &std::path::Path,
+    place: Place<'_>,
     limits: Limits,
 ) -> Result<super::extract::Written, ImageError> {
     let mut reader = HashingReader::new(file);
-    let written = unpack(&mut reader, diff_id, dir, limits)?;
+    let written = unpack(&mut reader, diff_id, place, limits)?;
     match (expected, reader.finish()) {
         (Some(expected), found) if expected != found => {
             Err(ImageError::Corrupt(format!("blob {expected}: its bytes have digest {found}")))

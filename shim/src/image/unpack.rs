@@ -2,9 +2,11 @@
 //! thread decompresses, hashes the plain bytes (the diff id) and extracts. The whole layer is in memory at no time.
 
 use super::digest::HashingReader;
+use super::erofs;
 use super::error::ImageError;
 use super::extract::{self, Limits, Written};
 use bytes::{Buf, Bytes};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use tokio::sync::mpsc;
@@ -55,11 +57,24 @@ impl Read for ChannelReader {
     }
 }
 
-/// Unpacks the (compressed) layer into `dir` and checks that its plain bytes have `diff_id`.
-pub(super) fn unpack(reader: impl Read, diff_id: &str, dir: &Path, limits: Limits) -> Result<Written, ImageError> {
+/// What a layer is unpacked into.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place<'a> {
+    /// A directory that is there.
+    Directory(&'a Path),
+    /// An empty file.
+    Erofs(&'a File),
+}
+
+/// Unpacks the (compressed) layer and checks that its plain bytes have `diff_id`.
+pub(super) fn unpack(reader: impl Read, diff_id: &str, place: Place<'_>, limits: Limits) -> Result<Written, ImageError> {
     let mut raw = BufReader::with_capacity(BUFFER_BYTES, reader);
     let plain = decompress(&mut raw).map_err(|e| ImageError::io("unpack", e))?;
-    let (written, rest) = extract::extract(HashingReader::new(BufReader::with_capacity(BUFFER_BYTES, plain)), dir, limits)?;
+    let plain = HashingReader::new(BufReader::with_capacity(BUFFER_BYTES, plain));
+    let (written, rest) = match place {
+        Place::Directory(dir) => extract::extract(plain, dir, limits)?,
+        Place::Erofs(file) => erofs::build(plain, file, limits)?,
+    };
     let mut rest = rest.take(MAX_TRAILER_BYTES);
     io::copy(&mut rest, &mut io::sink()).map_err(|e| ImageError::io("unpack", e))?;
     if rest.limit() == 0 {
@@ -109,7 +124,7 @@ mod tests {
         for (what, stored) in [("plain", plain.clone()), ("gzip", gzip(&plain)), ("zstd", zstd(&plain))] {
             let dir = tempfile::tempdir().unwrap();
             let started = Instant::now();
-            let written = unpack(&stored[..], &id, dir.path(), limits).unwrap();
+            let written = unpack(&stored[..], &id, super::Place::Directory(dir.path()), limits).unwrap();
             let rate = plain.len() as f64 / 1e6 / started.elapsed().as_secs_f64();
             println!("{what}: {} MB stored, {} MB on disk, {rate:.0} MB/s", stored.len() / 1_000_000, written.bytes / 1_000_000);
             assert_eq!(fs::metadata(dir.path().join("dir0/file0")).unwrap().permissions().mode() & 0o7777, 0o644);

@@ -6,7 +6,7 @@
 mod socket;
 
 use crate::error::{Error, Kind, Result};
-use rustix::fd::OwnedFd;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
@@ -60,8 +60,8 @@ impl Program {
         Ok(Program { file })
     }
 
-    /// Starts a monitor for the pod whose run directory is given and connects to it.
-    pub fn start(&self, run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
+    /// Starts a monitor for the pod whose run directory is given and connects to it. It keeps the tree of layers.
+    pub fn start(&self, run_directory: &Path, layers: BorrowedFd<'_>) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
         use std::os::fd::AsRawFd;
         let failed = |error: std::io::Error| Error::io("start monitor", error);
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
@@ -73,7 +73,7 @@ impl Program {
             .arg(run_directory)
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
+            .stdout(Stdio::from(layers.try_clone_to_owned().map_err(failed)?))
             .stderr(Stdio::null());
         // The handle is dropped: tokio reaps the process if it ends while this daemon lives, and init afterwards.
         let _child = command.spawn().map_err(failed)?;

@@ -26,7 +26,11 @@ impl Reader {
     pub(super) async fn next(&mut self, stream: &UnixStream) -> io::Result<Option<(Frame, Vec<OwnedFd>)>> {
         loop {
             if let Some(frame) = frame::decode(&mut self.buffer).map_err(io::Error::other)? {
-                let carries = matches!(frame.body, Some(Body::SetupReply(_) | Body::ExecReply(_)));
+                let carries = match &frame.body {
+                    Some(Body::SetupReply(_) | Body::ExecReply(_)) => true,
+                    Some(Body::StateReply(state)) => state.layers,
+                    _ => false,
+                };
                 let descriptors = if carries { std::mem::take(&mut self.descriptors) } else { Vec::new() };
                 return Ok(Some((frame, descriptors)));
             }

@@ -78,7 +78,9 @@ async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
 
 async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let (monitor, events) = Monitor::connect(&node.run_directory(&pod.id)).await?;
-    let (reply, _) = monitor.call(Body::State(StateRequest {})).await?;
+    let (reply, descriptors) = monitor.call(Body::State(StateRequest {})).await?;
+    // All monitors of one line of daemons have the same.
+    descriptors.into_iter().for_each(|tree| node.images.adopt_layer_tree(tree));
     let states: HashMap<String, ContainerState> = match reply {
         Body::StateReply(state) => state.containers.into_iter().map(|state| (state.container_id.clone(), state)).collect(),
         _ => HashMap::new(),

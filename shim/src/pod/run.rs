@@ -144,7 +144,8 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
 
 async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()> {
     prepare_directories(node, pod)?;
-    let (monitor, events) = node.program.start(&node.run_directory(&pod.id))?;
+    let (monitor, events) =
+        node.program.start(&node.run_directory(&pod.id), node.images.layer_tree().map_err(Error::of_image)?)?;
     pod.set_monitor(Some(monitor.clone()));
     let route_socket = setup(node, pod, &monitor).await?;
     if own_network {
