@@ -2,6 +2,7 @@
 //! `tar` crate; the walk is ours because headers must be bounded and PAX values may hold any byte.
 
 use super::error::ImageError;
+use super::split::Recorder;
 use std::io::{self, Read};
 use tar::{EntryType, Header};
 
@@ -38,6 +39,8 @@ pub(super) struct Archive<R> {
     left: u64,
     /// Bytes after the data up to the next block.
     padding: u64,
+    /// Takes all that is no content of a file.
+    recorder: Option<Recorder>,
 }
 
 #[derive(Default)]
@@ -49,12 +52,26 @@ struct Extensions {
 
 impl<R: Read> Archive<R> {
     pub(super) fn new(inner: R) -> Self {
-        Archive { inner, left: 0, padding: 0 }
+        Archive { inner, left: 0, padding: 0, recorder: None }
     }
 
-    /// The reader, for whatever follows the archive's end.
-    pub(super) fn into_inner(self) -> R {
-        self.inner
+    /// As [`Archive::new`], recording what is no content of a file.
+    pub(super) fn recorded(inner: R, recorder: Option<Recorder>) -> Self {
+        Archive { recorder, ..Archive::new(inner) }
+    }
+
+    /// The reader, for whatever follows the archive's end, and the recorder.
+    pub(super) fn into_inner(self) -> (R, Option<Recorder>) {
+        (self.inner, self.recorder)
+    }
+
+    /// Where the image keeps the content that was read last; to be told piece by piece, all of it.
+    pub(super) fn kept(&mut self, at: u64, length: u64) -> io::Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.content(at, length))
+    }
+
+    fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.raw(bytes))
     }
 
     /// Reads data of the current entry; 0 at its end.
@@ -89,12 +106,20 @@ impl<R: Read> Archive<R> {
     }
 
     fn next_header(&mut self) -> io::Result<Option<Header>> {
-        let skip = self.left + self.padding;
-        if io::copy(&mut (&mut self.inner).take(skip), &mut io::sink())? < skip {
-            return Err(bad("ends inside an entry"));
+        let mut skip = self.left + self.padding;
+        let mut block = [0u8; BLOCK];
+        while skip > 0 {
+            let want = usize::try_from(skip).unwrap_or(BLOCK).min(BLOCK);
+            let piece = block.get_mut(..want).unwrap_or_default();
+            match self.inner.read(piece)? {
+                0 => return Err(bad("ends inside an entry")),
+                n => {
+                    skip -= n as u64;
+                    self.record(block.get(..n).unwrap_or_default())?;
+                }
+            }
         }
         (self.left, self.padding) = (0, 0);
-        let mut block = [0u8; BLOCK];
         if !self.read_block(&mut block)? {
             return Ok(None);
         }
@@ -136,6 +161,7 @@ impl<R: Read> Archive<R> {
                 n => got += n,
             }
         }
+        self.record(block)?;
         Ok(true)
     }
 
@@ -150,6 +176,7 @@ impl<R: Read> Archive<R> {
         while got < data.len() {
             got += self.read_data(&mut data[got..])?;
         }
+        self.record(&data)?;
         Ok(data)
     }
 

@@ -61,7 +61,7 @@ pub(super) fn extract<R: Read>(reader: R, dir: &Path, limits: Limits) -> Result<
         extractor.entry(&mut archive, &entry).map_err(|e| ImageError::io(format!("unpack {name:?}"), e))?;
     }
     extractor.set_dir_times();
-    Ok((extractor.written, archive.into_inner()))
+    Ok((extractor.written, archive.into_inner().0))
 }
 
 struct Extractor {

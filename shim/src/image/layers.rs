@@ -7,6 +7,7 @@ use super::extract::Written;
 use super::mounts::Mounts;
 use super::record::{self, LayerRecord};
 use super::unpack::Place;
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs;
@@ -174,6 +175,33 @@ impl Layers {
         lock.lock_owned().await
     }
 
+    /// What is kept of a layer's archive, and its image; `None` for a directory.
+    pub(super) fn files(&self, chain_id: &str) -> Result<Option<(fs::File, fs::File)>, ImageError> {
+        let (path, format) = self.place(chain_id);
+        if format == LayerFormat::Directory {
+            return Ok(None);
+        }
+        let open = |path: &Path| fs::File::open(path).map_err(|e| ImageError::io(format!("open {}", path.display()), e));
+        Ok(Some((open(&split_path(&path))?, open(&path)?)))
+    }
+
+    /// An empty file without a name, beside the layers.
+    pub(super) fn scratch(&self) -> Result<fs::File, ImageError> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&self.dir, flags, Mode::RUSR | Mode::WUSR);
+        opened.map(fs::File::from).map_err(|e| ImageError::io(format!("make a file in {}", self.dir.display()), e))
+    }
+
+    /// Gives a damaged layer up: who uses it keeps what it has, the next pull makes it anew.
+    pub(super) fn lose(&self, chain_id: &str) {
+        let mut held = self.lock();
+        let uses = held.get(chain_id).map_or(0, |h| h.uses);
+        self.discard_layer(&mut held, chain_id);
+        if uses > 0 {
+            held.insert(chain_id.to_owned(), Held { uses, ..Held::default() });
+        }
+    }
+
     /// What to unpack into, in the form of new layers; gone when dropped unless published.
     pub(super) fn temp(&self) -> Result<TempLayer, ImageError> {
         if self.format == LayerFormat::Directory {
@@ -181,8 +209,11 @@ impl Layers {
         }
         let path = random_name(&self.dir, "tmp");
         let failed = |e| ImageError::io(format!("make layer {}", path.display()), e);
-        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(failed)?;
-        Ok(TempLayer { path, file: Some(file), published: false })
+        let open = |path: &Path| fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let mut temp = TempLayer { path: path.clone(), files: None, published: false };
+        let image = open(&path).map_err(failed)?;
+        temp.files = Some((image, open(&split_path(&path)).map_err(failed)?));
+        Ok(temp)
     }
 
     /// A directory to unpack into, gone when dropped unless published.
@@ -190,7 +221,7 @@ impl Layers {
         let path = random_name(&self.dir, "tmp");
         let failed = |e| ImageError::io(format!("make layer directory {}", path.display()), e);
         fs::create_dir(&path).map_err(failed)?;
-        let temp = TempLayer { path: path.clone(), file: None, published: false };
+        let temp = TempLayer { path: path.clone(), files: None, published: false };
         // A layer without an entry for its root has the usual one, whatever the umask.
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(failed)?;
         Ok(temp)
@@ -200,7 +231,11 @@ impl Layers {
     pub(super) fn publish(&self, chain_id: &str, mut temp: TempLayer, written: Written) -> Result<(), ImageError> {
         let path = self.path(chain_id, written.format);
         let mut held = self.lock();
-        fs::rename(&temp.path, &path).map_err(|e| ImageError::io(format!("name layer {chain_id}"), e))?;
+        let named = |e| ImageError::io(format!("name layer {chain_id}"), e);
+        if written.format == LayerFormat::Erofs {
+            fs::rename(split_path(&temp.path), split_path(&path)).map_err(named)?;
+        }
+        fs::rename(&temp.path, &path).map_err(named)?;
         temp.published = true;
         let layer = held.entry(chain_id.to_owned()).or_default();
         layer.on_disk = Some(written);
@@ -274,6 +309,7 @@ impl Layers {
         if let Some(written) = held.remove(chain_id).and_then(|h| h.on_disk) {
             if written.format == LayerFormat::Erofs {
                 self.mounts.forget(hex_of(chain_id));
+                let _ = fs::remove_file(split_path(&self.path(chain_id, written.format)));
             }
             if let Err(error) = record::remove(&record_path(&self.dir, chain_id)) {
                 tracing::warn!(%error, "removing a layer");
@@ -310,8 +346,8 @@ impl Drop for Lease {
 /// A layer being unpacked.
 pub(super) struct TempLayer {
     path: PathBuf,
-    /// Of an image.
-    file: Option<fs::File>,
+    /// The image, and what it has not of its archive.
+    files: Option<(fs::File, fs::File)>,
     published: bool,
 }
 
@@ -321,8 +357,8 @@ impl TempLayer {
     }
 
     pub(super) fn place(&self) -> Place<'_> {
-        match &self.file {
-            Some(file) => Place::Erofs(file),
+        match &self.files {
+            Some((image, split)) => Place::Erofs(image, split),
             None => Place::Directory(&self.path),
         }
     }
@@ -335,7 +371,15 @@ impl Drop for TempLayer {
         {
             tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
         }
+        if !self.published && self.files.is_some() {
+            let _ = fs::remove_file(split_path(&self.path));
+        }
     }
+}
+
+/// Beside an image, what it has not of its archive.
+fn split_path(image: &Path) -> PathBuf {
+    image.with_extension("split")
 }
 
 /// Removes a layer of either form.
@@ -358,13 +402,15 @@ fn discard_stray(dir: &Path, path: &Path, name: &str, trash: &mpsc::Sender<PathB
         discard(dir, path, trash);
     } else if name.starts_with("trash-") {
         let _ = trash.send(path.to_path_buf());
-    } else if name.ends_with(".json.tmp") || name.strip_suffix(".json").is_some_and(|n| is_hex(n) && !exists(dir, n)) {
+    } else if name.ends_with(".json.tmp") || [".json", ".split"].iter().any(|end| belongs_to_none(dir, name, end)) {
         let _ = fs::remove_file(path);
     }
 }
 
-fn exists(dir: &Path, hex: &str) -> bool {
-    [LayerFormat::Directory, LayerFormat::Erofs].iter().any(|format| dir.join(format.name(hex)).exists())
+/// Whether the name is that of a layer with this ending, and the layer is gone.
+fn belongs_to_none(dir: &Path, name: &str, ending: &str) -> bool {
+    let gone = |hex: &str| ![LayerFormat::Directory, LayerFormat::Erofs].iter().any(|form| dir.join(form.name(hex)).exists());
+    name.strip_suffix(ending).is_some_and(|hex| is_hex(hex) && gone(hex))
 }
 
 fn discard(dir: &Path, path: &Path, trash: &mpsc::Sender<PathBuf>) {

@@ -11,6 +11,7 @@ mod auth;
 mod digest;
 mod erofs;
 mod error;
+mod export;
 mod extract;
 mod hosts;
 mod import;
@@ -21,9 +22,11 @@ mod read;
 mod record;
 pub mod reference;
 mod registry;
+mod split;
 mod store;
 mod transfer;
 mod unpack;
+mod verify;
 
 #[cfg(test)]
 mod test_images;
@@ -38,3 +41,4 @@ pub use layers::{FsUsage, LayerFormat, Lease};
 pub use manifest::Platform;
 pub use reference::Reference;
 pub use store::{Image, Layer, Store, StoreConfig};
+pub use verify::Verdict;

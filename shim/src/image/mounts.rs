@@ -116,7 +116,7 @@ pub(super) fn probe(directory: &Path) -> Result<(), ImageError> {
     let tried = (|| {
         let file = File::create(&path).map_err(failed)?;
         let empty = [0u8; 1024];
-        erofs::build(&empty[..], &file, Limits { bytes: 0, entries: 1 })?;
+        erofs::build(&empty[..], &file, Limits { bytes: 0, entries: 1 }, None)?;
         let mounts = Mounts::default();
         let root = mounts.open("probe", &path)?;
         rustix::fs::fstat(root.as_fd()).map_err(|e| failed(e.into()))

@@ -11,7 +11,8 @@ use super::record::{self, ImageRecord, LayerRecord};
 use super::reference::Reference;
 use super::registry::{Clients, Session};
 use super::transfer::{self, Source, Want};
-use super::{import, read};
+use super::verify::{self, Verdict};
+use super::{export, import, read};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use oci_spec::image::ImageConfiguration;
@@ -387,6 +388,60 @@ impl Store {
         let removed = self.0.index.write().unwrap_or_else(PoisonError::into_inner).remove(&image.id);
         drop(removed);
         Ok(())
+    }
+
+    /// Checks every layer of an image, lowest first. Blocks, and reads and writes as many bytes as the image has.
+    ///
+    /// # Errors
+    /// `NotFound`; `NoSpace`, `Io` of the check itself.
+    pub fn verify(&self, name: &str) -> Result<Vec<(String, Verdict)>, ImageError> {
+        let image = self.get(name).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
+        let _lease = self.lease(&image);
+        let mut verdicts = Vec::new();
+        for (layer, diff_id) in image.layers.iter().zip(image.config.rootfs().diff_ids()) {
+            let verdict = match self.0.layers.files(&layer.chain_id) {
+                Ok(None) => Verdict::Unknown,
+                Ok(Some((split, file))) => verify::layer(split, &file, diff_id, &self.0.layers.scratch()?, self.0.limits())?,
+                Err(error) => Verdict::Damaged(error.to_string()),
+            };
+            verdicts.push((layer.chain_id.clone(), verdict));
+        }
+        Ok(verdicts)
+    }
+
+    /// Gives damaged layers up, and with them every image that has one: the next pull brings them back. Returns the names of those images.
+    ///
+    /// # Errors
+    /// `Io` if a record cannot be removed.
+    pub fn give_up(&self, chain_ids: &[String]) -> Result<Vec<String>, ImageError> {
+        let damaged = |image: &Image| image.layers.iter().any(|layer| chain_ids.contains(&layer.chain_id));
+        let mut lost = Vec::new();
+        for image in self.list().into_iter().filter(|image| damaged(image)) {
+            lost.push(image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone());
+            self.remove(&image.id)?;
+        }
+        chain_ids.iter().for_each(|chain_id| self.0.layers.lose(chain_id));
+        Ok(lost)
+    }
+
+    /// Writes an image as an OCI layout in a tar, with `manifest.json` for docker. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`; `Corrupt` if a layer is damaged or was kept as a directory, which no archive can be made of again.
+    pub fn export(&self, name: &str, to: impl std::io::Write) -> Result<(), ImageError> {
+        let image = self.get(name).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
+        let _lease = self.lease(&image);
+        let record = self.0.read_index().get(&image.id).map(|indexed| indexed.record.clone());
+        let record = record.ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
+        let part = |(layer, diff_id): (&Layer, &String)| match self.0.layers.files(&layer.chain_id)? {
+            Some((split, image)) => Ok(export::Part { diff_id: diff_id.clone(), split, image }),
+            None => Err(ImageError::Corrupt(format!(
+                "export {name}: layer {diff_id} is kept as a directory, of which its archive cannot be made again; \
+                 remove the image and pull it where layers are kept as images"
+            ))),
+        };
+        let parts = image.layers.iter().zip(image.config.rootfs().diff_ids()).map(part).collect::<Result<_, _>>()?;
+        export::write(&record, parts, to)
     }
 
     /// A container's hold on the layers of its image, over the image's removal.

@@ -7,6 +7,7 @@ use rustix::fs::{self as rfs, FileType};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use tar::EntryType;
 
@@ -37,8 +38,10 @@ fn assert_layers(root: &Path, expected: usize) {
             .collect();
         let layers = names.iter().filter(|n| n.trim_end_matches(".erofs").len() == 64).count();
         let strays = names.iter().filter(|n| n.starts_with("tmp-") || n.starts_with("trash-")).count();
-        let records = names.len() - layers - strays;
-        if layers == expected && strays == 0 && records == layers {
+        let splits = names.iter().filter(|n| n.ends_with(".split") && !n.starts_with("t")).count();
+        let images = names.iter().filter(|n| n.ends_with(".erofs")).count();
+        let records = names.len() - layers - strays - splits;
+        if layers == expected && strays == 0 && records == layers && splits == images {
             return;
         }
         assert!(Instant::now() < deadline, "wanted {expected} layers, found {names:?}");
@@ -75,7 +78,7 @@ async fn pulls_all_compressions_and_kinds_and_survives_reopening() {
         assert_eq!(fs::read(root_of(layer).join(format!("f{i}"))).unwrap(), noise(i as u64 + 1, 300_000));
     }
     let usage = store.usage();
-    assert!(usage.used_bytes >= 1_200_000 && usage.inodes_used == 4, "{usage:?}");
+    assert!(usage.used_bytes >= 1_200_000 && usage.inodes_used == 8, "{usage:?}");
     drop(store);
     let store = open(root.path());
     let again = store.get(&registry.name("a/b")).unwrap();
@@ -278,7 +281,13 @@ fn unpack(plain: Vec<u8>) -> (tempfile::TempDir, Result<extract::Written, ImageE
         Ok(_) => super::erofs::tests::same_as_a_directory(&plain),
         Err(error) => {
             let image = tempfile::tempfile().unwrap();
-            let other = unpack::unpack(&plain[..], &digest::of(&plain), unpack::Place::Erofs(&image), limits).unwrap_err();
+            let other = unpack::unpack(
+                &plain[..],
+                &digest::of(&plain),
+                unpack::Place::Erofs(&image, &tempfile::tempfile().unwrap()),
+                limits,
+            )
+            .unwrap_err();
             assert_eq!(other.to_string(), error.to_string());
         }
     }
@@ -574,4 +583,77 @@ async fn both_forms_of_layers_live_side_by_side() {
     assert_eq!(fs::read(kept.join("upper")).unwrap(), b"upper", "who uses a layer keeps it");
     let tree = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&store.layer_tree().unwrap())));
     assert_eq!(fs::read_dir(tree).unwrap().count(), 0, "nothing is left in the tree");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exported_images_come_back_the_same() {
+    let (root, other, registry) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Registry::start());
+    let plain =
+        Tar::new().dir("d", 0o755).file("d/f", 0o4755, &noise(1, 70_000)).symlink("l", "d/f").hard_link("h", "d/f").finish();
+    let second = Tar::new().file(".wh.d", 0o600, b"").finish();
+    registry.push(
+        "a/b",
+        "t",
+        &image(&[(plain.clone(), gzip(&plain)), (second.clone(), zstd(&second)), (plain.clone(), plain)], false),
+    );
+    let store = open(root.path());
+    let pulled = store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    let file = other.path().join("image.tar");
+    store.export(&pulled.repo_tags[0], fs::File::create(&file).unwrap()).unwrap();
+    let mut again = Vec::new();
+    store.export(&pulled.id, &mut again).unwrap();
+    assert!(again == fs::read(&file).unwrap(), "the same image is the same archive");
+    let elsewhere = open(other.path());
+    let imported = elsewhere.import(&file).await.unwrap();
+    assert_eq!((&imported[0].id, &imported[0].repo_tags), (&pulled.id, &pulled.repo_tags));
+    // As an OCI layout alone, too.
+    let names = Command::new("tar").arg("-tf").arg(&file).output().unwrap();
+    assert!(String::from_utf8_lossy(&names.stdout).lines().any(|name| name == "index.json"));
+    let layout = tempfile::tempdir().unwrap();
+    let unpacked = Command::new("tar").args(["--exclude=manifest.json", "-xf"]).arg(&file).arg("-C").arg(layout.path()).status();
+    assert!(unpacked.unwrap().success());
+    elsewhere.remove(&pulled.id).unwrap();
+    assert_eq!(elsewhere.import(layout.path()).await.unwrap()[0].id, pulled.id);
+    assert_eq!(store.export("missing", Vec::new()).unwrap_err().to_string(), "image missing: not found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_is_found_wherever_it_is_and_repaired_by_a_pull() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let plain = Tar::new().dir("d", 0o755).file("d/f", 0o644, &noise(1, 9000)).symlink("l", "d/f").finish();
+    registry.push("a/b", "t", &one(plain));
+    let (name, store) = (registry.name("a/b:t"), open(root.path()));
+    let pulled = store.pull(&name, None).await.unwrap();
+    let layer = pulled.layers[0].clone();
+    assert_eq!(store.verify(&name).unwrap(), [(layer.chain_id.clone(), Verdict::Sound)]);
+    let sound = fs::read(&layer.path).unwrap();
+    let split = layer.path.with_extension("split");
+    // In the superblock, in file data, in inodes and names; and in the record of the archive.
+    let mut found = 0;
+    for at in (0..sound.len()).step_by(509) {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 0x40;
+        fs::write(&layer.path, bytes).unwrap();
+        found += usize::from(matches!(&store.verify(&name).unwrap()[0].1, Verdict::Damaged(_)));
+    }
+    assert_eq!(found, sound.len().div_ceil(509));
+    fs::write(&layer.path, &sound).unwrap();
+    let kept = fs::read(&split).unwrap();
+    for damaged in [&kept[..kept.len() / 2], b"nonsense", b""] {
+        fs::write(&split, damaged).unwrap();
+        assert!(matches!(&store.verify(&name).unwrap()[0].1, Verdict::Damaged(_)));
+    }
+    fs::remove_file(&split).unwrap();
+    assert!(matches!(&store.verify(&name).unwrap()[0].1, Verdict::Damaged(_)));
+    // Somebody still uses the layer.
+    let lease = store.lease(&pulled);
+    assert_eq!(store.give_up(std::slice::from_ref(&layer.chain_id)).unwrap(), std::slice::from_ref(&name));
+    assert!(store.get(&name).is_none());
+    let again = store.pull(&name, None).await.unwrap();
+    assert_eq!(store.verify(&name).unwrap()[0].1, Verdict::Sound);
+    assert_eq!((&again.id, fs::read(&again.layers[0].path).unwrap() == sound), (&pulled.id, true));
+    drop((lease, pulled, again, layer));
+    assert_layers(root.path(), 1);
+    store.remove(&name).unwrap();
+    assert_layers(root.path(), 0);
 }

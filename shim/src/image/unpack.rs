@@ -5,9 +5,11 @@ use super::digest::HashingReader;
 use super::erofs;
 use super::error::ImageError;
 use super::extract::{self, Limits, Written};
+use super::split::{self, Recorder};
 use bytes::{Buf, Bytes};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use tokio::sync::mpsc;
 
@@ -62,8 +64,8 @@ impl Read for ChannelReader {
 pub(super) enum Place<'a> {
     /// A directory that is there.
     Directory(&'a Path),
-    /// An empty file.
-    Erofs(&'a File),
+    /// Two empty files: for the image, and for what it has not of the archive.
+    Erofs(&'a File, &'a File),
 }
 
 /// Unpacks the (compressed) layer and checks that its plain bytes have `diff_id`.
@@ -71,12 +73,24 @@ pub(super) fn unpack(reader: impl Read, diff_id: &str, place: Place<'_>, limits:
     let mut raw = BufReader::with_capacity(BUFFER_BYTES, reader);
     let plain = decompress(&mut raw).map_err(|e| ImageError::io("unpack", e))?;
     let plain = HashingReader::new(BufReader::with_capacity(BUFFER_BYTES, plain));
-    let (written, rest) = match place {
-        Place::Directory(dir) => extract::extract(plain, dir, limits)?,
-        Place::Erofs(file) => erofs::build(plain, file, limits)?,
+    let (mut written, rest, mut recorder) = match place {
+        Place::Directory(dir) => {
+            let (written, rest) = extract::extract(plain, dir, limits)?;
+            (written, rest, None)
+        }
+        Place::Erofs(image, split) => {
+            let recorder = split.try_clone().and_then(Recorder::new).map_err(split::failed)?;
+            erofs::build(plain, image, limits, Some(recorder))?
+        }
     };
     let mut rest = rest.take(MAX_TRAILER_BYTES);
-    io::copy(&mut rest, &mut io::sink()).map_err(|e| ImageError::io("unpack", e))?;
+    let mut trailer = vec![0; BUFFER_BYTES];
+    loop {
+        match rest.read(&mut trailer).map_err(|e| ImageError::io("unpack", e))? {
+            0 => break,
+            n => recorder.as_mut().map_or(Ok(()), |r| r.raw(trailer.get(..n).unwrap_or_default())).map_err(split::failed)?,
+        }
+    }
     if rest.limit() == 0 {
         return Err(ImageError::TooMany(format!("unpack: more than {MAX_TRAILER_BYTES} bytes follow the archive's end")));
     }
@@ -85,6 +99,11 @@ pub(super) fn unpack(reader: impl Read, diff_id: &str, place: Place<'_>, limits:
     io::copy(&mut raw, &mut io::sink()).map_err(|e| ImageError::io("unpack", e))?;
     if found != diff_id {
         return Err(ImageError::Corrupt(format!("unpack: the layer's diff id is {found}, the image's config says {diff_id}")));
+    }
+    if let (Some(recorder), Place::Erofs(_, split)) = (recorder, place) {
+        recorder.finish().map_err(split::failed)?;
+        written.bytes += split.metadata().map_err(split::failed)?.blocks() * 512;
+        written.inodes += 1;
     }
     Ok(written)
 }

@@ -5,6 +5,7 @@ use super::super::archive::{Archive, Entry};
 use super::super::error::ImageError;
 use super::super::extract::{Limits, OPAQUE, WHITEOUT, Written, confine, keeps_xattr};
 use super::super::layers::LayerFormat;
+use super::super::split::Recorder;
 use super::format::{Attributes, Content, INODE_BYTES, LINKS_AT, inode, kind, number, place, superblock, xattrs};
 use super::output::Output;
 use super::tree::{Child, PATH_MAX, Tree, invalid};
@@ -19,9 +20,15 @@ use tar::EntryType;
 /// Read from the archive at once; zeros of this length become a hole.
 const COPY_BYTES: usize = 64 << 10;
 
-/// Makes the image of the archive in an empty file; gives back the reader behind the archive's end.
-pub(in super::super) fn build<R: Read>(reader: R, file: &File, limits: Limits) -> Result<(Written, R), ImageError> {
-    let mut archive = Archive::new(reader);
+/// Makes the image of the archive in an empty file; gives back the reader behind the archive's end. The recorder gets what the image
+/// has not of the archive so far.
+pub(in super::super) fn build<R: Read>(
+    reader: R,
+    file: &File,
+    limits: Limits,
+    recorder: Option<Recorder>,
+) -> Result<(Written, R, Option<Recorder>), ImageError> {
+    let mut archive = Archive::recorded(reader, recorder);
     let made = Attributes { mode: kind::DIRECTORY | 0o755, ..Attributes::default() };
     let mut builder = Builder {
         tree: Tree::new(made),
@@ -42,7 +49,8 @@ pub(in super::super) fn build<R: Read>(reader: R, file: &File, limits: Limits) -
     }
     builder.finish(file).map_err(|e| ImageError::io("unpack", e))?;
     let blocks = file.metadata().map_err(|e| ImageError::io("unpack", e))?.blocks();
-    Ok((Written { bytes: blocks * 512, inodes: 1, format: LayerFormat::Erofs }, archive.into_inner()))
+    let (reader, recorder) = archive.into_inner();
+    Ok((Written { bytes: blocks * 512, inodes: 1, format: LayerFormat::Erofs }, reader, recorder))
 }
 
 struct Builder<'a> {
@@ -156,7 +164,7 @@ impl Builder<'_> {
             return Err(invalid("a symlink's target of more than 4095 bytes"));
         }
         let attributes = Attributes { mode: kind::SYMLINK | 0o777, ..attributes(entry, kind::SYMLINK, true)? };
-        self.content(&attributes, entry.link.len() as u64, None, &entry.link)
+        Ok(self.content(&attributes, entry.link.len() as u64, None, &entry.link)?.0)
     }
 
     fn file<R: Read>(&mut self, archive: &mut Archive<R>, entry: &Entry) -> io::Result<u64> {
@@ -168,7 +176,7 @@ impl Builder<'_> {
         let attributes = attributes(entry, kind::REGULAR, true)?;
         let block = if entry.size >= BLOCK as u64 { Some(self.output.next_block()?) } else { None };
         let whole = [(0, entry.size)];
-        let mut content = Reader { archive, pieces: entry.sparse.as_deref().unwrap_or(&whole), at: 0 };
+        let mut content = Reader { archive: &mut *archive, pieces: entry.sparse.as_deref().unwrap_or(&whole), at: 0 };
         let mut left = entry.size;
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut read = || -> io::Result<usize> {
@@ -198,22 +206,33 @@ impl Builder<'_> {
         self.buffer = buffer;
         let rest = result?;
         let tail = self.buffer.get(..rest).unwrap_or_default().to_vec();
-        self.content(&attributes, entry.size, block, &tail)
+        let (made, tail_at) = self.content(&attributes, entry.size, block, &tail)?;
+        let whole_end = entry.size - tail.len() as u64;
+        let block_at = u64::from(block.unwrap_or(0)) * BLOCK as u64;
+        for (offset, length) in entry.sparse.as_deref().unwrap_or(&whole) {
+            let end = offset + length;
+            let split = end.min(whole_end).max(*offset);
+            archive.kept(block_at + offset, split - offset)?;
+            archive.kept(tail_at + split.saturating_sub(whole_end), end - split)?;
+        }
+        Ok(made)
     }
 
-    /// The inode of a file or symlink whose whole blocks were written from `block` on; `tail` is what follows them.
-    fn content(&mut self, attributes: &Attributes, size: u64, block: Option<u32>, tail: &[u8]) -> io::Result<u64> {
+    /// The inode of a file or symlink whose whole blocks were written from `block` on, and the place of `tail`, which follows them.
+    fn content(&mut self, attributes: &Attributes, size: u64, block: Option<u32>, tail: &[u8]) -> io::Result<(u64, u64)> {
         let fixed = INODE_BYTES + attributes.xattrs.len();
         if tail.is_empty() {
-            return self.inode(attributes, size, block.map_or(Content::Empty, Content::Blocks), &[]);
+            return Ok((self.inode(attributes, size, block.map_or(Content::Empty, Content::Blocks), &[])?, 0));
         }
         if fixed + tail.len() <= BLOCK && self.output.takes(fixed + tail.len()) {
-            return self.inode(attributes, size, Content::Tail(block), tail);
+            let made = self.inode(attributes, size, Content::Tail(block), tail)?;
+            return Ok((made, place(made) + fixed as u64));
         }
         let last = self.output.next_block()?;
         self.output.append(tail)?;
         self.output.fill_block();
-        self.inode(attributes, size, Content::Blocks(block.unwrap_or(last)), &[])
+        let made = self.inode(attributes, size, Content::Blocks(block.unwrap_or(last)), &[])?;
+        Ok((made, u64::from(last) * BLOCK as u64))
     }
 
     fn inode(&mut self, attributes: &Attributes, size: u64, content: Content, tail: &[u8]) -> io::Result<u64> {

@@ -1,6 +1,7 @@
 //! Images that are written here, read by the kernel.
 
 use super::super::extract::{self, Limits};
+use super::super::split::{Joined, Recorder};
 use super::super::test_images::{Tar, noise};
 use super::build;
 use rustix::fs::{Mode, OFlags};
@@ -8,6 +9,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -26,7 +28,18 @@ impl Mounted {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         let file = fs::File::create_new(&path).unwrap();
-        build(archive, &file, LIMITS).unwrap();
+        let split = fs::File::create_new(directory.path().join("split")).unwrap();
+        let recorder = Recorder::new(split.try_clone().unwrap()).unwrap();
+        let (_, mut rest, recorder) = build(archive, &file, LIMITS, Some(recorder)).unwrap();
+        let mut recorder = recorder.unwrap();
+        let mut trailer = Vec::new();
+        rest.read_to_end(&mut trailer).unwrap();
+        recorder.raw(&trailer).unwrap();
+        recorder.finish().unwrap();
+        let open = |name: &str| fs::File::open(directory.path().join(name)).unwrap();
+        let mut again = Vec::new();
+        Joined::new(open("split"), open("image")).unwrap().read_to_end(&mut again).unwrap();
+        assert!(again == archive, "the archive comes back: {} of {} bytes", again.len(), archive.len());
         let context = rustix::mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
         rustix::mount::fsconfig_set_string(&context, "source", &path).unwrap();
         rustix::mount::fsconfig_create(&context).unwrap();
@@ -242,7 +255,7 @@ fn the_same_archive_becomes_the_same_image() {
     let archive = Tar::new().dir("a", 0o755).file("a/b", 0o644, &noise(1, 10_000)).symlink("c", "a").finish();
     let image = || {
         let file = tempfile::tempfile().unwrap();
-        build(archive.as_slice(), &file, LIMITS).unwrap();
+        build(archive.as_slice(), &file, LIMITS, None).unwrap();
         let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
         bytes
@@ -269,7 +282,7 @@ fn what_no_image_can_hold_is_refused() {
         (Tar::new().raw(".", tar::EntryType::Regular, 0o600, "", b""), "replace the root"),
     ] {
         let file = tempfile::tempfile().unwrap();
-        let error = build(tar.finish().as_slice(), &file, LIMITS).expect_err(why);
+        let error = build(tar.finish().as_slice(), &file, LIMITS, None).err().unwrap_or_else(|| panic!("{why}"));
         assert!(error.to_string().contains(why), "{why}: {error}");
     }
 }
