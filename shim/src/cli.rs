@@ -6,7 +6,7 @@ use crate::{
     config::{Config, LayerChoice},
     cri,
     error::{Error, Result},
-    image::{LayerFormat, Store, StoreConfig},
+    image::{LayerFormat, RegistryFiles, Store, StoreConfig},
     monitor::Program,
     network::{
         Network,
@@ -152,7 +152,12 @@ fn start_log(level: &str) -> Result<()> {
 }
 
 fn open_store(config: &Config) -> Result<Store> {
-    let mut store = StoreConfig::new(config.root.join("images"), config.images.registry_config_dir.clone());
+    let registries = RegistryFiles {
+        hosts: config.images.registry_config_dir.clone(),
+        registries_conf: config.images.registries_conf.clone(),
+        auth_file: config.images.auth_file.clone(),
+    };
+    let mut store = StoreConfig::new(config.root.join("images"), registries);
     store.layer_format = match config.images.layers {
         LayerChoice::Auto => None,
         LayerChoice::Erofs => Some(LayerFormat::Erofs),

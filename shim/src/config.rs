@@ -122,6 +122,11 @@ pub struct NetworkConfig {
 pub struct ImageConfig {
     /// Directory of `<host>/hosts.toml` files, as containerd reads them.
     pub registry_config_dir: PathBuf,
+    /// `registries.conf` (containers-registries.conf(5)); the files of `<it>.d` go over it. Where `registry_config_dir` has a directory
+    /// for a registry, that one counts.
+    pub registries_conf: PathBuf,
+    /// Credentials (containers-auth.json(5), docker's config.json) for pulls that bring none, and for mirrors.
+    pub auth_file: PathBuf,
     /// How layers are kept from now on.
     pub layers: LayerChoice,
 }
@@ -199,7 +204,12 @@ impl Default for NetworkConfig {
 
 impl Default for ImageConfig {
     fn default() -> ImageConfig {
-        ImageConfig { registry_config_dir: "/etc/windlass/certs.d".into(), layers: LayerChoice::Auto }
+        ImageConfig {
+            registry_config_dir: "/etc/windlass/certs.d".into(),
+            registries_conf: "/etc/containers/registries.conf".into(),
+            auth_file: "/etc/windlass/auth.json".into(),
+            layers: LayerChoice::Auto,
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! ImageService.
 
 use super::{Service, status, view};
-use crate::{image::RegistryAuth, node::now_ns};
+use crate::{
+    image::{Reference, RegistryAuth},
+    node::now_ns,
+};
 use std::collections::HashMap;
 use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
@@ -17,26 +20,35 @@ fn reference(spec: Option<cri::ImageSpec>) -> Result<String, Status> {
     }
 }
 
-fn credentials(auth: Option<cri::AuthConfig>) -> Result<Option<RegistryAuth>, Status> {
+/// What a request brings to log in with. Credentials for another registry than the image's are not for this pull.
+fn credentials(auth: Option<cri::AuthConfig>, image: &str) -> Result<Option<RegistryAuth>, Status> {
     let Some(auth) = auth else { return Ok(None) };
+    if !auth.server_address.is_empty() && !is_for(&auth.server_address, image) {
+        tracing::debug!(server_address = auth.server_address, image, "credentials of another registry are not used");
+        return Ok(None);
+    }
     if !auth.registry_token.is_empty() {
         return Ok(Some(RegistryAuth::Bearer { token: auth.registry_token }));
     }
     if !auth.identity_token.is_empty() {
-        return Err(Status::unimplemented("auth.identity_token is not implemented by this version of windlass"));
+        return Ok(Some(RegistryAuth::Identity { token: auth.identity_token }));
     }
     if !auth.auth.is_empty() {
-        use base64::Engine;
-        let decoded = base64::engine::general_purpose::STANDARD.decode(auth.auth.trim());
-        let text = decoded.ok().and_then(|bytes| String::from_utf8(bytes).ok());
-        let pair = text.as_deref().and_then(|text| text.trim_end_matches('\0').split_once(':'));
-        let (username, password) = pair.ok_or_else(|| Status::invalid_argument("auth.auth is not base64 of user:password"))?;
-        return Ok(Some(RegistryAuth::Basic { username: username.into(), password: password.into() }));
+        let pair = RegistryAuth::basic(&auth.auth);
+        return pair.map(Some).ok_or_else(|| Status::invalid_argument("auth.auth is not base64 of user:password"));
     }
     if auth.username.is_empty() {
         return Ok(None);
     }
     Ok(Some(RegistryAuth::Basic { username: auth.username, password: auth.password }))
+}
+
+/// Whether a server's address, with or without a scheme and a path, is that of the image's registry.
+fn is_for(server: &str, image: &str) -> bool {
+    let server = server.split_once("://").map_or(server, |(_, rest)| rest);
+    let server = server.split('/').next().unwrap_or_default();
+    let docker = |name: &str| matches!(name, "docker.io" | "index.docker.io" | "registry-1.docker.io");
+    image.parse::<Reference>().is_ok_and(|image| server == image.registry() || (docker(server) && docker(image.registry())))
 }
 
 #[tonic::async_trait]
@@ -71,7 +83,7 @@ impl ImageService for Service {
         let request = request.into_inner();
         let name = reference(request.image)?;
         let started = std::time::Instant::now();
-        let pulled = self.node.images.pull(&name, credentials(request.auth)?).await;
+        let pulled = self.node.images.pull(&name, credentials(request.auth, &name)?).await;
         match pulled {
             Ok(image) => {
                 tracing::info!(image = %name, id = %image.id, elapsed_ms = started.elapsed().as_millis() as u64, "image pulled");
@@ -100,5 +112,37 @@ impl ImageService for Service {
             inodes_used: Some(cri::UInt64Value { value: usage.inodes_used }),
         };
         Ok(Response::new(cri::ImageFsInfoResponse { image_filesystems: vec![image], container_filesystems: Vec::new() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_in_every_form() {
+        let basic = |name: &str, word: &str| Some(RegistryAuth::Basic { username: name.into(), password: word.into() });
+        let auth = |change: &dyn Fn(&mut cri::AuthConfig)| {
+            let mut auth = cri::AuthConfig::default();
+            change(&mut auth);
+            credentials(Some(auth), "reg.example:5000/a/b:1").map_err(|status| status.message().to_owned())
+        };
+        assert_eq!(auth(&|_| ()), Ok(None));
+        assert_eq!(auth(&|a| (a.username, a.password) = ("u".into(), "p".into())), Ok(basic("u", "p")));
+        assert_eq!(auth(&|a| a.auth = "dTpwOnE=".into()), Ok(basic("u", "p:q")));
+        assert_eq!(auth(&|a| a.auth = "dTpw\n".into()), Ok(basic("u", "p")));
+        assert!(auth(&|a| a.auth = "?".into()).is_err_and(|message| message.contains("auth.auth")));
+        assert_eq!(auth(&|a| a.registry_token = "t".into()), Ok(Some(RegistryAuth::Bearer { token: "t".into() })));
+        assert_eq!(auth(&|a| a.identity_token = "t".into()), Ok(Some(RegistryAuth::Identity { token: "t".into() })));
+        for (server, used) in [
+            ("reg.example:5000", true),
+            ("https://reg.example:5000/v2/", true),
+            ("reg.example", false),
+            ("https://other.example", false),
+        ] {
+            let found = auth(&|a| (a.username, a.server_address) = ("u".into(), server.into()));
+            assert_eq!(found, Ok(basic("u", "").filter(|_| used)), "{server}");
+        }
+        assert!(is_for("https://index.docker.io/v1/", "busybox") && !is_for("https://index.docker.io/v1/", "reg.example/x"));
     }
 }

@@ -18,6 +18,18 @@ pub enum RegistryAuth {
         /// The token.
         token: String,
     },
+    /// A refresh token, for which the token service gives tokens (OAuth2).
+    Identity {
+        /// The refresh token.
+        token: String,
+    },
+}
+
+impl RegistryAuth {
+    /// Reads base64 of `user:password`.
+    pub fn basic(text: &str) -> Option<RegistryAuth> {
+        super::credentials::basic(text)
+    }
 }
 
 impl fmt::Debug for RegistryAuth {
@@ -25,6 +37,7 @@ impl fmt::Debug for RegistryAuth {
         match self {
             RegistryAuth::Basic { .. } => f.write_str("Basic(..)"),
             RegistryAuth::Bearer { .. } => f.write_str("Bearer(..)"),
+            RegistryAuth::Identity { .. } => f.write_str("Identity(..)"),
         }
     }
 }

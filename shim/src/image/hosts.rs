@@ -1,37 +1,121 @@
-//! Which hosts serve a registry's name: containerd's `certs.d/<registry>/hosts.toml`, read at each pull, and the registry itself.
+//! Which hosts serve a registry's name. containerd's `certs.d/<registry>/hosts.toml` says it first, then `registries.conf`, then
+//! `certs.d/_default/hosts.toml`; else the registry itself does. All are read at each pull.
 
+use super::credentials::Credentials;
 use super::error::ImageError;
+use super::reference::Reference;
+use super::registries_conf::{Place, RegistriesConf};
+use super::tls::Transport;
 use reqwest::Url;
-use std::path::Path;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where it is written how registries are reached.
+#[derive(Debug, Clone)]
+pub struct RegistryFiles {
+    /// containerd's `certs.d`; it need not exist.
+    pub hosts: PathBuf,
+    /// `registries.conf`, whose `.d` lies beside it; it need not exist.
+    pub registries_conf: PathBuf,
+    /// Credentials for pulls that bring none, and for mirrors; it need not exist.
+    pub auth_file: PathBuf,
+}
+
+impl RegistryFiles {
+    /// `registries.conf` as it is now.
+    pub(super) fn conf(&self) -> Result<RegistriesConf, ImageError> {
+        RegistriesConf::load(&self.registries_conf)
+    }
+
+    /// The credentials as they are now.
+    pub(super) fn credentials(&self) -> Result<Credentials, ImageError> {
+        Credentials::load(&self.auth_file)
+    }
+}
 
 /// One place to ask.
 #[derive(Debug, Clone)]
 pub(super) struct Host {
     /// Up to and with `/v2`, without a slash at the end.
     pub(super) base: Url,
-    pub(super) skip_verify: bool,
+    pub(super) transport: Transport,
+    /// Sent with every request.
+    pub(super) headers: HeaderMap,
+    /// Asked for blobs and by digest.
     pub(super) pull: bool,
+    /// Asked for tags.
     pub(super) resolve: bool,
-    /// The registry's name where the host is a mirror of it: sent as `ns=`.
+    /// Not the registry itself, whose credentials it never gets.
+    pub(super) mirror: bool,
+    /// The registry's name where the host is to be told it: sent as `ns=`.
     pub(super) namespace: Option<String>,
+    /// Where the repository has another name there.
+    pub(super) repository: Option<String>,
 }
 
-/// Hosts for the registry, in the order they are asked.
-pub(super) fn hosts_for(config_dir: &Path, registry: &str) -> Result<Vec<Host>, ImageError> {
+/// Hosts for an image, in the order they are asked.
+pub(super) fn hosts_for(files: &RegistryFiles, reference: &Reference) -> Result<Vec<Host>, ImageError> {
+    let registry = reference.registry();
     // containerd writes the port's colon as underscores where a file system minds it.
-    let candidates = [registry.to_owned(), registry.replace(':', "_") + "_", "_default".to_owned()];
-    for name in candidates {
-        let path = config_dir.join(name).join("hosts.toml");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                return parse(&text, registry)
-                    .map_err(|cause| ImageError::Io(format!("read registry configuration {}: {cause}", path.display())));
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(ImageError::io(format!("read registry configuration {}", path.display()), e)),
+    for name in [registry.to_owned(), registry.replace(':', "_") + "_"] {
+        if let Some(hosts) = from_directory(&files.hosts.join(name), registry)? {
+            return Ok(hosts);
         }
     }
-    Ok(vec![upstream(registry)?])
+    if let Some(places) = files.conf()?.places(reference)? {
+        return places
+            .into_iter()
+            .map(|place| from_place(place, registry))
+            .collect::<Result<Vec<_>, _>>()
+            .map(|all| all.concat());
+    }
+    match from_directory(&files.hosts.join("_default"), registry)? {
+        Some(hosts) => Ok(hosts),
+        None => Ok(vec![upstream(registry)?]),
+    }
+}
+
+/// What a directory of `certs.d` says: its hosts.toml, else docker's certificates for the registry itself (`*.crt`, `*.cert` with `*.key`).
+fn from_directory(directory: &Path, registry: &str) -> Result<Option<Vec<Host>>, ImageError> {
+    let path = directory.join("hosts.toml");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let parsed = parse(&text, registry, directory);
+            return parsed.map(Some).map_err(|e| e.within(format!("registry configuration {}", path.display())));
+        }
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {}
+        Err(e) => return Err(ImageError::io(format!("read registry configuration {}", path.display()), e)),
+    }
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    let mut host = upstream(registry)?;
+    let ends = |path: &Path, with: &str| path.extension().is_some_and(|extension| extension == with);
+    for file in files.iter().filter(|file| ends(file, "crt")) {
+        host.transport.trust(file)?;
+    }
+    for file in files.iter().filter(|file| ends(file, "cert")) {
+        let key = file.with_extension("key");
+        host.transport.prove(file, key.exists().then_some(key.as_path()))?;
+    }
+    Ok((host.transport != Transport::default()).then(|| vec![host]))
+}
+
+/// The hosts of one line of `registries.conf`. An insecure one is asked over TLS with whatever certificate, then without.
+fn from_place(place: Place, registry: &str) -> Result<Vec<Host>, ImageError> {
+    let mut host = upstream(&place.host)?;
+    host.pull = place.digests;
+    host.resolve = place.tags;
+    host.mirror = place.mirror && place.host != registry;
+    host.repository = Some(place.repository);
+    if !place.insecure || host.base.scheme() == "http" {
+        return Ok(vec![host]);
+    }
+    host.transport.skip_verify = true;
+    let mut plain = host.clone();
+    plain.base.set_scheme("http").map_err(|()| ImageError::Io(format!("{}: no http address", place.host)))?;
+    Ok(vec![host, plain])
 }
 
 /// The registry itself.
@@ -40,7 +124,8 @@ fn upstream(registry: &str) -> Result<Host, ImageError> {
     let scheme = if is_loopback(host) { "http" } else { "https" };
     let base = Url::parse(&format!("{scheme}://{host}/v2"))
         .map_err(|e| ImageError::InvalidReference { reference: registry.to_owned(), cause: e.to_string() })?;
-    Ok(Host { base, skip_verify: false, pull: true, resolve: true, namespace: None })
+    let (transport, headers) = (Transport::default(), HeaderMap::new());
+    Ok(Host { base, transport, headers, pull: true, resolve: true, mirror: false, namespace: None, repository: None })
 }
 
 /// Such a host is spoken to without TLS unless configured otherwise.
@@ -52,22 +137,25 @@ pub(super) fn is_loopback(host: &str) -> bool {
     name == "localhost" || name.parse::<std::net::Ipv4Addr>().is_ok_and(|a| a.is_loopback())
 }
 
-fn parse(text: &str, registry: &str) -> Result<Vec<Host>, String> {
-    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| e.message().to_owned())?;
+fn parse(text: &str, registry: &str, directory: &Path) -> Result<Vec<Host>, ImageError> {
+    let wrong = |cause: String| ImageError::Io(cause);
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.message().to_owned()))?;
     let mut hosts = Vec::new();
     if let Some(entries) = table.get("host") {
-        let entries = entries.as_table().ok_or("host is not a table")?;
+        let entries = entries.as_table().ok_or_else(|| wrong("host is not a table".into()))?;
         // The order of the file decides, and a TOML table does not keep it.
         let mut named: Vec<(&String, &toml::Value)> = entries.iter().collect();
         named.sort_by_key(|(url, _)| position(text, url));
         for (url, value) in named {
-            hosts.push(host(url, value.as_table().ok_or("a host entry is not a table")?, registry)?);
+            let value = value.as_table().ok_or_else(|| wrong(format!("host {url:?} is not a table")))?;
+            hosts.push(host(url, value, registry, directory).map_err(|e| e.within(format!("host {url:?}")))?);
         }
     }
-    hosts.push(match table.get("server") {
-        Some(server) => host(server.as_str().ok_or("server is not a string")?, &table, registry)?,
-        None => upstream(registry).map_err(|e| e.to_string())?,
-    });
+    let server = match table.get("server") {
+        Some(server) => server.as_str().ok_or_else(|| wrong("server is not a string".into()))?.to_owned(),
+        None => upstream(registry)?.base.to_string(),
+    };
+    hosts.push(host(&server, &table, registry, directory).map_err(|e| e.within("server"))?);
     Ok(hosts)
 }
 
@@ -83,33 +171,113 @@ fn position(text: &str, url: &str) -> usize {
     usize::MAX
 }
 
-fn host(url: &str, table: &toml::Table, registry: &str) -> Result<Host, String> {
+fn host(url: &str, table: &toml::Table, registry: &str, directory: &Path) -> Result<Host, ImageError> {
+    let wrong = |cause: String| ImageError::Io(cause);
     let full = match url.split_once("://") {
         Some(_) => url.to_owned(),
         None if is_loopback(url) => format!("http://{url}"),
         None => format!("https://{url}"),
     };
-    let mut base = Url::parse(&full).map_err(|e| format!("host {url:?}: {e}"))?;
+    let mut base = Url::parse(&full).map_err(|e| wrong(e.to_string()))?;
     if !matches!(base.scheme(), "http" | "https") || base.host_str().is_none() {
-        return Err(format!("host {url:?}: is not an http or https URL"));
+        return Err(wrong("is not an http or https URL".into()));
     }
-    let flag = |key: &str| table.get(key).and_then(toml::Value::as_bool).unwrap_or(false);
     let path = base.path().trim_end_matches('/').to_owned();
-    if !flag("override_path") && !path.ends_with("/v2") {
+    if !flag(table, "override_path")? && !path.ends_with("/v2") {
         base.set_path(&format!("{path}/v2"));
     } else {
         base.set_path(&path);
     }
-    let capabilities = table.get("capabilities").and_then(toml::Value::as_array);
-    let can = |what: &str| capabilities.is_none_or(|c| c.iter().any(|v| v.as_str() == Some(what)));
+    let capabilities = table.get("capabilities").map(|value| strings("capabilities", value)).transpose()?;
+    let can = |what: &str| capabilities.as_ref().is_none_or(|all| all.iter().any(|one| one == what));
     let own = upstream(registry).is_ok_and(|u| u.base.host_str() == base.host_str() && u.base.port() == base.port());
     Ok(Host {
-        skip_verify: flag("skip_verify"),
+        transport: transport(table, directory)?,
+        headers: headers(table)?,
         pull: can("pull"),
         resolve: can("resolve"),
+        mirror: !own,
         namespace: (!own).then(|| registry.to_owned()),
+        repository: None,
         base,
     })
+}
+
+/// `skip_verify`, `ca`, `client` and `dial_timeout`; paths are relative to the file.
+fn transport(table: &toml::Table, directory: &Path) -> Result<Transport, ImageError> {
+    let mut transport = Transport { skip_verify: flag(table, "skip_verify")?, ..Transport::default() };
+    if let Some(value) = table.get("ca") {
+        for path in strings("ca", value)? {
+            transport.trust(&directory.join(path))?;
+        }
+    }
+    // A file with both, a list of such, or a list of pairs.
+    let single = |path: &str| (directory.join(path), None);
+    let clients: Vec<(PathBuf, Option<PathBuf>)> = match table.get("client") {
+        None => Vec::new(),
+        Some(toml::Value::Array(all)) if all.iter().any(toml::Value::is_array) => {
+            let pair = |value: &toml::Value| match strings("client", value)?.as_slice() {
+                [both] => Ok(single(both)),
+                [certificate, key] if key.is_empty() => Ok(single(certificate)),
+                [certificate, key] => Ok((directory.join(certificate), Some(directory.join(key)))),
+                other => Err(ImageError::Io(format!("client: a pair of {} files", other.len()))),
+            };
+            all.iter().map(pair).collect::<Result<_, _>>()?
+        }
+        Some(value) => strings("client", value)?.iter().map(|path| single(path)).collect(),
+    };
+    for (certificate, key) in clients {
+        transport.prove(&certificate, key.as_deref())?;
+    }
+    if let Some(value) = table.get("dial_timeout") {
+        let text = value.as_str().unwrap_or_default();
+        let seconds =
+            duration(text).ok_or_else(|| ImageError::Io(format!("dial_timeout {value} is not a time such as \"3s\"")))?;
+        transport.dial_timeout = Some(seconds);
+    }
+    Ok(transport)
+}
+
+fn headers(table: &toml::Table) -> Result<HeaderMap, ImageError> {
+    let mut headers = HeaderMap::new();
+    let Some(value) = table.get("header") else { return Ok(headers) };
+    let value = value.as_table().ok_or_else(|| ImageError::Io("header is not a table".into()))?;
+    for (name, value) in value {
+        let wrong = |cause: String| ImageError::Io(format!("header {name:?}: {cause}"));
+        let key: HeaderName = name.parse().map_err(|e| wrong(format!("{e}")))?;
+        for text in strings("header", value)? {
+            headers.append(key.clone(), HeaderValue::from_str(&text).map_err(|e| wrong(e.to_string()))?);
+        }
+    }
+    Ok(headers)
+}
+
+fn flag(table: &toml::Table, key: &str) -> Result<bool, ImageError> {
+    match table.get(key) {
+        None => Ok(false),
+        Some(value) => value.as_bool().ok_or_else(|| ImageError::Io(format!("{key} is not true or false"))),
+    }
+}
+
+/// One string or a list of them.
+fn strings(key: &str, value: &toml::Value) -> Result<Vec<String>, ImageError> {
+    let wrong = || ImageError::Io(format!("{key} is not a string or a list of strings"));
+    let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    list.iter().map(|one| one.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
+}
+
+/// A time as Go writes it, in one unit.
+fn duration(text: &str) -> Option<Duration> {
+    let end = text.find(|c: char| !c.is_ascii_digit())?;
+    let (count, unit) = text.split_at(end);
+    let count: u64 = count.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(count)),
+        "s" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_secs(count.checked_mul(60)?)),
+        "h" => Some(Duration::from_secs(count.checked_mul(3600)?)),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -120,31 +288,75 @@ mod tests {
     fn hosts_toml_order_capabilities_and_fallback() {
         let text = "server = \"https://up.example\"\n[host.\"http://z.example:5000\"]\ncapabilities = [\"pull\"]\n\
                     [host.\"https://a.example/mirror\"]\nskip_verify = true\n[host.\"https://b.example/raw\"]\noverride_path = true\n";
-        let hosts = parse(text, "docker.io").unwrap();
+        let hosts = parse(text, "docker.io", Path::new("/")).unwrap();
         let bases: Vec<&str> = hosts.iter().map(|h| h.base.as_str()).collect();
         assert_eq!(
             bases,
             ["http://z.example:5000/v2", "https://a.example/mirror/v2", "https://b.example/raw", "https://up.example/v2"]
         );
         assert!(hosts[0].pull && !hosts[0].resolve);
-        assert!(hosts[1].resolve && hosts[1].skip_verify && hosts[1].namespace.as_deref() == Some("docker.io"));
-        assert!(parse("host = 3", "docker.io").is_err());
+        assert!(hosts[1].resolve && hosts[1].transport.skip_verify && hosts[1].namespace.as_deref() == Some("docker.io"));
+        for (text, why) in [
+            ("host = 3", "host is not a table"),
+            ("server = 3", "server is not a string"),
+            ("[host.\"ftp://x\"]", "not an http"),
+            ("[host.\"x\"]\nskip_verify = \"yes\"", "skip_verify is not true or false"),
+            ("[host.\"x\"]\nca = \"missing.crt\"", "missing.crt"),
+            ("[host.\"x\"]\nca = 1", "ca is not a string"),
+            ("[host.\"x\"]\nclient = [[\"a\", \"b\", \"c\"]]", "a pair of 3 files"),
+            ("[host.\"x\"]\ndial_timeout = \"soon\"", "dial_timeout"),
+            ("[host.\"x\".header]\n\"a b\" = \"c\"", "header"),
+        ] {
+            let error = parse(text, "docker.io", Path::new("/nowhere")).unwrap_err().to_string();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    fn files(directory: &Path) -> RegistryFiles {
+        let at = |name: &str| directory.join(name);
+        RegistryFiles { hosts: at("certs.d"), registries_conf: at("registries.conf"), auth_file: at("auth.json") }
+    }
+
+    fn bases(directory: &Path, registry: &str) -> Vec<String> {
+        let reference = format!("{registry}/a/b").parse().unwrap();
+        hosts_for(&files(directory), &reference).unwrap().iter().map(|host| host.base.to_string()).collect()
     }
 
     #[test]
-    fn without_configuration_the_registry_itself() {
+    fn the_nearest_configuration_counts() {
         let dir = tempfile::tempdir().unwrap();
         for (registry, base) in [
             ("docker.io", "https://registry-1.docker.io/v2"),
             ("q.example:443", "https://q.example/v2"),
             ("localhost:5000", "http://localhost:5000/v2"),
             ("127.0.0.1:5000", "http://127.0.0.1:5000/v2"),
-            ("[::1]:5000", "http://[::1]:5000/v2"),
         ] {
-            assert_eq!(hosts_for(dir.path(), registry).unwrap()[0].base.as_str(), base);
+            assert_eq!(bases(dir.path(), registry), [base]);
         }
-        std::fs::create_dir(dir.path().join("_default")).unwrap();
-        std::fs::write(dir.path().join("_default/hosts.toml"), "[host.\"http://127.0.0.1:1\"]").unwrap();
-        assert_eq!(hosts_for(dir.path(), "docker.io").unwrap().len(), 2);
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("certs.d/_default/hosts.toml", "[host.\"http://127.0.0.1:1\"]");
+        assert_eq!(bases(dir.path(), "q.example"), ["http://127.0.0.1:1/v2", "https://q.example/v2"]);
+        write("registries.conf", "[[registry]]\nlocation = \"q.example\"\ninsecure = true\n");
+        assert_eq!(bases(dir.path(), "q.example"), ["https://q.example/v2", "http://q.example/v2"]);
+        assert_eq!(bases(dir.path(), "other.example").len(), 2);
+        write("certs.d/q.example/ca.crt", "pem");
+        write("certs.d/q.example/client.cert", "certificate");
+        write("certs.d/q.example/client.key", "key");
+        let hosts = hosts_for(&files(dir.path()), &"q.example/a".parse().unwrap()).unwrap();
+        assert_eq!(hosts[0].transport.client.as_deref(), Some(&b"certificate\nkey"[..]));
+        assert_eq!((hosts.len(), hosts[0].transport.ca.len()), (1, 1));
+        write(
+            "certs.d/q.example/hosts.toml",
+            "[host.\"m.example\"]\nca = [\"ca.crt\"]\nclient = [[\"client.cert\", \"client.key\"]]\n\
+              dial_timeout = \"250ms\"\n[host.\"m.example\".header]\nX-One = \"1\"\nX-Two = [\"2\", \"3\"]\n",
+        );
+        let hosts = hosts_for(&files(dir.path()), &"q.example/a".parse().unwrap()).unwrap();
+        assert_eq!((hosts[0].transport.ca.len(), hosts[0].headers.len(), hosts[0].mirror), (1, 3, true));
+        assert_eq!(hosts[0].transport.dial_timeout, Some(Duration::from_millis(250)));
+        assert!(!hosts[1].mirror && hosts[1].transport.ca.is_empty());
     }
 }

@@ -8,6 +8,7 @@
 
 mod archive;
 mod auth;
+mod credentials;
 mod digest;
 mod erofs;
 mod error;
@@ -21,13 +22,17 @@ mod mounts;
 mod read;
 mod record;
 pub mod reference;
+mod registries_conf;
 mod registry;
 mod split;
 mod store;
+mod tls;
 mod transfer;
 mod unpack;
 mod verify;
 
+#[cfg(test)]
+mod registry_tests;
 #[cfg(test)]
 mod test_images;
 #[cfg(test)]
@@ -37,6 +42,7 @@ mod tests;
 
 pub use auth::RegistryAuth;
 pub use error::ImageError;
+pub use hosts::RegistryFiles;
 pub use layers::{FsUsage, LayerFormat, Lease};
 pub use manifest::Platform;
 pub use reference::Reference;

@@ -2,77 +2,35 @@
 //! Protocol: OCI distribution-spec 1.1, "pull".
 
 use super::auth::{Challenge, RegistryAuth, parse_challenge};
+use super::credentials::Credentials;
 use super::digest;
 use super::error::ImageError;
-use super::hosts::{self, Host};
+use super::hosts::{self, Host, RegistryFiles};
 use super::manifest::{Descriptor, MEDIA_TYPES};
 use super::reference::Reference;
-use reqwest::header::{ACCEPT, AUTHORIZATION, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
-use reqwest::{Client, Response, StatusCode, Url, redirect};
+use super::tls::{Clients, cause};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
+use reqwest::{Response, StatusCode, Url};
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the next bytes of an answer.
-const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
 const TRIES: u32 = 4;
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const MAX_TOKEN_BYTES: u64 = 1 << 20;
-const MAX_REDIRECTS: usize = 10;
-
-type Built = OnceLock<Result<Client, String>>;
-
-/// HTTP clients, shared by all pulls so that connections are kept.
-#[derive(Default)]
-pub(super) struct Clients {
-    verified: Built,
-    unverified: Built,
-    plain: Built,
-}
-
-impl Clients {
-    fn of(&self, host: &Host) -> Result<&Client, ImageError> {
-        let verified = || self.verified.get_or_init(|| build(false, false));
-        let client = match (host.skip_verify, host.base.scheme()) {
-            (true, _) => self.unverified.get_or_init(|| build(true, false)),
-            // Without any CA certificate on the machine there is no verified client; plain http needs none.
-            (false, "http") if verified().is_err() => self.plain.get_or_init(|| build(true, true)),
-            (false, _) => verified(),
-        };
-        client.as_ref().map_err(|e| ImageError::Io(format!("set up TLS: {e}")))
-    }
-}
-
-fn build(accept_any: bool, only_http: bool) -> Result<Client, String> {
-    let policy = redirect::Policy::custom(move |attempt| {
-        if attempt.previous().len() > MAX_REDIRECTS {
-            attempt.error("too many redirects")
-        } else if only_http && attempt.url().scheme() != "http" {
-            attempt.error("redirected to TLS, and this machine has no CA certificates")
-        } else {
-            attempt.follow()
-        }
-    });
-    Client::builder()
-        .user_agent(concat!("windlass/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(PROGRESS_TIMEOUT)
-        .redirect(policy)
-        .tls_danger_accept_invalid_certs(accept_any)
-        .build()
-        .map_err(|e| cause(&e))
-}
 
 /// One repository, as one caller sees it.
 pub(super) struct Session {
     clients: std::sync::Arc<Clients>,
     hosts: Vec<Host>,
     repository: String,
+    /// The caller's, for the registry itself.
     auth: Option<RegistryAuth>,
+    /// For mirrors, and for the registry if the caller has none.
+    credentials: Credentials,
+    registry: String,
     /// Authorization headers that were accepted or given, by the host's place in `hosts`.
     granted: Mutex<HashMap<usize, String>>,
 }
@@ -80,12 +38,13 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(
         clients: std::sync::Arc<Clients>,
-        config_dir: &Path,
+        files: &RegistryFiles,
         reference: &Reference,
         auth: Option<RegistryAuth>,
     ) -> Result<Session, ImageError> {
-        let hosts = hosts::hosts_for(config_dir, reference.registry())?;
-        Ok(Session { clients, hosts, repository: reference.repository().to_owned(), auth, granted: Mutex::default() })
+        let hosts = hosts::hosts_for(files, reference)?;
+        let (registry, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
+        Ok(Session { clients, hosts, repository, auth, credentials: files.credentials()?, registry, granted: Mutex::default() })
     }
 
     /// A manifest by tag or digest, with its digest. One asked for by digest is verified.
@@ -151,7 +110,7 @@ impl Session {
         offset: u64,
     ) -> Result<Response, ImageError> {
         let mut url = host.base.clone();
-        url.set_path(&format!("{}/{}/{path}", host.base.path(), self.repository));
+        url.set_path(&format!("{}/{}/{path}", host.base.path(), self.repository_at(host)));
         if let Some(namespace) = &host.namespace {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
@@ -188,7 +147,8 @@ impl Session {
     }
 
     async fn send(&self, index: usize, host: &Host, url: &Url, accept: Option<&str>, offset: u64) -> Result<Response, SendError> {
-        let mut request = self.clients.of(host).map_err(SendError::Setup)?.get(url.clone());
+        let client = self.clients.of(&host.transport, host.base.scheme() == "https").map_err(SendError::Setup)?;
+        let mut request = client.get(url.clone()).headers(host.headers.clone());
         if let Some(accept) = accept {
             request = request.header(ACCEPT, accept);
         }
@@ -202,19 +162,35 @@ impl Session {
         request.send().await.map_err(SendError::Http)
     }
 
-    /// Gets what a 401 asks for. The caller's credentials go to the registry itself, never to a mirror of it.
+    fn repository_at<'a>(&'a self, host: &'a Host) -> &'a str {
+        host.repository.as_deref().unwrap_or(&self.repository)
+    }
+
+    /// The caller's credentials go to the registry itself, never to a mirror of it. Those of the file go where it says.
+    fn auth_for(&self, host: &Host) -> Result<Option<RegistryAuth>, ImageError> {
+        if !host.mirror && self.auth.is_some() {
+            return Ok(self.auth.clone());
+        }
+        let name = if host.mirror { authority(&host.base) } else { self.registry.clone() };
+        self.credentials.find(&name, self.repository_at(host))
+    }
+
+    /// Gets what a 401 asks for.
     async fn answer_challenge(&self, index: usize, host: &Host, response: &Response) -> Result<(), ImageError> {
         let refused = |why: &str| ImageError::Unauthorized(format!("{}: {why}", authority(&host.base)));
-        let auth = self.auth.as_ref().filter(|_| host.namespace.is_none());
+        let auth = self.auth_for(host)?;
         let headers = response.headers().get_all(WWW_AUTHENTICATE);
         let challenges: Vec<Challenge> = headers.iter().filter_map(|h| h.to_str().ok()).filter_map(parse_challenge).collect();
-        let header = match (challenges.into_iter().next(), auth) {
+        let header = match (challenges.into_iter().next(), auth.as_ref()) {
             (None, _) => return Err(refused("unauthorized, and it names no way to log in")),
             (Some(Challenge::Basic), None) => return Err(refused("credentials are needed")),
             (Some(_), Some(RegistryAuth::Bearer { token })) => format!("Bearer {token}"),
             (Some(Challenge::Basic), Some(RegistryAuth::Basic { username, password })) => basic(username, password),
+            (Some(Challenge::Basic), Some(RegistryAuth::Identity { .. })) => {
+                return Err(refused("an identity token is for registries with a token service, and this one has none"));
+            }
             (Some(Challenge::Bearer { realm, service, scope }), auth) => {
-                let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+                let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository_at(host)));
                 format!("Bearer {}", self.token(host, &realm, service.as_deref(), &scope, auth).await?)
             }
         };
@@ -237,20 +213,30 @@ impl Session {
         }
         let refused = |why: String| ImageError::Unauthorized(format!("token service {realm}: {why}"));
         let mut url = Url::parse(realm).map_err(|e| refused(e.to_string()))?;
-        if host.base.scheme() == "https" && url.scheme() != "https" && !host.skip_verify {
+        if host.base.scheme() == "https" && url.scheme() != "https" && !host.transport.skip_verify {
             return Err(refused("is not reached by TLS, while its registry is".into()));
         }
-        {
-            let mut query = url.query_pairs_mut();
-            if let Some(service) = service {
-                query.append_pair("service", service);
+        let client = self.clients.of(&host.transport, url.scheme() == "https")?;
+        let mut fields: Vec<(&str, &str)> = service.iter().map(|service| ("service", *service)).collect();
+        fields.push(("scope", scope));
+        let request = match auth {
+            // Distribution's "OAuth2 token authentication".
+            Some(RegistryAuth::Identity { token }) => {
+                fields.extend([("grant_type", "refresh_token"), ("refresh_token", token), ("client_id", "windlass")]);
+                let mut body = Url::parse("form:").map_err(|e| refused(e.to_string()))?;
+                body.query_pairs_mut().extend_pairs(fields);
+                let form = "application/x-www-form-urlencoded";
+                client.post(url).header(CONTENT_TYPE, form).body(body.query().unwrap_or_default().to_owned())
             }
-            query.append_pair("scope", scope);
-        }
-        let mut request = self.clients.of(host)?.get(url);
-        if let Some(RegistryAuth::Basic { username, password }) = auth {
-            request = request.header(AUTHORIZATION, basic(username, password));
-        }
+            auth => {
+                url.query_pairs_mut().extend_pairs(fields);
+                let request = client.get(url);
+                match auth {
+                    Some(RegistryAuth::Basic { username, password }) => request.header(AUTHORIZATION, basic(username, password)),
+                    _ => request,
+                }
+            }
+        };
         let mut response =
             request.send().await.map_err(|e| ImageError::RegistryUnavailable(format!("token service {realm}: {}", cause(&e))))?;
         match response.status() {
@@ -302,8 +288,17 @@ fn is_transient(status: StatusCode) -> bool {
 }
 
 fn retry_after(response: &Response) -> Option<Duration> {
-    let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim();
+    Some(wait_of(value, time::OffsetDateTime::now_utc())?.min(MAX_RETRY_AFTER))
+}
+
+/// Seconds, or a date (RFC 9110, 10.2.3).
+fn wait_of(value: &str, now: time::OffsetDateTime) -> Option<Duration> {
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = time::OffsetDateTime::parse(value, &time::format_description::well_known::Rfc2822).ok()?;
+    Some(Duration::try_from(at - now).unwrap_or(Duration::ZERO))
 }
 
 fn basic(username: &str, password: &str) -> String {
@@ -316,15 +311,6 @@ fn authority(url: &Url) -> String {
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
-/// The innermost cause: the outer ones only say that a request failed, which the caller says better.
-pub(super) fn cause(error: &reqwest::Error) -> String {
-    let mut innermost: &dyn std::error::Error = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
-}
-
 async fn read_all(response: &mut Response, limit_bytes: u64, object: &str) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::new();
     loop {
@@ -335,6 +321,25 @@ async fn read_all(response: &mut Response, limit_bytes: u64, object: &str) -> Re
         }
         if bytes.len() as u64 > limit_bytes {
             return Err(ImageError::TooMany(format!("{object}: is over the limit of {limit_bytes} bytes")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_seconds_or_dates() {
+        let now = time::OffsetDateTime::from_unix_timestamp(1_445_412_480).unwrap();
+        for (value, expected) in [
+            ("120", Some(120)),
+            ("Wed, 21 Oct 2015 07:28:30 GMT", Some(30)),
+            ("Wed, 21 Oct 2015 07:00:00 GMT", Some(0)),
+            ("soon", None),
+            ("-1", None),
+        ] {
+            assert_eq!(wait_of(value, now), expected.map(Duration::from_secs), "{value}");
         }
     }
 }

@@ -5,11 +5,13 @@ use super::auth::RegistryAuth;
 use super::digest::{self, chain_ids, hex_of, is_hex};
 use super::error::ImageError;
 use super::extract::Limits;
+use super::hosts::RegistryFiles;
 use super::layers::{FsUsage, LayerFormat, Layers, Lease};
 use super::manifest::{self, Document, Manifest, Platform};
 use super::record::{self, ImageRecord, LayerRecord};
 use super::reference::Reference;
-use super::registry::{Clients, Session};
+use super::registry::Session;
+use super::tls::Clients;
 use super::transfer::{self, Source, Want};
 use super::verify::{self, Verdict};
 use super::{export, import, read};
@@ -32,8 +34,8 @@ const MIN_SHORT_ID: usize = 3;
 pub struct StoreConfig {
     /// Everything the store has lies below it.
     pub root: PathBuf,
-    /// containerd's `certs.d`; it need not exist.
-    pub registry_config_dir: PathBuf,
+    /// How registries are reached.
+    pub registries: RegistryFiles,
     /// What is chosen from an index.
     pub platform: Platform,
     /// Layers fetched and unpacked at the same time, over all pulls.
@@ -48,10 +50,10 @@ pub struct StoreConfig {
 
 impl StoreConfig {
     /// Defaults for this machine.
-    pub fn new(root: PathBuf, registry_config_dir: PathBuf) -> StoreConfig {
+    pub fn new(root: PathBuf, registries: RegistryFiles) -> StoreConfig {
         StoreConfig {
             root,
-            registry_config_dir,
+            registries,
             platform: Platform::default(),
             parallel_layers: 4,
             layer_limit_bytes: 256 << 30,
@@ -250,8 +252,16 @@ impl Store {
     /// # Errors
     /// Every kind but `TooMany` has the reason in the registry's answer or the disk; nothing is left of a failed pull.
     pub async fn pull(&self, reference: &str, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
-        let reference: Reference = reference.parse()?;
-        self.join_pull((reference, auth)).await
+        let meanings = self.0.config.registries.conf()?.meanings(reference)?;
+        let mut last = ImageError::NotFound(format!("image {reference}: no registry is configured for it"));
+        for meaning in meanings {
+            match self.join_pull((meaning, auth.clone())).await {
+                // The next registry that a short name may mean.
+                Err(error @ (ImageError::NotFound(_) | ImageError::Unauthorized(_))) => last = error,
+                other => return other,
+            }
+        }
+        Err(last)
     }
 
     fn join_pull(&self, key: PullKey) -> Shared<PullFuture> {
@@ -275,7 +285,7 @@ impl Store {
     async fn pull_alone(&self, reference: &Reference, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
         let inner = &self.0;
         let clients = Arc::clone(&inner.clients);
-        let session = Arc::new(Session::new(clients, &inner.config.registry_config_dir, reference, auth)?);
+        let session = Arc::new(Session::new(clients, &inner.config.registries, reference, auth)?);
         let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
         let (manifest, digest) = self.resolve(&session, wanted).await?;
         let config = session.small_blob(&manifest.config).await?;
@@ -357,7 +367,7 @@ impl Store {
         if let Some(indexed) = index.get(&format!("sha256:{}", hex_of(name))) {
             return Some(Arc::clone(&indexed.image));
         }
-        if let Ok(reference) = name.parse::<Reference>() {
+        for reference in self.meanings(name) {
             let named = index.values().find(|i| is_named(&i.image, &reference));
             if let Some(indexed) = named {
                 return Some(Arc::clone(&indexed.image));
@@ -372,6 +382,12 @@ impl Store {
             (Some(only), None) => Some(Arc::clone(&only.image)),
             _ => None,
         }
+    }
+
+    /// What a name may mean. While the configuration cannot be read, what it says itself.
+    fn meanings(&self, name: &str) -> Vec<Reference> {
+        let meant = self.0.config.registries.conf().and_then(|conf| conf.meanings(name));
+        meant.unwrap_or_else(|_| name.parse().into_iter().collect())
     }
 
     /// Removes the image that `name` means, with all its names; its disk is given back in the background as far as nobody else

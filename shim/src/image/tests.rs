@@ -11,8 +11,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tar::EntryType;
 
+fn files(root: &Path) -> RegistryFiles {
+    let at = |name: &str| root.join(name);
+    RegistryFiles { hosts: at("certs.d"), registries_conf: at("registries.conf"), auth_file: at("auth.json") }
+}
+
 fn open(root: &Path) -> Store {
-    let mut config = StoreConfig::new(root.join("images"), root.join("certs.d"));
+    let mut config = StoreConfig::new(root.join("images"), files(root));
     config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
     config.layer_limit_bytes = 1 << 30;
     Store::open(config).unwrap()
@@ -556,7 +561,7 @@ async fn both_forms_of_layers_live_side_by_side() {
     registry.push("a/one", "t", &image(&both[..1], false));
     registry.push("a/two", "t", &image(&both, false));
     let open_as = |format| {
-        let mut config = StoreConfig::new(root.path().join("images"), root.path().join("certs.d"));
+        let mut config = StoreConfig::new(root.path().join("images"), files(root.path()));
         config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
         config.layer_format = Some(format);
         Store::open(config).unwrap()
