@@ -248,3 +248,48 @@ fn names_that_cannot_be_pulled() -> Result<()> {
         Ok(())
     })
 }
+
+/// Kubelet reads both the code and the beginning of the message.
+#[test]
+fn a_policy_that_does_not_let_an_image_in() -> Result<()> {
+    node::run(|| {
+        let registry = Registry::start()?;
+        registry.add("test/busybox", "v1", &image::layers()?, &config())?;
+        let mut daemon = Daemon::prepare(&[])?;
+        let (path, policies) = (daemon.path("config.toml"), daemon.path("policies"));
+        let policy = daemon.path("policy.json");
+        fs::write(&path, format!("{}[images]\npolicy = {policy:?}\npolicy_dir = {policies:?}\n", fs::read_to_string(&path)?))?;
+        fs::create_dir(&policies)?;
+        let accept = json!({ "default": [{ "type": "insecureAcceptAnything" }] }).to_string();
+        fs::write(policies.join("system.json"), &accept)?;
+        daemon.serve()?;
+        let client = Client::connect(&daemon)?;
+        let name = format!("{}/test/busybox:v1", registry.host());
+        let before = stored(&daemon);
+        let refused = |why: &str| -> Result<()> {
+            let status = pull(&client, &name, None).expect_err(why);
+            ensure!(status.code() == Code::Unknown, "{status:?}");
+            ensure!(status.message().starts_with("SignatureValidationFailed: ") && status.message().contains(why), "{status:?}");
+            expect_stored(&daemon, &before)
+        };
+        refused("policy.json")?;
+        fs::write(&policy, json!({ "default": [{ "type": "reject" }] }).to_string())?;
+        refused("are rejected")?;
+        let mut sandbox = pod(&daemon.path("logs"));
+        sandbox.metadata.get_or_insert_default().namespace = "system".into();
+        let request = cri::PullImageRequest { image: spec(&name), auth: None, sandbox_config: Some(sandbox) };
+        client.pull_image(request).context("the namespace's own policy")?;
+        refused_again(&client, &name)?;
+        fs::write(&policy, &accept)?;
+        pull(&client, &name, None)?;
+        Ok(())
+    })
+}
+
+/// An image that is here already is looked at again.
+fn refused_again(client: &Client, name: &str) -> Result<()> {
+    let status = pull(client, name, None).expect_err("still rejected");
+    ensure!(status.message().starts_with("SignatureValidationFailed: "), "{status:?}");
+    ensure!(images(client)?.len() == 1, "what is here stays");
+    Ok(())
+}

@@ -6,7 +6,7 @@ use crate::{
     config::{Config, LayerChoice},
     cri,
     error::{Error, Result},
-    image::{LayerFormat, RegistryFiles, Store, StoreConfig},
+    image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
     monitor::Program,
     network::{
         Network,
@@ -158,6 +158,7 @@ fn open_store(config: &Config) -> Result<Store> {
         auth_file: config.images.auth_file.clone(),
     };
     let mut store = StoreConfig::new(config.root.join("images"), registries);
+    store.trust = TrustFiles { policy: config.images.policy.clone(), by_namespace: config.images.policy_dir.clone() };
     store.layer_format = match config.images.layers {
         LayerChoice::Auto => None,
         LayerChoice::Erofs => Some(LayerFormat::Erofs),

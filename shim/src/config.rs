@@ -127,6 +127,10 @@ pub struct ImageConfig {
     pub registries_conf: PathBuf,
     /// Credentials (containers-auth.json(5), docker's config.json) for pulls that bring none, and for mirrors.
     pub auth_file: PathBuf,
+    /// Which images may be pulled (containers-policy.json(5): accept, reject, sigstoreSigned with keys). Empty: all.
+    pub policy: PathBuf,
+    /// Directory of `<namespace>.json`, which go over `policy` for pods of that namespace. Empty: none.
+    pub policy_dir: PathBuf,
     /// How layers are kept from now on.
     pub layers: LayerChoice,
 }
@@ -208,6 +212,8 @@ impl Default for ImageConfig {
             registry_config_dir: "/etc/windlass/certs.d".into(),
             registries_conf: "/etc/containers/registries.conf".into(),
             auth_file: "/etc/windlass/auth.json".into(),
+            policy: PathBuf::new(),
+            policy_dir: PathBuf::new(),
             layers: LayerChoice::Auto,
         }
     }

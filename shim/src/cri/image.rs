@@ -83,7 +83,8 @@ impl ImageService for Service {
         let request = request.into_inner();
         let name = reference(request.image)?;
         let started = std::time::Instant::now();
-        let pulled = self.node.images.pull(&name, credentials(request.auth, &name)?).await;
+        let namespace = request.sandbox_config.and_then(|pod| pod.metadata).map(|meta| meta.namespace).unwrap_or_default();
+        let pulled = self.node.images.pull_for(&name, credentials(request.auth, &name)?, &namespace).await;
         match pulled {
             Ok(image) => {
                 tracing::info!(image = %name, id = %image.id, elapsed_ms = started.elapsed().as_millis() as u64, "image pulled");

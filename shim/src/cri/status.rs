@@ -23,7 +23,7 @@ pub(super) fn of(error: Error) -> Status {
     Status::new(code, error.message)
 }
 
-/// An image operation's error. Kubelet reads the prefix `RegistryUnavailable: ` only from a message with code Unknown.
+/// An image operation's error. Kubelet reads a prefix only from a message with code Unknown.
 pub(super) fn of_image(error: ImageError) -> Status {
     let message = error.to_string();
     match error {
@@ -31,6 +31,7 @@ pub(super) fn of_image(error: ImageError) -> Status {
         ImageError::NotFound(..) => Status::not_found(message),
         ImageError::Unauthorized(..) => Status::permission_denied(message),
         ImageError::RegistryUnavailable(..) => Status::unknown(format!("RegistryUnavailable: {message}")),
+        ImageError::Untrusted(..) => Status::unknown(format!("SignatureValidationFailed: {message}")),
         ImageError::Corrupt(..) => Status::data_loss(message),
         ImageError::NoSpace(..) => Status::resource_exhausted(message),
         _ => Status::internal(message),

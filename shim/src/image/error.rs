@@ -20,6 +20,9 @@ pub enum ImageError {
     /// Missing, wrong or insufficient credentials.
     #[error("{0}")]
     Unauthorized(String),
+    /// The policy does not let this image be used.
+    #[error("{0}")]
+    Untrusted(String),
     /// Nobody answered, or the answer was a server's failure; a later try may succeed.
     #[error("{0}")]
     RegistryUnavailable(String),
@@ -69,6 +72,7 @@ impl ImageError {
             InvalidReference { .. } => self,
             NotFound(text) => NotFound(put(text)),
             Unauthorized(text) => Unauthorized(put(text)),
+            Untrusted(text) => Untrusted(put(text)),
             RegistryUnavailable(text) => RegistryUnavailable(put(text)),
             Corrupt(text) => Corrupt(put(text)),
             NoPlatform { object, platform } => NoPlatform { object: put(object), platform },

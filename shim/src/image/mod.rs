@@ -28,6 +28,7 @@ mod split;
 mod store;
 mod tls;
 mod transfer;
+mod trust;
 mod unpack;
 mod verify;
 
@@ -47,4 +48,5 @@ pub use layers::{FsUsage, LayerFormat, Lease};
 pub use manifest::Platform;
 pub use reference::Reference;
 pub use store::{Image, Layer, Store, StoreConfig};
+pub use trust::TrustFiles;
 pub use verify::Verdict;

@@ -13,6 +13,7 @@ use super::reference::Reference;
 use super::registry::Session;
 use super::tls::Clients;
 use super::transfer::{self, Source, Want};
+use super::trust::TrustFiles;
 use super::verify::{self, Verdict};
 use super::{export, import, read};
 use futures_util::FutureExt;
@@ -36,6 +37,8 @@ pub struct StoreConfig {
     pub root: PathBuf,
     /// How registries are reached.
     pub registries: RegistryFiles,
+    /// Which images may be pulled.
+    pub trust: TrustFiles,
     /// What is chosen from an index.
     pub platform: Platform,
     /// Layers fetched and unpacked at the same time, over all pulls.
@@ -54,6 +57,7 @@ impl StoreConfig {
         StoreConfig {
             root,
             registries,
+            trust: TrustFiles::default(),
             platform: Platform::default(),
             parallel_layers: 4,
             layer_limit_bytes: 256 << 30,
@@ -141,7 +145,8 @@ impl Image {
     }
 }
 
-type PullKey = (Reference, Option<RegistryAuth>);
+/// Reference, credentials, and the namespace whose policy holds.
+type PullKey = (Reference, Option<RegistryAuth>, String);
 type PullFuture = BoxFuture<'static, Result<Arc<Image>, ImageError>>;
 
 /// The image store; clones are the same store.
@@ -252,10 +257,18 @@ impl Store {
     /// # Errors
     /// Every kind but `TooMany` has the reason in the registry's answer or the disk; nothing is left of a failed pull.
     pub async fn pull(&self, reference: &str, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
+        self.pull_for(reference, auth, "").await
+    }
+
+    /// As [`Store::pull`], under the policy of a namespace of Kubernetes if it has one of its own.
+    ///
+    /// # Errors
+    /// As [`Store::pull`].
+    pub async fn pull_for(&self, reference: &str, auth: Option<RegistryAuth>, namespace: &str) -> Result<Arc<Image>, ImageError> {
         let meanings = self.0.config.registries.conf()?.meanings(reference)?;
         let mut last = ImageError::NotFound(format!("image {reference}: no registry is configured for it"));
         for meaning in meanings {
-            match self.join_pull((meaning, auth.clone())).await {
+            match self.join_pull((meaning, auth.clone(), namespace.to_owned())).await {
                 // The next registry that a short name may mean.
                 Err(error @ (ImageError::NotFound(_) | ImageError::Unauthorized(_))) => last = error,
                 other => return other,
@@ -270,10 +283,10 @@ impl Store {
         if let Some(pull) = pulls.get(&key).and_then(WeakShared::upgrade) {
             return pull;
         }
-        let (store, (reference, auth)) = (self.clone(), key.clone());
+        let (store, (reference, auth, namespace)) = (self.clone(), key.clone());
         let pull = async move {
             let context = format!("pull {reference}");
-            store.pull_alone(&reference, auth).await.map_err(|e| e.within(context))
+            store.pull_alone(&reference, auth, &namespace).await.map_err(|e| e.within(context))
         };
         let pull = pull.boxed().shared();
         if let Some(weak) = pull.downgrade() {
@@ -282,12 +295,20 @@ impl Store {
         pull
     }
 
-    async fn pull_alone(&self, reference: &Reference, auth: Option<RegistryAuth>) -> Result<Arc<Image>, ImageError> {
+    async fn pull_alone(
+        &self,
+        reference: &Reference,
+        auth: Option<RegistryAuth>,
+        namespace: &str,
+    ) -> Result<Arc<Image>, ImageError> {
         let inner = &self.0;
         let clients = Arc::clone(&inner.clients);
         let session = Arc::new(Session::new(clients, &inner.config.registries, reference, auth)?);
         let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
-        let (manifest, digest) = self.resolve(&session, wanted).await?;
+        let (manifest, digest, chosen) = self.resolve(&session, wanted).await?;
+        let mut digests = vec![digest.as_str()];
+        digests.extend(Some(chosen.as_str()).filter(|chosen| *chosen != digest));
+        inner.config.trust.check(&session, reference, &digests, namespace).await?;
         let config = session.small_blob(&manifest.config).await?;
         // A reference with a digest says which image it is; its tag may say another by now.
         let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();
@@ -296,17 +317,19 @@ impl Store {
         self.make(plan).await
     }
 
-    /// The manifest for this platform, and the digest of what the name itself points to.
-    async fn resolve(&self, session: &Session, wanted: &str) -> Result<(Manifest, String), ImageError> {
+    /// The manifest for this platform, the digest of what the name itself points to, and the manifest's own.
+    async fn resolve(&self, session: &Session, wanted: &str) -> Result<(Manifest, String, String), ImageError> {
         let (mut bytes, top) = session.manifest(wanted).await?;
+        let mut own = top.clone();
         let mut object = format!("manifest {top}");
         for _ in 0..=MAX_INDEX_DEPTH {
             match manifest::parse(&bytes, &object)? {
-                Document::Manifest(manifest) => return Ok((manifest, top)),
+                Document::Manifest(manifest) => return Ok((manifest, top, own)),
                 Document::Index(index) => {
                     let chosen = manifest::select(&index, &self.0.config.platform, &object)?.digest.clone();
                     bytes = session.manifest(&chosen).await?.0;
                     object = format!("manifest {chosen}");
+                    own = chosen;
                 }
             }
         }

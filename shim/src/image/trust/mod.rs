@@ -1,0 +1,138 @@
+//! Whether an image may be used: a policy (containers-policy.json(5)) that accepts, rejects, or wants signatures made with given keys,
+//! by registry and namespace. Asked at each pull, after the manifest and before anything else is fetched.
+//!
+//! Signatures are those of cosign and sigstore with a key of one's own: a payload that names the manifest's digest, and a signature
+//! over it, in the image's own repository under the tag `sha256-<digest>.sig`. Certificates and transparency logs are not read: a policy
+//! that wants them is refused. Verified by aws-lc-rs, which TLS brings along: the sigstore crates would bring a hundred others.
+
+mod policy;
+mod signature;
+#[cfg(test)]
+mod tests;
+
+use super::error::ImageError;
+use super::manifest::{self, Document};
+use super::reference::Reference;
+use super::registry::Session;
+use policy::{Identity, Policy, Requirement};
+use std::path::PathBuf;
+
+/// Most signatures of one image that are looked at.
+const MAX_SIGNATURES: usize = 100;
+
+/// Where the policies are.
+#[derive(Debug, Clone, Default)]
+pub struct TrustFiles {
+    /// The policy; empty for none, which accepts everything.
+    pub policy: PathBuf,
+    /// Directory of `<namespace>.json`, which go over `policy` for pulls of that namespace; empty for none.
+    pub by_namespace: PathBuf,
+}
+
+impl TrustFiles {
+    /// The policy for pulls of a namespace, as it is now. Errors: a file that cannot be read or says what is not understood; nothing
+    /// may be pulled then.
+    fn load(&self, namespace: &str) -> Result<Option<Policy>, ImageError> {
+        let mut paths = Vec::new();
+        let plain = !namespace.is_empty() && namespace.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        if plain && !self.by_namespace.as_os_str().is_empty() {
+            paths.push(self.by_namespace.join(format!("{namespace}.json")));
+        }
+        let own = paths.len();
+        if !self.policy.as_os_str().is_empty() {
+            paths.push(self.policy.clone());
+        }
+        for (index, path) in paths.iter().enumerate() {
+            let failed = |cause: String| ImageError::Untrusted(format!("policy {}: {cause}", path.display()));
+            match std::fs::read(path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && index < own => {}
+                Err(error) => return Err(failed(error.to_string())),
+                Ok(text) => return Policy::parse(&text).map(Some).map_err(failed),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the image may be used. `digests` are those of the manifest and of the index that it was chosen from: a signature of
+    /// either will do. Errors: `Untrusted`, with each requirement that did not hold.
+    pub(super) async fn check(
+        &self,
+        session: &Session,
+        reference: &Reference,
+        digests: &[&str],
+        namespace: &str,
+    ) -> Result<(), ImageError> {
+        let Some(policy) = self.load(namespace)? else { return Ok(()) };
+        let (scope, requirements) = policy.requirements(reference);
+        let refused = |why: String| ImageError::Untrusted(format!("{reference}: policy for {scope}: {why}"));
+        let mut signatures = None;
+        for requirement in requirements {
+            match requirement {
+                Requirement::Accept => {}
+                Requirement::Reject => return Err(refused("images of it are rejected".into())),
+                Requirement::Signed { keys, identity } => {
+                    let found = match signatures.take() {
+                        Some(found) => found,
+                        None => fetch(session, digests).await?,
+                    };
+                    one_holds(&found, keys, identity, reference, digests).map_err(refused)?;
+                    signatures = Some(found);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A signature as it came: nothing of it is true yet.
+struct Found {
+    payload: Vec<u8>,
+    signature: String,
+}
+
+fn one_holds(
+    found: &[Found],
+    keys: &[Vec<u8>],
+    identity: &Identity,
+    reference: &Reference,
+    digests: &[&str],
+) -> Result<(), String> {
+    if found.is_empty() {
+        return Err("a signature is wanted, and the image has none".into());
+    }
+    let mut last = String::new();
+    for one in found {
+        let claim = signature::verify(&one.payload, &one.signature, keys);
+        match claim.and_then(|claim| claim.holds(reference, digests, identity)) {
+            Ok(()) => return Ok(()),
+            Err(why) => last = why,
+        }
+    }
+    Err(match found.len() {
+        1 => format!("its signature does not hold: {last}"),
+        many => format!("none of its {many} signatures holds; the last one: {last}"),
+    })
+}
+
+/// All signatures that the repository has for these manifests.
+async fn fetch(session: &Session, digests: &[&str]) -> Result<Vec<Found>, ImageError> {
+    let mut found = Vec::new();
+    for digest in digests {
+        let tag = format!("{}.sig", digest.replace(':', "-"));
+        let bytes = match session.manifest(&tag).await {
+            Err(ImageError::NotFound(_)) => continue,
+            other => other.map_err(|e| e.within("fetch signatures"))?.0,
+        };
+        let Document::Manifest(manifest) = manifest::parse(&bytes, &tag)? else { continue };
+        for layer in &manifest.layers {
+            let signature = layer.annotations.get("dev.cosignproject.cosign/signature");
+            let Some(signature) = signature.filter(|_| layer.media_type == signature::PAYLOAD_TYPE) else { continue };
+            if found.len() == MAX_SIGNATURES {
+                return Err(ImageError::TooMany(format!("{tag}: more than {MAX_SIGNATURES} signatures")));
+            }
+            let payload = session.small_blob(layer).await.map_err(|e| e.within("fetch a signature's payload"))?;
+            found.push(Found { payload, signature: signature.clone() });
+        }
+    }
+    Ok(found)
+}

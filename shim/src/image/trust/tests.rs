@@ -1,0 +1,274 @@
+//! Signatures that openssl made, and pulls under policies with signatures that are made here.
+
+use super::super::test_images::{Made, Tar, gzip, image};
+use super::super::test_registry::Registry;
+use super::super::*;
+use super::policy::Policy;
+use super::signature::{read_keys, verify};
+use aws_lc_rs::encoding::AsDer;
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+use std::fs;
+
+const PAYLOAD: &str = r#"{"critical":{"identity":{"docker-reference":"reg.example/team/app"},"image":{"docker-manifest-digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"},"type":"cosign container image signature"},"optional":null}"#;
+
+/// Key, and its signature over the payload.
+const VECTORS: [(&str, &str); 4] = [
+    (
+        "-----BEGIN PUBLIC KEY-----\n\
+         MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEawe8eS/571KBvjS9EnflF6+WaXy5\n\
+         zsNEkJhFJ5mCMKqClBHc/hbq2wKZqRnMibPimxrGdgezCkZlkEh8VvN5jg==\n\
+         -----END PUBLIC KEY-----\n",
+        "MEUCIQD3UNciSgaxV3do6w+p4m/EILn4zwK2QqxkabVjV32JJwIgUlrip3v/vfid59ITz9fe3HV38LwlDPxlY0wKEYjryPw=",
+    ),
+    (
+        "-----BEGIN PUBLIC KEY-----\n\
+         MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEZTWgGUg7BPcTFsu2pgjs5eC6dwwiFcTF\n\
+         Fsp2I7NMe2snE4dIJGRKVYVus9eu3/brXuRnM44PGRBOJ0rBnp+nwyE5a6Dndlk5\n\
+         H+acrK2BqQG2JiUVgeYpr7JxXGbLl3Qd\n\
+         -----END PUBLIC KEY-----\n",
+        "MGQCMCEPWvJw8YLqR0WVwxQSFVigq/VS4QJUmf4Y0k1Cwtd8iSQ113r+RVLd8dhABUjiJgIwYP+gh3J+JGLxsAlgrznPYjJrQ8cCL0IbOQBC4+DdgDrf9lUxWH/eL9804Csw4Wkk",
+    ),
+    (
+        "-----BEGIN PUBLIC KEY-----\n\
+         MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAsBd+QnxFzztE464CvLY1\n\
+         z/l3/iWjYu96E9BFAdhvCnFtg6Vhty93qYmNZ5Be/E8OPf9s2E5wual1hpVMQnir\n\
+         UM3+MuXkp3xBwcFzrHqKy53labe87ms10O0+TfjUemQwJ1e1ROqVc++GtltpXhyP\n\
+         HV/wzexxqGKSIfJaU/1ebPnlMcGcRhLKLsKW0QKJewjkTe3KGWfCSMtp1kBEyGjZ\n\
+         L+lq+HqkWYUE7Y1wM/h5jB5NTSco4Ll+TZtq89A7j9TXiHp/91mukqaImMChAQU5\n\
+         Gr9iUkVpz35oUo8zbdqrsTeWGgn9nrckbifLu/AcVYnRbG5ampSx7ulMvtNzjfgo\n\
+         9wIDAQAB\n\
+         -----END PUBLIC KEY-----\n",
+        "bEtXRF/X69TR80DOqUJw6FXrC+OT27znIApMYkENoVBOgmdbIa6GLAmI0pX4c9W1iiMUlM7/CeN3GGW5Ka/q3SSNrzPBpiY+lXgXcs7twqZyX+4HdAN7VQ6ggzcR3+mgC4qXQLKvvrAHANi2meJjT3NcTn5Pjx00udLTLb8PRHgyvP+Mkx11X1IJ8mYsBnrPAVLMlXMyijnBMy5uPRFGWVPmo8DuZJcXOxBJpDJoHsnCq+0FkS8dWja2DPtb2GPJfPPjW+7bijyVU/QnQfLANZeet4AwbuqmBzzhWVXNuLrx2kIG92t7qvt/47QnYZaT9kWtzcMl837tEzqh/4QziA==",
+    ),
+    (
+        "-----BEGIN PUBLIC KEY-----\n\
+         MCowBQYDK2VwAyEApwYXyNFh/O3oq78dfI7gbgoIkh/JMetlq0bG/BmUosU=\n\
+         -----END PUBLIC KEY-----\n",
+        "gbPpvSRHBnxivxja45Urf+M2V0pSgVyjtuaSfiwVCtC+ZQUzjWvmTb2W22TPTgJ0h6/ocRF5ETJi0z0SbrmHCg==",
+    ),
+];
+
+#[test]
+fn signatures_of_every_kind_of_key() {
+    let keys: Vec<Vec<u8>> = VECTORS.iter().flat_map(|(pem, _)| read_keys(pem.as_bytes()).unwrap()).collect();
+    assert_eq!(keys.len(), VECTORS.len());
+    for (index, (_, signature)) in VECTORS.iter().enumerate() {
+        verify(PAYLOAD.as_bytes(), signature, &keys).unwrap();
+        verify(PAYLOAD.as_bytes(), signature, &keys[index..=index]).unwrap();
+        let mut others = keys.clone();
+        others.remove(index);
+        assert!(verify(PAYLOAD.as_bytes(), signature, &others).unwrap_err().contains("none of the policy's keys"));
+        assert!(verify(PAYLOAD.replace("app", "apq").as_bytes(), signature, &keys).is_err());
+        assert!(verify(PAYLOAD.as_bytes(), "!", &keys).unwrap_err().contains("base64"));
+        assert!(verify(PAYLOAD.as_bytes(), "", &keys).is_err());
+    }
+    assert!(read_keys(b"text").unwrap_err().contains("PUBLIC KEY"));
+}
+
+#[test]
+fn policies_are_understood_or_refused() {
+    let key = STANDARD.encode(VECTORS[0].0);
+    let signed = json!([{ "type": "sigstoreSigned", "keyData": key, "signedIdentity": { "type": "matchRepository" } }]);
+    let policy = json!({
+        "default": [{ "type": "reject" }],
+        "transports": {
+            "docker": {
+                "": [{ "type": "insecureAcceptAnything" }],
+                "reg.example:5000": signed, "reg.example:5000/team": signed, "reg.example:5000/team/app": signed,
+                "reg.example:5000/team/app:1": signed, "*.example": signed, "*.sub.example": signed, "docker.io/library": signed,
+            },
+            "docker-daemon": { "": [{ "type": "signedBy", "keyType": "GPGKeys" }] },
+        },
+    });
+    let policy = Policy::parse(policy.to_string().as_bytes()).unwrap();
+    for (name, scope) in [
+        ("reg.example:5000/team/app:1", "\"reg.example:5000/team/app:1\""),
+        ("reg.example:5000/team/app:2", "\"reg.example:5000/team/app\""),
+        ("reg.example:5000/team/apps", "\"reg.example:5000/team\""),
+        ("reg.example:5000/other", "\"reg.example:5000\""),
+        ("reg.example:5001/other", "\"*.example\""),
+        ("a.sub.example/x", "\"*.sub.example\""),
+        ("busybox", "\"docker.io/library\""),
+        ("quay.test/x", "\"\""),
+    ] {
+        assert_eq!(policy.requirements(&name.parse().unwrap()).0, scope, "{name}");
+    }
+    for (text, why) in [
+        (json!({}), "default"),
+        (json!({ "default": [] }), "no requirement"),
+        (json!({ "default": [{ "type": "signedBy" }] }), "signedBy"),
+        (json!({ "default": [{ "type": "reject" }], "more": 1 }), "more"),
+        (json!({ "default": [{ "type": "sigstoreSigned" }] }), "exactly one of"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "keyPath": "/k" }] }), "exactly one of"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "fulcio": {} }] }), "fulcio"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "rekorPublicKeyData": key }] }), "rekorPublicKeyData"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyPath": "/nowhere/key" }] }), "/nowhere/key"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyData": "dGV4dA==" }] }), "PUBLIC KEY"),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyDatas": [] }] }), "no key"),
+        (json!({ "default": [{ "type": "reject" }], "transports": { "docker": { "x": [{ "type": "accept" }] } } }), "x"),
+        (
+            json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "signedIdentity": { "type": "matchAnything" } }] }),
+            "matchAnything",
+        ),
+    ] {
+        let error = Policy::parse(text.to_string().as_bytes()).unwrap_err();
+        assert!(error.contains(why), "{text}: {error}");
+    }
+}
+
+struct Signer(EcdsaKeyPair);
+
+impl Signer {
+    fn new() -> Signer {
+        Signer(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).unwrap())
+    }
+
+    fn pem(&self) -> String {
+        let der = self.0.public_key().as_der().unwrap();
+        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", STANDARD.encode(der.as_ref()))
+    }
+
+    /// Puts a signature of `digest`, said to be of `name`, where the one of `of` is looked for.
+    fn sign(&self, registry: &Registry, repository: &str, of: &str, digest: &str, name: &str) {
+        let payload = json!({ "critical": {
+            "type": "cosign container image signature",
+            "image": { "docker-manifest-digest": digest },
+            "identity": { "docker-reference": name },
+        }})
+        .to_string();
+        let signature = STANDARD.encode(self.0.sign(&SystemRandom::new(), payload.as_bytes()).unwrap());
+        let layer = json!({
+            "mediaType": super::signature::PAYLOAD_TYPE, "digest": digest::of(payload.as_bytes()), "size": payload.len(),
+            "annotations": { "dev.cosignproject.cosign/signature": signature },
+        });
+        let config = json!({ "mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest::of(b"{}"), "size": 2 });
+        let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [layer] }).to_string();
+        let mut content = registry.content.lock().unwrap();
+        content.objects.insert(format!("{repository}/manifests/{}.sig", of.replace(':', "-")), manifest.into_bytes());
+        content.objects.insert(format!("{repository}/blobs/{}", digest::of(payload.as_bytes())), payload.into_bytes());
+    }
+}
+
+struct Ground {
+    root: tempfile::TempDir,
+    registry: Registry,
+    made: Made,
+}
+
+impl Ground {
+    fn new() -> Ground {
+        let plain = Tar::new().file("f", 0o644, b"f").finish();
+        let made = image(&[(plain.clone(), gzip(&plain))], false);
+        let registry = Registry::start();
+        registry.push("team/app", "t", &made);
+        Ground { root: tempfile::tempdir().unwrap(), registry, made }
+    }
+
+    fn digest(&self) -> String {
+        digest::of(&self.made.manifest)
+    }
+
+    fn require(&self, requirement: serde_json::Value) {
+        let scope = self.registry.address.clone();
+        let policy = json!({ "default": [{ "type": "reject" }], "transports": { "docker": { scope: [requirement] } } });
+        fs::write(self.root.path().join("policy.json"), policy.to_string()).unwrap();
+    }
+
+    async fn pull(&self, name: &str, namespace: &str) -> Result<(), ImageError> {
+        let at = |name: &str| self.root.path().join(name);
+        let files = RegistryFiles { hosts: at("certs.d"), registries_conf: at("registries.conf"), auth_file: at("auth.json") };
+        let mut config = StoreConfig::new(at("images"), files);
+        config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+        config.trust = TrustFiles { policy: at("policy.json"), by_namespace: at("policies") };
+        Store::open(config)?.pull_for(name, None, namespace).await.map(drop)
+    }
+
+    /// The pull is refused for this reason, before a layer or the config was asked for.
+    async fn refused(&self, name: &str, why: &str) {
+        let blobs = |made: &Made| [&made.config, &made.layers[0]].map(|blob| self.registry.requests(&digest::of(blob)));
+        let before = blobs(&self.made);
+        let error = self.pull(name, "").await.unwrap_err();
+        assert!(matches!(&error, ImageError::Untrusted(text) if text.contains(why)), "{why}: {error}");
+        assert_eq!(blobs(&self.made), before, "{why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_is_signed_is_pulled() {
+    let ground = Ground::new();
+    let (name, digest, repository) = (ground.registry.name("team/app:t"), ground.digest(), ground.registry.name("team/app"));
+    let (signer, other) = (Signer::new(), Signer::new());
+    let key = ground.root.path().join("key.pub");
+    fs::write(&key, signer.pem()).unwrap();
+    let signed = |identity: serde_json::Value| json!({ "type": "sigstoreSigned", "keyPath": key, "signedIdentity": identity });
+    let repositories = signed(json!({ "type": "matchRepository" }));
+    ground.refused(&name, "policy.json").await;
+    ground.require(repositories.clone());
+    ground.refused(&name, "has none").await;
+    other.sign(&ground.registry, "team/app", &digest, &digest, &repository);
+    ground.refused(&name, "none of the policy's keys").await;
+    signer.sign(&ground.registry, "team/app", &digest, &format!("sha256:{}", "0".repeat(64)), &repository);
+    ground.refused(&name, "another image").await;
+    signer.sign(&ground.registry, "team/app", &digest, &digest, &ground.registry.name("team/other"));
+    ground.refused(&name, "for the name").await;
+    signer.sign(&ground.registry, "team/app", &digest, &digest, &repository);
+    ground.pull(&name, "").await.unwrap();
+    ground.pull(&format!("{repository}@{digest}"), "").await.unwrap();
+    // A name without a tag is not the name with one, unless a digest says which image is meant.
+    ground.require(signed(json!({ "type": "matchRepoDigestOrExact" })));
+    ground.refused(&name, "for the name").await;
+    ground.pull(&format!("{repository}@{digest}"), "").await.unwrap();
+    signer.sign(&ground.registry, "team/app", &digest, &digest, &name);
+    ground.pull(&name, "").await.unwrap();
+    let exact = |name: &str| signed(json!({ "type": "exactReference", "dockerReference": name }));
+    ground.require(exact("reg.example/x:1"));
+    ground.refused(&name, "for the name").await;
+    ground.require(exact(&name));
+    ground.pull(&name, "").await.unwrap();
+    signer.sign(&ground.registry, "team/app", &digest, &digest, "origin.example/team/app:t");
+    ground.refused(&name, "for the name").await;
+    let prefix = ground.registry.address.clone();
+    ground.require(signed(json!({ "type": "remapIdentity", "prefix": prefix, "signedPrefix": "origin.example" })));
+    ground.pull(&name, "").await.unwrap();
+    ground.require(signed(json!({ "type": "exactRepository", "dockerRepository": "origin.example/team/app" })));
+    ground.pull(&name, "").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_may_be_signed_in_place_of_its_images() {
+    let ground = Ground::new();
+    let signer = Signer::new();
+    let list = test_images::index(&ground.made.manifest);
+    ground.registry.content.lock().unwrap().objects.insert("team/app/manifests/multi".into(), list.clone());
+    let signed = json!({ "type": "sigstoreSigned", "keyData": STANDARD.encode(signer.pem()), "signedIdentity": { "type": "matchRepository" } });
+    ground.require(signed);
+    let (name, repository) = (ground.registry.name("team/app:multi"), ground.registry.name("team/app"));
+    ground.refused(&name, "has none").await;
+    let digest = digest::of(&list);
+    signer.sign(&ground.registry, "team/app", &digest, &digest, &repository);
+    ground.pull(&name, "").await.unwrap();
+    ground.refused(&ground.registry.name("team/app:t"), "has none").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_may_have_a_policy_of_its_own() {
+    let ground = Ground::new();
+    let name = ground.registry.name("team/app:t");
+    ground.require(json!({ "type": "reject" }));
+    ground.refused(&name, "are rejected").await;
+    let policies = ground.root.path().join("policies");
+    fs::create_dir(&policies).unwrap();
+    fs::write(policies.join("free.json"), r#"{"default":[{"type":"insecureAcceptAnything"}]}"#).unwrap();
+    fs::write(policies.join("broken.json"), "{").unwrap();
+    ground.pull(&name, "free").await.unwrap();
+    for (namespace, why) in
+        [("other", "are rejected"), ("broken", "broken.json"), ("../free", "are rejected"), ("", "are rejected")]
+    {
+        let error = ground.pull(&name, namespace).await.unwrap_err().to_string();
+        assert!(error.contains(why), "{namespace}: {error}");
+    }
+}
