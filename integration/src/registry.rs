@@ -137,6 +137,8 @@ impl Registry {
             content.blobs.insert(digest, blob);
         }
         let config_digest = digest(&config);
+        let mut blobs: Vec<String> = descriptors.iter().filter_map(|one| one["digest"].as_str().map(str::to_owned)).collect();
+        blobs.push(config_digest.clone());
         let manifest = json!({
             "schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": descriptors,
             "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len() },
@@ -157,7 +159,27 @@ impl Registry {
         content.manifests.insert(format!("{repository}@{manifest_digest}"), (MANIFEST_TYPE.into(), manifest));
         content.manifests.insert(format!("{repository}@{index_digest}"), (INDEX_TYPE.into(), index.clone()));
         content.manifests.insert(format!("{repository}:{tag}"), (INDEX_TYPE.into(), index));
-        Ok(Added { index: index_digest, config: config_digest })
+        Ok(Added { index: index_digest, blobs, config: config_digest })
+    }
+
+    /// Puts signatures, as payload and base64, where those of the manifest or index `of` are looked for, in place of earlier ones.
+    pub fn sign(&self, repository: &str, of: &str, signatures: &[(String, String)]) {
+        let mut content = locked(&self.content);
+        let mut layers = Vec::new();
+        for (payload, signature) in signatures {
+            let payload = payload.clone().into_bytes();
+            layers.push(json!({
+                "mediaType": "application/vnd.dev.cosign.simplesigning.v1+json", "digest": digest(&payload), "size": payload.len(),
+                "annotations": { "dev.cosignproject.cosign/signature": signature },
+            }));
+            content.blobs.insert(digest(&payload), payload);
+        }
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": layers,
+            "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest(b"{}"), "size": 2 },
+        });
+        let name = format!("{repository}:{}.sig", of.replace(':', "-"));
+        content.manifests.insert(name, (MANIFEST_TYPE.into(), manifest.to_string().into_bytes()));
     }
 
     /// Sends a registry's name here: writes `<directory>/<name>/hosts.toml`, as containerd reads them.
@@ -175,6 +197,8 @@ impl Registry {
 pub struct Added {
     pub index: String,
     pub config: String,
+    /// The configuration and the layers.
+    pub blobs: Vec<String>,
 }
 
 impl Drop for Registry {

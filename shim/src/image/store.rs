@@ -302,13 +302,14 @@ impl Store {
         namespace: &str,
     ) -> Result<Arc<Image>, ImageError> {
         let inner = &self.0;
+        let demand = inner.config.trust.demand(reference, namespace)?;
         let clients = Arc::clone(&inner.clients);
         let session = Arc::new(Session::new(clients, &inner.config.registries, reference, auth)?);
         let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
         let (manifest, digest, chosen) = self.resolve(&session, wanted).await?;
         let mut digests = vec![digest.as_str()];
         digests.extend(Some(chosen.as_str()).filter(|chosen| *chosen != digest));
-        inner.config.trust.check(&session, reference, &digests, namespace).await?;
+        demand.check(&session, reference, &digests).await?;
         let config = session.small_blob(&manifest.config).await?;
         // A reference with a digest says which image it is; its tag may say another by now.
         let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();

@@ -1,5 +1,6 @@
 //! Whether an image may be used: a policy (containers-policy.json(5)) that accepts, rejects, or wants signatures made with given keys,
-//! by registry and namespace. Asked at each pull, after the manifest and before anything else is fetched.
+//! by registry and namespace. Asked at each pull, of images that are here already too: a rejection comes before any request, signatures are
+//! looked for after the manifest and before anything else is fetched. Imports are no pulls: whoever may import may write the policy.
 //!
 //! Signatures are those of cosign and sigstore with a key of one's own: a payload that names the manifest's digest, and a signature
 //! over it, in the image's own repository under the tag `sha256-<digest>.sig`. Certificates and transparency logs are not read: a policy
@@ -34,8 +35,12 @@ impl TrustFiles {
     /// may be pulled then.
     fn load(&self, namespace: &str) -> Result<Option<Policy>, ImageError> {
         let mut paths = Vec::new();
-        let plain = !namespace.is_empty() && namespace.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        if plain && !self.by_namespace.as_os_str().is_empty() {
+        if !namespace.is_empty() && !self.by_namespace.as_os_str().is_empty() {
+            if !namespace.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
+                return Err(ImageError::Untrusted(format!(
+                    "sandbox_config.metadata.namespace: {namespace:?} is no name of a namespace"
+                )));
+            }
             paths.push(self.by_namespace.join(format!("{namespace}.json")));
         }
         let own = paths.len();
@@ -44,7 +49,7 @@ impl TrustFiles {
         }
         for (index, path) in paths.iter().enumerate() {
             let failed = |cause: String| ImageError::Untrusted(format!("policy {}: {cause}", path.display()));
-            match std::fs::read(path) {
+            match policy::read_file(path) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && index < own => {}
                 Err(error) => return Err(failed(error.to_string())),
                 Ok(text) => return Policy::parse(&text).map(Some).map_err(failed),
@@ -53,30 +58,50 @@ impl TrustFiles {
         Ok(None)
     }
 
-    /// Whether the image may be used. `digests` are those of the manifest and of the index that it was chosen from: a signature of
-    /// either will do. Errors: `Untrusted`, with each requirement that did not hold.
-    pub(super) async fn check(
-        &self,
-        session: &Session,
-        reference: &Reference,
-        digests: &[&str],
-        namespace: &str,
-    ) -> Result<(), ImageError> {
-        let Some(policy) = self.load(namespace)? else { return Ok(()) };
+    /// What must hold for an image, as far as that can be said before the registry is asked. Errors: `Untrusted` if it is rejected or the
+    /// policy cannot be read.
+    pub(super) fn demand(&self, reference: &Reference, namespace: &str) -> Result<Demand, ImageError> {
+        let Some(policy) = self.load(namespace)? else { return Ok(Demand::default()) };
         let (scope, requirements) = policy.requirements(reference);
-        let refused = |why: String| ImageError::Untrusted(format!("{reference}: policy for {scope}: {why}"));
-        let mut signatures = None;
-        for requirement in requirements {
+        let demand = Demand { scope, requirements };
+        if demand.requirements.iter().any(|one| matches!(one, Requirement::Reject)) {
+            return Err(demand.refused(reference, "images of it are rejected"));
+        }
+        Ok(demand)
+    }
+}
+
+/// Requirements, all of which must hold, and the scope of the policy that has them.
+#[derive(Default)]
+pub(super) struct Demand {
+    scope: String,
+    requirements: Vec<Requirement>,
+}
+
+impl Demand {
+    fn refused(&self, reference: &Reference, why: &str) -> ImageError {
+        ImageError::Untrusted(format!("{reference}: policy for {}: {why}", self.scope))
+    }
+
+    /// Whether the image may be used. `digests` are those of the manifest and of the index that it was chosen from: a signature of
+    /// either will do. Errors: `Untrusted`, with the requirement that did not hold; `RegistryUnavailable`.
+    pub(super) async fn check(&self, session: &Session, reference: &Reference, digests: &[&str]) -> Result<(), ImageError> {
+        let mut fetched = None;
+        for requirement in &self.requirements {
             match requirement {
                 Requirement::Accept => {}
-                Requirement::Reject => return Err(refused("images of it are rejected".into())),
+                Requirement::Reject => return Err(self.refused(reference, "images of it are rejected")),
                 Requirement::Signed { keys, identity } => {
-                    let found = match signatures.take() {
+                    let found = match fetched.take() {
                         Some(found) => found,
-                        None => fetch(session, digests).await?,
+                        None => fetch(session, digests).await.map_err(|error| match error {
+                            ImageError::RegistryUnavailable(_) => error,
+                            // Whatever is wrong with a signature, it is the signature that is missing, not the image.
+                            other => self.refused(reference, &other.to_string()),
+                        })?,
                     };
-                    one_holds(&found, keys, identity, reference, digests).map_err(refused)?;
-                    signatures = Some(found);
+                    one_holds(&found, keys, identity, reference, digests).map_err(|why| self.refused(reference, &why))?;
+                    fetched = Some(found);
                 }
             }
         }

@@ -4,11 +4,16 @@ use super::super::reference::Reference;
 use super::signature::read_keys;
 use base64::Engine as _;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Read as _;
 use std::path::Path;
 
 /// The only transport that pulls are.
 const TRANSPORT: &str = "docker";
+/// Most bytes of a policy or key file.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub(super) struct Policy {
@@ -51,8 +56,64 @@ pub(super) enum Identity {
 #[serde(deny_unknown_fields)]
 struct Raw {
     default: Vec<RawRequirement>,
-    #[serde(default)]
-    transports: BTreeMap<String, BTreeMap<String, serde_json::Value>>,
+    #[serde(default, deserialize_with = "transports")]
+    transports: Scopes,
+}
+
+type Scopes = BTreeMap<String, Vec<RawRequirement>>;
+
+/// The scopes of `docker`. Other transports are no pulls, and may say what is not understood here.
+fn transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Scopes, D::Error> {
+    struct Transports;
+    impl<'de> Visitor<'de> for Transports {
+        type Value = Scopes;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object of transports")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Scopes, A::Error> {
+            let mut scopes = None;
+            while let Some(name) = map.next_key::<String>()? {
+                if name != TRANSPORT {
+                    map.next_value::<IgnoredAny>()?;
+                } else if scopes.replace(map.next_value::<Docker>()?.0).is_some() {
+                    return Err(A::Error::custom(format!("transports.{TRANSPORT} is there twice")));
+                }
+            }
+            Ok(scopes.unwrap_or_default())
+        }
+    }
+    deserializer.deserialize_map(Transports)
+}
+
+/// Scopes, each of them once: of two, a reader would see one and the other would hold.
+struct Docker(Scopes);
+
+impl<'de> Deserialize<'de> for Docker {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Docker, D::Error> {
+        struct Once;
+        impl<'de> Visitor<'de> for Once {
+            type Value = Docker;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of scopes")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Docker, A::Error> {
+                let mut scopes = Scopes::new();
+                while let Some(scope) = map.next_key::<String>()? {
+                    let place = format!("transports.{TRANSPORT}.{scope:?}");
+                    let requirements = map.next_value().map_err(|error| A::Error::custom(format!("{place}: {error}")))?;
+                    if scopes.insert(scope, requirements).is_some() {
+                        return Err(A::Error::custom(format!("{place} is there twice")));
+                    }
+                }
+                Ok(Docker(scopes))
+            }
+        }
+        deserializer.deserialize_map(Once)
+    }
 }
 
 #[derive(Deserialize)]
@@ -74,32 +135,37 @@ impl Policy {
         let raw: Raw = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         let default = requirements("default", raw.default)?;
         let mut scopes = BTreeMap::new();
-        // Other transports are no pulls, and may say what is not understood here.
-        for (scope, value) in raw.transports.into_iter().filter(|(name, _)| name == TRANSPORT).flat_map(|(_, scopes)| scopes) {
+        for (scope, raw) in raw.transports {
             let place = format!("transports.{TRANSPORT}.{scope:?}");
-            let raw: Vec<RawRequirement> = serde_json::from_value(value).map_err(|error| format!("{place}: {error}"))?;
+            let wildcard = scope.strip_prefix("*.").is_some_and(|domain| !domain.is_empty() && !domain.contains('/'));
+            if scope.strip_prefix("*.").unwrap_or(&scope).contains('*') || (scope.starts_with('*') && !wildcard) {
+                return Err(format!("{place}: a star stands only before the domain of a registry, as in \"*.example.com\""));
+            }
             scopes.insert(scope, requirements(&place, raw)?);
         }
         Ok(Policy { default, scopes })
     }
 
     /// What is required of an image, and the scope that says so: the most specific one.
-    pub(super) fn requirements(&self, reference: &Reference) -> (String, &[Requirement]) {
+    pub(super) fn requirements(mut self, reference: &Reference) -> (String, Vec<Requirement>) {
         for scope in scopes(reference) {
-            if let Some(found) = self.scopes.get(&scope) {
+            if let Some(found) = self.scopes.remove(&scope) {
                 return (format!("{scope:?}"), found);
             }
         }
-        ("default".into(), &self.default)
+        ("default".into(), self.default)
     }
 }
 
 /// From the whole name over its repository, namespaces and registry to the registry's domains, and the transport itself.
 fn scopes(reference: &Reference) -> Vec<String> {
     let name = reference.name();
-    let mut scopes = Vec::new();
-    scopes.extend(reference.digest().map(|digest| format!("{name}@{digest}")));
-    scopes.extend(reference.tag().map(|tag| format!("{name}:{tag}")));
+    // A tag beside a digest chooses nothing: what is said of the tag must not hold for any image that a caller calls so.
+    let whole = match (reference.digest(), reference.tag()) {
+        (Some(digest), _) => Some(format!("{name}@{digest}")),
+        (None, tag) => tag.map(|tag| format!("{name}:{tag}")),
+    };
+    let mut scopes: Vec<String> = whole.into_iter().collect();
     let mut at = name.as_str();
     loop {
         scopes.push(at.to_owned());
@@ -141,7 +207,10 @@ fn requirement(raw: RawRequirement) -> Result<Requirement, String> {
     };
     let mut keys = Vec::new();
     for path in paths {
-        let pem = std::fs::read(Path::new(&path)).map_err(|error| format!("key {path}: {error}"))?;
+        if !Path::new(&path).is_absolute() {
+            return Err(format!("key {path}: the path is not absolute"));
+        }
+        let pem = read_file(Path::new(&path)).map_err(|error| format!("key {path}: {error}"))?;
         keys.extend(read_keys(&pem).map_err(|why| format!("key {path}: {why}"))?);
     }
     for text in texts {
@@ -151,5 +220,43 @@ fn requirement(raw: RawRequirement) -> Result<Requirement, String> {
     if keys.is_empty() {
         return Err("sigstoreSigned: no key".into());
     }
+    check_identity(&identity).map_err(|why| format!("sigstoreSigned: signedIdentity: {why}"))?;
     Ok(Requirement::Signed { keys, identity })
+}
+
+/// Names that could never match, or would match another image than the reader thinks.
+fn check_identity(identity: &Identity) -> Result<(), String> {
+    let parsed = |name: &str| name.parse::<Reference>().map(drop).map_err(|error| error.to_string());
+    match identity {
+        Identity::MatchRepoDigestOrExact | Identity::MatchExact | Identity::MatchRepository => Ok(()),
+        Identity::ExactReference { docker_reference } if !is_whole(docker_reference) => {
+            Err(format!("dockerReference {docker_reference:?} has neither tag nor digest"))
+        }
+        Identity::ExactReference { docker_reference } => parsed(docker_reference),
+        Identity::ExactRepository { docker_repository } if is_whole(docker_repository) => {
+            Err(format!("dockerRepository {docker_repository:?} has a tag or digest"))
+        }
+        Identity::ExactRepository { docker_repository } => parsed(docker_repository),
+        Identity::Remap { prefix, signed_prefix } => {
+            match [prefix, signed_prefix].iter().find(|p| p.is_empty() || p.ends_with('/')) {
+                Some(bad) => Err(format!("{bad:?} is no beginning of a name")),
+                None => Ok(()),
+            }
+        }
+    }
+}
+
+/// Whether a name says more than a repository.
+pub(super) fn is_whole(name: &str) -> bool {
+    name.rsplit('/').next().is_some_and(|last| last.contains([':', '@']))
+}
+
+/// A policy or key file, as it is now.
+pub(super) fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_FILE_BYTES {
+        return Err(std::io::Error::other(format!("is over the limit of {MAX_FILE_BYTES} bytes")));
+    }
+    Ok(content)
 }

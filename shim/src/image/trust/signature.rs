@@ -2,7 +2,7 @@
 //! vouched for it.
 
 use super::super::reference::Reference;
-use super::policy::Identity;
+use super::policy::{Identity, is_whole};
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA256_ASN1, ECDSA_P521_SHA256_ASN1, ED25519, RSA_PKCS1_2048_8192_SHA256,
     UnparsedPublicKey, VerificationAlgorithm,
@@ -38,7 +38,8 @@ pub(super) fn read_keys(pem: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     let mut keys = Vec::new();
     for key in SubjectPublicKeyInfoDer::pem_slice_iter(pem) {
         let key = key.map_err(|error| error.to_string())?.as_ref().to_vec();
-        algorithm(&key).ok_or("is neither ECDSA (P-256, P-384, P-521), RSA nor Ed25519")?;
+        let algorithm = algorithm(&key).ok_or("is neither ECDSA (P-256, P-384, P-521), RSA nor Ed25519")?;
+        UnparsedPublicKey::new(algorithm, &key).parse().map_err(|error| format!("is no usable key: {error}"))?;
         keys.push(key);
     }
     if keys.is_empty() { Err("holds no PUBLIC KEY in PEM".into()) } else { Ok(keys) }
@@ -88,7 +89,7 @@ pub(super) fn verify(payload: &[u8], signature: &str, keys: &[Vec<u8>]) -> Resul
     }
     let payload: Payload = serde_json::from_slice(payload).map_err(|error| format!("its payload: {error}"))?;
     let critical = payload.critical;
-    if !matches!(critical.kind.as_str(), "cosign container image signature" | "atomic container signature") {
+    if critical.kind != "cosign container image signature" {
         return Err(format!("it is of type {:?}, which is none of images", critical.kind));
     }
     Ok(Claim { digest: critical.image.digest, reference: critical.identity.reference })
@@ -102,7 +103,7 @@ impl Claim {
         }
         let signed: Reference = self.reference.parse().map_err(|error| format!("its name: {error}"))?;
         // A name without a tag is the repository's, whatever an image of that name would be.
-        let named = self.reference.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
+        let named = is_whole(&self.reference);
         let same_repository = |other: &str| signed.name() == other;
         let same = |other: &Reference| {
             named && signed.name() == other.name() && signed.tag() == other.tag() && signed.digest() == other.digest()
@@ -128,9 +129,11 @@ impl Claim {
 
 /// The name with another beginning; itself if it has not the first one.
 fn remapped(reference: &Reference, prefix: &str, signed_prefix: &str) -> Option<Reference> {
-    let whole = reference.to_string();
-    match whole.strip_prefix(prefix) {
-        Some(rest) if rest.is_empty() || rest.starts_with(['/', ':', '@']) => format!("{signed_prefix}{rest}").parse().ok(),
+    // Only the name is looked at: a registry on another port is another registry.
+    match reference.name().strip_prefix(prefix) {
+        Some(rest) if rest.is_empty() || rest.starts_with('/') => {
+            format!("{signed_prefix}{}", &reference.to_string()[prefix.len()..]).parse().ok()
+        }
         _ => Some(reference.clone()),
     }
 }

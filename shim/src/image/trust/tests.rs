@@ -52,6 +52,21 @@ const VECTORS: [(&str, &str); 4] = [
     ),
 ];
 
+/// A key that is too short, and its true signature over the payload.
+const RSA_1024: &str = "-----BEGIN PUBLIC KEY-----\n\
+     MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDsxH4b72orawz3PE3KIlIJ4HuC\n\
+     5WmWVghini3bYlAUZlCbw+jwYF+/ruKuEQfsyeiIjKOhm06FNTd31ye9DHRIsNOS\n\
+     Ugci+9/DoesdduqGGmQkvniJXFG5JPxMs+KVjg12Eq/ZmDveBvhdJvVO0U/4WFOB\n\
+     LKY4Sh+SF0qDp0nfewIDAQAB\n\
+     -----END PUBLIC KEY-----\n";
+const RSA_1024_SIGNATURE: &str = "pHtWNm6Ww5KIx3eWMUtptVJlHb8+RFerPGBWjYKfZfmUG20uuwZiIIv15XD+3Zv3LLQjLZapDtdvMOBKm33O53AwPafP6cJzX07AvLGGkUGcjeslmLJtACPxli798IBUnjes8O4fM8KFTPAwaoRwPsK5FJKGnhDpBLbae5zk+aw=";
+
+/// A key on another curve.
+const P256_K1: &str = "-----BEGIN PUBLIC KEY-----\n\
+     MFYwEAYHKoZIzj0CAQYFK4EEAAoDQgAE4+DM07W/vvhj46NEhHRGbshSybcZwZ/j\n\
+     01NV2814T7WnzvvCyEFHt/m/PCrpPTKhtWrFaW+Y3k4mkr5/4BHBwg==\n\
+     -----END PUBLIC KEY-----\n";
+
 #[test]
 fn signatures_of_every_kind_of_key() {
     let keys: Vec<Vec<u8>> = VECTORS.iter().flat_map(|(pem, _)| read_keys(pem.as_bytes()).unwrap()).collect();
@@ -66,6 +81,8 @@ fn signatures_of_every_kind_of_key() {
         assert!(verify(PAYLOAD.as_bytes(), "!", &keys).unwrap_err().contains("base64"));
         assert!(verify(PAYLOAD.as_bytes(), "", &keys).is_err());
     }
+    let short = read_keys(RSA_1024.as_bytes()).unwrap();
+    assert!(verify(PAYLOAD.as_bytes(), RSA_1024_SIGNATURE, &short).unwrap_err().contains("none of the policy's keys"));
     assert!(read_keys(b"text").unwrap_err().contains("PUBLIC KEY"));
 }
 
@@ -84,7 +101,8 @@ fn policies_are_understood_or_refused() {
             "docker-daemon": { "": [{ "type": "signedBy", "keyType": "GPGKeys" }] },
         },
     });
-    let policy = Policy::parse(policy.to_string().as_bytes()).unwrap();
+    let text = policy.to_string();
+    let digested = format!("reg.example:5000/team/app:1@sha256:{}", "0".repeat(64));
     for (name, scope) in [
         ("reg.example:5000/team/app:1", "\"reg.example:5000/team/app:1\""),
         ("reg.example:5000/team/app:2", "\"reg.example:5000/team/app\""),
@@ -94,9 +112,13 @@ fn policies_are_understood_or_refused() {
         ("a.sub.example/x", "\"*.sub.example\""),
         ("busybox", "\"docker.io/library\""),
         ("quay.test/x", "\"\""),
+        // Anybody can write a tag before any digest.
+        (digested.as_str(), "\"reg.example:5000/team/app\""),
     ] {
+        let policy = Policy::parse(text.as_bytes()).unwrap();
         assert_eq!(policy.requirements(&name.parse().unwrap()).0, scope, "{name}");
     }
+    let identity = |identity| json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "signedIdentity": identity }] });
     for (text, why) in [
         (json!({}), "default"),
         (json!({ "default": [] }), "no requirement"),
@@ -114,9 +136,37 @@ fn policies_are_understood_or_refused() {
             json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "signedIdentity": { "type": "matchAnything" } }] }),
             "matchAnything",
         ),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyPath": "key.pub" }] }), "not absolute"),
+        (
+            json!({ "default": [{ "type": "sigstoreSigned", "keyData": STANDARD.encode(VECTORS[0].0.replace("N5jg==", "N5jQ==")) }] }),
+            "no usable key",
+        ),
+        (json!({ "default": [{ "type": "sigstoreSigned", "keyData": STANDARD.encode(P256_K1) }] }), "neither ECDSA"),
+        (identity(json!({ "type": "exactReference", "dockerReference": "reg.example/x" })), "neither tag nor digest"),
+        (identity(json!({ "type": "exactReference", "dockerReference": "reg.example/X:1" })), "reg.example/X:1"),
+        (identity(json!({ "type": "exactRepository", "dockerRepository": "reg.example/x:1" })), "has a tag"),
+        (identity(json!({ "type": "remapIdentity", "prefix": "", "signedPrefix": "a" })), "beginning"),
+        (identity(json!({ "type": "remapIdentity", "prefix": "a" })), "signedPrefix"),
+        (json!({ "default": [{ "type": "reject" }], "transports": { "docker": { "*": [{ "type": "reject" }] } } }), "star"),
+        (json!({ "default": [{ "type": "reject" }], "transports": { "docker": { "a.*.b": [{ "type": "reject" }] } } }), "star"),
     ] {
         let error = Policy::parse(text.to_string().as_bytes()).unwrap_err();
         assert!(error.contains(why), "{text}: {error}");
+    }
+}
+
+/// Of two keys of the same name a reader would see the one, and the other would hold.
+#[test]
+fn what_is_said_twice_is_refused() {
+    for text in [
+        r#"{"default":[{"type":"reject"}],"default":[{"type":"insecureAcceptAnything"}]}"#,
+        r#"{"default":[{"type":"reject","type":"insecureAcceptAnything"}]}"#,
+        r#"{"default":[{"type":"reject"}],"transports":{"docker":{"a":[{"type":"reject"}],"a":[{"type":"insecureAcceptAnything"}]}}}"#,
+        r#"{"default":[{"type":"reject"}],"transports":{"docker":{"a":[{"type":"reject"}]},"docker":{}}}"#,
+        r#"{"default":[{"type":"reject"}],"transports":{},"transports":{}}"#,
+    ] {
+        let error = Policy::parse(text.as_bytes()).unwrap_err();
+        assert!(error.contains("twice") || error.contains("duplicate"), "{text}: {error}");
     }
 }
 
@@ -173,8 +223,12 @@ impl Ground {
     }
 
     fn require(&self, requirement: serde_json::Value) {
+        self.require_all(json!([requirement]));
+    }
+
+    fn require_all(&self, requirements: serde_json::Value) {
         let scope = self.registry.address.clone();
-        let policy = json!({ "default": [{ "type": "reject" }], "transports": { "docker": { scope: [requirement] } } });
+        let policy = json!({ "default": [{ "type": "reject" }], "transports": { "docker": { scope: requirements } } });
         fs::write(self.root.path().join("policy.json"), policy.to_string()).unwrap();
     }
 
@@ -234,8 +288,34 @@ async fn only_what_is_signed_is_pulled() {
     let prefix = ground.registry.address.clone();
     ground.require(signed(json!({ "type": "remapIdentity", "prefix": prefix, "signedPrefix": "origin.example" })));
     ground.pull(&name, "").await.unwrap();
+    // A registry on a port is not the registry without one.
+    let host = prefix.split(':').next().unwrap();
+    ground.require(signed(json!({ "type": "remapIdentity", "prefix": host, "signedPrefix": "origin.example" })));
+    ground.refused(&name, "for the name").await;
     ground.require(signed(json!({ "type": "exactRepository", "dockerRepository": "origin.example/team/app" })));
     ground.pull(&name, "").await.unwrap();
+    // Whatever is wrong with the signature's own objects, it is the signature that is missing.
+    let sig = format!("team/app/manifests/{}.sig", digest.replace(':', "-"));
+    ground.registry.content.lock().unwrap().objects.insert(sig, b"{".to_vec());
+    ground.refused(&name, "no image manifest").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_requirements_must_hold_and_a_rejection_asks_nobody() {
+    let ground = Ground::new();
+    let (name, digest) = (ground.registry.name("team/app:t"), ground.digest());
+    let (one, two) = (Signer::new(), Signer::new());
+    one.sign(&ground.registry, "team/app", &digest, &digest, &name);
+    let by = |signer: &Signer| json!({ "type": "sigstoreSigned", "keyData": STANDARD.encode(signer.pem()) });
+    let accept = json!({ "type": "insecureAcceptAnything" });
+    ground.require_all(json!([accept, by(&one), by(&two)]));
+    ground.refused(&name, "none of the policy's keys").await;
+    ground.require_all(json!([by(&one), accept, by(&one)]));
+    ground.pull(&name, "").await.unwrap();
+    ground.require_all(json!([by(&one), { "type": "reject" }]));
+    let before = ground.registry.requests("");
+    ground.refused(&name, "are rejected").await;
+    assert_eq!(ground.registry.requests(""), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -265,8 +345,7 @@ async fn a_namespace_may_have_a_policy_of_its_own() {
     fs::write(policies.join("free.json"), r#"{"default":[{"type":"insecureAcceptAnything"}]}"#).unwrap();
     fs::write(policies.join("broken.json"), "{").unwrap();
     ground.pull(&name, "free").await.unwrap();
-    for (namespace, why) in
-        [("other", "are rejected"), ("broken", "broken.json"), ("../free", "are rejected"), ("", "are rejected")]
+    for (namespace, why) in [("other", "are rejected"), ("broken", "broken.json"), ("../free", "namespace"), ("", "are rejected")]
     {
         let error = ground.pull(&name, namespace).await.unwrap_err().to_string();
         assert!(error.contains(why), "{namespace}: {error}");
