@@ -18,6 +18,7 @@ use std::time::Duration;
 const TRIES: u32 = 4;
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
+const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const MAX_TOKEN_BYTES: u64 = 1 << 20;
 
@@ -60,6 +61,16 @@ impl Session {
             return Err(ImageError::Corrupt(format!("{object}: the registry sent bytes of digest {found}")));
         }
         Ok((bytes, found))
+    }
+
+    /// The index of what refers to a manifest, as it came (distribution-spec 1.1); a registry without that call has it under a tag.
+    pub(super) async fn referrers(&self, digest: &str) -> Result<Vec<u8>, ImageError> {
+        let object = format!("referrers of {digest}");
+        match self.get(&format!("referrers/{digest}"), &object, Some(INDEX_TYPE), 0, |h| h.resolve).await {
+            Ok(mut response) => read_all(&mut response, MAX_MANIFEST_BYTES, &object).await,
+            Err(error @ ImageError::RegistryUnavailable(_)) => Err(error),
+            Err(_) => self.manifest(&digest.replace(':', "-")).await.map(|(bytes, _)| bytes),
+        }
     }
 
     /// A small blob as a whole, verified.

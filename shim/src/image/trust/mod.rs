@@ -3,7 +3,8 @@
 //! looked for after the manifest and before anything else is fetched. Imports are no pulls: whoever may import may write the policy.
 //!
 //! Signatures are those of cosign and sigstore with a key of one's own: a payload that names the manifest's digest, and a signature
-//! over it, in the image's own repository under the tag `sha256-<digest>.sig`. Certificates and transparency logs are not read: a policy
+//! over it, in the image's own repository under the tag `sha256-<digest>.sig`, or as an artifact that refers to the image (OCI 1.1).
+//! Sigstore bundles are not read. Certificates and transparency logs are not read: a policy
 //! that wants them is refused. Verified by aws-lc-rs, which TLS brings along: the sigstore crates would bring a hundred others.
 
 mod policy;
@@ -11,11 +12,13 @@ mod signature;
 #[cfg(test)]
 mod tests;
 
+use super::digest::is_digest;
 use super::error::ImageError;
 use super::manifest::{self, Document};
 use super::reference::Reference;
 use super::registry::Session;
 use policy::{Identity, Policy, Requirement};
+use serde::Deserialize;
 use std::path::PathBuf;
 
 /// Most signatures of one image that are looked at.
@@ -139,25 +142,61 @@ fn one_holds(
     })
 }
 
-/// All signatures that the repository has for these manifests.
+/// All signatures that the repository has for these manifests: those under the tags, or, where there are none, those that refer to them.
 async fn fetch(session: &Session, digests: &[&str]) -> Result<Vec<Found>, ImageError> {
     let mut found = Vec::new();
     for digest in digests {
         let tag = format!("{}.sig", digest.replace(':', "-"));
-        let bytes = match session.manifest(&tag).await {
-            Err(ImageError::NotFound(_)) => continue,
-            other => other.map_err(|e| e.within("fetch signatures"))?.0,
+        match session.manifest(&tag).await {
+            Ok((bytes, _)) => read_signatures(session, &bytes, &tag, &mut found).await?,
+            Err(ImageError::NotFound(_)) => {}
+            Err(error) => return Err(error.within("fetch signatures")),
+        }
+    }
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    for digest in digests {
+        let bytes = match session.referrers(digest).await {
+            Ok(bytes) => bytes,
+            Err(error @ ImageError::RegistryUnavailable(_)) => return Err(error.within("fetch signatures")),
+            Err(_) => continue,
         };
-        let Document::Manifest(manifest) = manifest::parse(&bytes, &tag)? else { continue };
-        for layer in &manifest.layers {
-            let signature = layer.annotations.get("dev.cosignproject.cosign/signature");
-            let Some(signature) = signature.filter(|_| layer.media_type == signature::PAYLOAD_TYPE) else { continue };
-            if found.len() == MAX_SIGNATURES {
-                return Err(ImageError::TooMany(format!("{tag}: more than {MAX_SIGNATURES} signatures")));
-            }
-            let payload = session.small_blob(layer).await.map_err(|e| e.within("fetch a signature's payload"))?;
-            found.push(Found { payload, signature: signature.clone() });
+        let corrupt = |e: serde_json::Error| ImageError::Corrupt(format!("referrers of {digest}: {e}"));
+        let referrers: Referrers = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        let signing = |one: &&Referrer| one.artifact_type == signature::ARTIFACT_TYPE && is_digest(&one.digest);
+        for one in referrers.manifests.iter().filter(signing).take(MAX_SIGNATURES) {
+            let (bytes, _) = session.manifest(&one.digest).await.map_err(|e| e.within("fetch signatures"))?;
+            read_signatures(session, &bytes, &one.digest, &mut found).await?;
         }
     }
     Ok(found)
+}
+
+#[derive(Deserialize)]
+struct Referrers {
+    manifests: Vec<Referrer>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Referrer {
+    digest: String,
+    #[serde(default)]
+    artifact_type: String,
+}
+
+/// Adds the signatures that are the layers of a manifest.
+async fn read_signatures(session: &Session, bytes: &[u8], object: &str, found: &mut Vec<Found>) -> Result<(), ImageError> {
+    let Document::Manifest(manifest) = manifest::parse(bytes, object)? else { return Ok(()) };
+    for layer in &manifest.layers {
+        let signature = layer.annotations.get("dev.cosignproject.cosign/signature");
+        let Some(signature) = signature.filter(|_| layer.media_type == signature::PAYLOAD_TYPE) else { continue };
+        if found.len() == MAX_SIGNATURES {
+            return Err(ImageError::TooMany(format!("{object}: more than {MAX_SIGNATURES} signatures")));
+        }
+        let payload = session.small_blob(layer).await.map_err(|e| e.within("fetch a signature's payload"))?;
+        found.push(Found { payload, signature: signature.clone() });
+    }
+    Ok(())
 }

@@ -15,6 +15,9 @@ use serde::Deserialize;
 /// Media type of a payload.
 pub(super) const PAYLOAD_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
 
+/// Type of a manifest of payloads that refers to the image that it is about.
+pub(super) const ARTIFACT_TYPE: &str = "application/vnd.dev.cosign.artifact.sig.v1+json";
+
 /// Object identifiers of keys, as they stand in a SubjectPublicKeyInfo (RFC 5480, RFC 8017, RFC 8410). cosign hashes with SHA-256
 /// whatever the curve.
 const ALGORITHMS: [(&[u8], &dyn VerificationAlgorithm); 5] = [

@@ -334,6 +334,36 @@ async fn an_index_may_be_signed_in_place_of_its_images() {
     ground.refused(&ground.registry.name("team/app:t"), "has none").await;
 }
 
+/// By the registry's own call, and by the tag that stands for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn signatures_that_refer_to_the_image() {
+    for place in ["referrers/sha256:", "manifests/sha256-"] {
+        let ground = Ground::new();
+        let (signer, name, digest) = (Signer::new(), ground.registry.name("team/app:t"), ground.digest());
+        ground.require(json!({ "type": "sigstoreSigned", "keyData": STANDARD.encode(signer.pem()) }));
+        signer.sign(&ground.registry, "team/app", &digest, &digest, &name);
+        let index = |kind: &str, digest: &str| json!({ "schemaVersion": 2, "manifests": [{ "artifactType": kind, "digest": digest, "size": 1 }] });
+        let insert = |index: serde_json::Value| {
+            let path = format!("team/app/{place}{}", digest::hex_of(&digest));
+            ground.registry.content.lock().unwrap().objects.insert(path, index.to_string().into_bytes());
+        };
+        let sig = {
+            let mut content = ground.registry.content.lock().unwrap();
+            let manifest = content.objects.remove(&format!("team/app/manifests/{}.sig", digest.replace(':', "-"))).unwrap();
+            let sig = digest::of(&manifest);
+            content.objects.insert(format!("team/app/manifests/{sig}"), manifest);
+            sig
+        };
+        ground.refused(&name, "has none").await;
+        insert(index("application/spdx+json", &sig));
+        ground.refused(&name, "has none").await;
+        insert(index(super::signature::ARTIFACT_TYPE, "t"));
+        ground.refused(&name, "has none").await;
+        insert(index(super::signature::ARTIFACT_TYPE, &sig));
+        ground.pull(&name, "").await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_may_have_a_policy_of_its_own() {
     let ground = Ground::new();
