@@ -12,6 +12,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .type_attribute(".", "#[derive(serde::Serialize, serde::Deserialize)]")
             .message_attribute(".", "#[serde(default)]")
             .compile_fds(cri)?;
+        let image = protox::compile(["proto/image.proto"], ["proto"])?;
+        tonic_prost_build::configure()
+            .build_transport(false)
+            .type_attribute(".", "#[derive(serde::Serialize)]")
+            .compile_fds(image)?;
     }
     Ok(())
 }

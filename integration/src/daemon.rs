@@ -89,7 +89,8 @@ impl Daemon {
         self.process.as_ref().map(Child::id)
     }
 
-    fn command(&self, words: &[&str]) -> Result<Command> {
+    /// A command of the program with this daemon's root and socket.
+    pub fn command(&self, words: &[&str]) -> Result<Command> {
         let mut command = Command::new(setup::programs()?.join("windlass"));
         let (subcommand, rest) = words.split_first().context("a subcommand")?;
         command.arg(subcommand);
@@ -100,7 +101,7 @@ impl Daemon {
         Ok(command)
     }
 
-    /// Runs a command of the program on this daemon's root, which must not be served meanwhile.
+    /// Runs a command of the program with this daemon's root and socket.
     pub fn windlass(&self, words: &[&str]) -> Result<String> {
         let output = self.command(words)?.output().context("run windlass")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

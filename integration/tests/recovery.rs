@@ -130,7 +130,9 @@ fn two_daemons_side_by_side_do_not_meet() -> Result<()> {
         first.remove(&id)?;
         ensure!(second.pod(&other_id)?.state() == cri::PodSandboxState::SandboxReady);
         second.remove(&other_id)?;
-        let third = one.windlass(&["image", "ls"]).expect_err("the root is in use");
+        let elsewhere = one.path("elsewhere.sock");
+        let words = ["image", "--socket", &elsewhere.to_string_lossy(), "ls"];
+        let third = one.windlass(&words).expect_err("the root is in use");
         ensure!(third.to_string().contains("in use by another windlass"), "{third}");
         Ok(())
     })

@@ -8,6 +8,13 @@ pub mod cri {
     tonic::include_proto!("runtime.v1");
 }
 
+/// What the command line asks of a daemon. `proto/image.proto` describes every message.
+#[cfg(feature = "cri")]
+pub mod image {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    tonic::include_proto!("windlass.image.v1");
+}
+
 /// The protocol between the daemon and a monitor. `proto/monitor.proto` describes every message.
 pub mod monitor {
     #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]

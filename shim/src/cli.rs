@@ -1,5 +1,7 @@
 //! The command line: `windlass serve` and what goes with it.
 
+mod image;
+
 use crate::{
     apparmor::AppArmor,
     cgroup::Tree,
@@ -17,6 +19,7 @@ use crate::{
     pod,
 };
 use clap::{Args, Parser, Subcommand};
+use image::ImageCommand;
 use std::{
     fs,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
@@ -48,17 +51,6 @@ pub enum Command {
         #[command(subcommand)]
         command: ImageCommand,
     },
-}
-
-#[derive(Debug, Subcommand)]
-pub enum ImageCommand {
-    /// Import an OCI layout (directory or tar) or an archive of `docker save`.
-    Import {
-        /// The archive or directory.
-        file: PathBuf,
-    },
-    /// List images.
-    Ls,
 }
 
 /// Flags that go over the configuration file.
@@ -136,7 +128,7 @@ pub fn run(cli: Cli) -> Result<()> {
     runtime.block_on(async {
         match job {
             None => serve(config).await,
-            Some(command) => images(config, command).await,
+            Some(command) => image::run(config, command).await,
         }
     })
 }
@@ -165,25 +157,6 @@ fn open_store(config: &Config) -> Result<Store> {
         LayerChoice::Directory => Some(LayerFormat::Directory),
     };
     Store::open(store).map_err(|error| Error::internal(format!("open image store: {error}")))
-}
-
-async fn images(config: Config, command: ImageCommand) -> Result<()> {
-    let _lock = lock(&config)?;
-    let store = open_store(&config)?;
-    match command {
-        ImageCommand::Import { file } => {
-            let imported = store.import(&file).await.map_err(|error| Error::internal(error.to_string()))?;
-            for image in imported {
-                println!("{} {}", image.id, image.repo_tags.join(" "));
-            }
-        }
-        ImageCommand::Ls => {
-            for image in store.list() {
-                println!("{} {} bytes {}", image.id, image.size_bytes, image.repo_tags.join(" "));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// One daemon for each root: a second one would take the first one's unfinished work for its own.
@@ -218,13 +191,14 @@ async fn serve(config: Config) -> Result<()> {
     let node = Arc::new(Node::new(config, tree, images, network, program, AppArmor::start().await));
     keep_seccomp_programs(&node.seccomp_directory())?;
     pod::recover(&node).await;
+    let terminated = terminated()?;
     let listener = listener(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
         pods = node.pods().len(), containers = node.containers().len(), "serving"
     );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let served = cri::serve(node.clone(), listener, terminated()).await;
+    let served = cri::serve(node.clone(), listener, terminated).await;
     leave_nothing_unused(&node).await;
     tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
     served.map_err(|error| Error::internal(format!("serve: {error}")))
@@ -291,12 +265,15 @@ fn listener(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
-async fn terminated() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+/// Ends with SIGTERM or SIGINT, which are the daemon's from this call on, not only once the future is waited for.
+fn terminated() -> Result<impl Future<Output = ()>> {
+    let failed = |error| Error::io("wait for signals", error);
+    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
 }

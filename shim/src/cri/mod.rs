@@ -2,6 +2,7 @@
 
 mod deadline;
 mod image;
+pub mod images;
 mod runtime;
 mod status;
 mod view;
@@ -15,6 +16,7 @@ use std::{
 use tokio::{net::UnixListener, sync::oneshot, time::sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use windlass_proto::cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer};
+use windlass_proto::image::images_server::ImagesServer;
 
 /// Largest message either way: what kubelet's client takes (cri-client, maxMsgSize).
 const MESSAGE_LIMIT_BYTES: usize = 16 << 20;
@@ -35,6 +37,11 @@ pub async fn serve(
     listener: UnixListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
+    let users = {
+        let node = node.clone();
+        move || node.containers().iter().map(|container| (container.id.clone(), container.look(|r| r.image_id.clone()))).collect()
+    };
+    let own = ImagesServer::new(images::Images::new(node.images.clone(), Arc::new(users)));
     let service = Service { node };
     let runtime = RuntimeServiceServer::new(service.clone())
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
@@ -51,6 +58,7 @@ pub async fn serve(
         .layer(tower_layer::layer_fn(deadline::Deadline))
         .add_service(runtime)
         .add_service(image)
+        .add_service(own)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     let limit = async move {
         match asked.await {

@@ -3,8 +3,10 @@
 
 use super::digest::{HashingReader, hex_of};
 use super::error::ImageError;
+use super::object::Layer;
 use super::record::ImageRecord;
 use super::split::Joined;
+use super::store::Store;
 use super::{digest, reference::Reference};
 use serde_json::json;
 use std::fs::File;
@@ -15,15 +17,37 @@ const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
+impl Store {
+    /// Writes an image as an OCI layout in a tar, with `manifest.json` for docker. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`; `Corrupt` if a layer is damaged or was kept as a directory, which no archive can be made of again.
+    pub fn export(&self, name: &str, to: impl Write) -> Result<(), ImageError> {
+        let missing = || ImageError::NotFound(format!("image {name}"));
+        let image = self.get(name).ok_or_else(missing)?;
+        let _lease = self.lease(&image);
+        let record = self.0.record_of(&image.id).ok_or_else(missing)?;
+        let part = |(layer, diff_id): (&Layer, &String)| match self.0.layers.files(&layer.chain_id)? {
+            Some((split, image)) => Ok(Part { diff_id: diff_id.clone(), split, image }),
+            None => Err(ImageError::Corrupt(format!(
+                "export {name}: layer {diff_id} is kept as a directory, of which its archive cannot be made again; \
+                 remove the image and pull it where layers are kept as images"
+            ))),
+        };
+        let parts = image.layers.iter().zip(image.config.rootfs().diff_ids()).map(part).collect::<Result<_, _>>()?;
+        write(&record, parts, to)
+    }
+}
+
 /// A layer's archive: its digest, what is kept of it, and the image.
-pub(super) struct Part {
-    pub(super) diff_id: String,
-    pub(super) split: File,
-    pub(super) image: File,
+struct Part {
+    diff_id: String,
+    split: File,
+    image: File,
 }
 
 /// Writes the layout. Errors: a layer that is damaged is `Corrupt`, and what was written is of no use.
-pub(super) fn write(record: &ImageRecord, parts: Vec<Part>, to: impl Write) -> Result<(), ImageError> {
+fn write(record: &ImageRecord, parts: Vec<Part>, to: impl Write) -> Result<(), ImageError> {
     let failed = |e: io::Error| ImageError::io(format!("export {}", record.id), e);
     let mut archive = Builder::new(to);
     document(&mut archive, "oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }).to_string()).map_err(failed)?;

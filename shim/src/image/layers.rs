@@ -38,6 +38,15 @@ pub enum LayerFormat {
     Erofs,
 }
 
+impl std::fmt::Display for LayerFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LayerFormat::Directory => "directory",
+            LayerFormat::Erofs => "erofs",
+        })
+    }
+}
+
 impl LayerFormat {
     /// The name below the layers' directory.
     fn name(self, hex: &str) -> String {

@@ -6,20 +6,20 @@ use super::digest::{self, chain_ids, hex_of, is_hex};
 use super::error::ImageError;
 use super::extract::Limits;
 use super::hosts::RegistryFiles;
+use super::import;
 use super::layers::{FsUsage, LayerFormat, Layers, Lease};
-use super::manifest::{self, Document, Manifest, Platform};
+use super::manifest::{self, Descriptor, Document, Manifest, Platform};
+use super::object::{Image, Layer};
+use super::progress::Progress;
 use super::record::{self, ImageRecord, LayerRecord};
 use super::reference::Reference;
 use super::registry::Session;
 use super::tls::Clients;
 use super::transfer::{self, Source, Want};
 use super::trust::TrustFiles;
-use super::verify::{self, Verdict};
-use super::{export, import, read};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use oci_spec::image::ImageConfiguration;
-use rustix::fs::{CWD, Mode, OFlags};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -67,99 +67,23 @@ impl StoreConfig {
     }
 }
 
-/// One layer of an image.
-#[derive(Clone)]
-pub struct Layer {
-    /// Digest over this layer's and all lower layers' diff ids.
-    pub chain_id: String,
-    /// The directory with the layer's files and overlayfs whiteouts, or the EROFS image (`.erofs`) of such a one.
-    pub path: PathBuf,
-    format: LayerFormat,
-    layers: Arc<Layers>,
-}
-
-impl std::fmt::Debug for Layer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Layer").field(&self.path).finish()
-    }
-}
-
-impl Layer {
-    /// The layer's files as a directory. An EROFS image is mounted for that in the store's tree, and stays.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn root(&self) -> Result<OwnedFd, ImageError> {
-        match self.format {
-            LayerFormat::Directory => {
-                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                let opened = rustix::fs::openat(CWD, &self.path, flags, Mode::empty());
-                opened.map_err(|e| ImageError::io(format!("open layer {}", self.path.display()), e))
-            }
-            LayerFormat::Erofs => self.layers.mounts.open(hex_of(&self.chain_id), &self.path),
-        }
-    }
-}
-
-/// An image on disk, as it was when it was looked up.
-#[derive(Debug)]
-pub struct Image {
-    /// `sha256:` and the digest of the config.
-    pub id: String,
-    /// Normalised `name:tag`, sorted.
-    pub repo_tags: Vec<String>,
-    /// Normalised `name@digest`, sorted.
-    pub repo_digests: Vec<String>,
-    /// Bytes its layers and config take on disk; layers shared with other images count in full.
-    pub size_bytes: u64,
-    /// The parsed config.
-    pub config: ImageConfiguration,
-    /// Lowest first.
-    pub layers: Vec<Layer>,
-}
-
-impl Image {
-    /// The content of a regular file of the image, symlinks followed inside it; `None` if there is none.
-    ///
-    /// # Errors
-    /// `TooMany` if the file is longer than `limit_bytes`; `Io`.
-    pub fn read_file(&self, path: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImageError> {
-        read::read_file(&self.roots()?, path, limit_bytes)
-    }
-
-    /// Whether there is a file or directory at `path`, symlinks followed inside the image.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn has_path(&self, path: &str) -> Result<bool, ImageError> {
-        read::has_path(&self.roots()?, path)
-    }
-
-    /// The layers' roots, the uppermost first.
-    fn roots(&self) -> Result<Vec<OwnedFd>, ImageError> {
-        self.layers.iter().rev().map(Layer::root).collect()
-    }
-
-    fn chain_ids(&self) -> Vec<String> {
-        self.layers.iter().map(|l| l.chain_id.clone()).collect()
-    }
-}
-
 /// Reference, credentials, and the namespace whose policy holds.
 type PullKey = (Reference, Option<RegistryAuth>, String);
+/// A pull under way, and how far it is.
+type Running = (WeakShared<PullFuture>, Arc<Progress>);
 type PullFuture = BoxFuture<'static, Result<Arc<Image>, ImageError>>;
 
 /// The image store; clones are the same store.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(super) Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     config: StoreConfig,
-    layers: Arc<Layers>,
+    pub(super) layers: Arc<Layers>,
     index: RwLock<BTreeMap<String, Indexed>>,
     /// Held while the index and its records change.
     commit: Mutex<()>,
-    pulls: Mutex<HashMap<PullKey, WeakShared<PullFuture>>>,
+    pulls: Mutex<HashMap<PullKey, Running>>,
     clients: Arc<Clients>,
     slots: Arc<Semaphore>,
 }
@@ -265,10 +189,26 @@ impl Store {
     /// # Errors
     /// As [`Store::pull`].
     pub async fn pull_for(&self, reference: &str, auth: Option<RegistryAuth>, namespace: &str) -> Result<Arc<Image>, ImageError> {
+        self.pull_watched(reference, auth, namespace, |_| ()).await
+    }
+
+    /// As [`Store::pull_for`]; `watch` gets how far the pull is, once for each registry that is tried.
+    ///
+    /// # Errors
+    /// As [`Store::pull`].
+    pub async fn pull_watched(
+        &self,
+        reference: &str,
+        auth: Option<RegistryAuth>,
+        namespace: &str,
+        watch: impl Fn(Arc<Progress>) + Send,
+    ) -> Result<Arc<Image>, ImageError> {
         let meanings = self.0.config.registries.conf()?.meanings(reference)?;
         let mut last = ImageError::NotFound(format!("image {reference}: no registry is configured for it"));
         for meaning in meanings {
-            match self.join_pull((meaning, auth.clone(), namespace.to_owned())).await {
+            let (pull, progress) = self.join_pull((meaning, auth.clone(), namespace.to_owned()));
+            watch(progress);
+            match pull.await {
                 // The next registry that a short name may mean.
                 Err(error @ (ImageError::NotFound(_) | ImageError::Unauthorized(_))) => last = error,
                 other => return other,
@@ -277,22 +217,24 @@ impl Store {
         Err(last)
     }
 
-    fn join_pull(&self, key: PullKey) -> Shared<PullFuture> {
+    fn join_pull(&self, key: PullKey) -> (Shared<PullFuture>, Arc<Progress>) {
         let mut pulls = self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner);
-        pulls.retain(|_, pull| pull.upgrade().is_some_and(|p| p.peek().is_none()));
-        if let Some(pull) = pulls.get(&key).and_then(WeakShared::upgrade) {
-            return pull;
+        pulls.retain(|_, (pull, _)| pull.upgrade().is_some_and(|p| p.peek().is_none()));
+        if let Some((pull, progress)) = pulls.get(&key).and_then(|(pull, progress)| Some((pull.upgrade()?, progress))) {
+            return (pull, Arc::clone(progress));
         }
+        let progress = Arc::new(Progress::default());
+        let told = Arc::clone(&progress);
         let (store, (reference, auth, namespace)) = (self.clone(), key.clone());
         let pull = async move {
             let context = format!("pull {reference}");
-            store.pull_alone(&reference, auth, &namespace).await.map_err(|e| e.within(context))
+            store.pull_alone(&reference, auth, &namespace, &told).await.map_err(|e| e.within(context))
         };
         let pull = pull.boxed().shared();
         if let Some(weak) = pull.downgrade() {
-            pulls.insert(key, weak);
+            pulls.insert(key, (weak, Arc::clone(&progress)));
         }
-        pull
+        (pull, progress)
     }
 
     async fn pull_alone(
@@ -300,6 +242,7 @@ impl Store {
         reference: &Reference,
         auth: Option<RegistryAuth>,
         namespace: &str,
+        progress: &Progress,
     ) -> Result<Arc<Image>, ImageError> {
         let inner = &self.0;
         let demand = inner.config.trust.demand(reference, namespace)?;
@@ -314,7 +257,11 @@ impl Store {
         // A reference with a digest says which image it is; its tag may say another by now.
         let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();
         let mut plan = Plan::new(config, tag.into_iter().collect(), vec![reference.with_digest(&digest)])?;
-        plan.set_sources(manifest.layers.into_iter().map(|l| Source::Registry(Arc::clone(&session), l)).collect())?;
+        let source = |layer: Descriptor| {
+            let progress = progress.layer(&layer.digest, layer.size);
+            Source::Registry(Arc::clone(&session), layer, progress)
+        };
+        plan.set_sources(manifest.layers.into_iter().map(source).collect())?;
         self.make(plan).await
     }
 
@@ -430,60 +377,6 @@ impl Store {
         Ok(())
     }
 
-    /// Checks every layer of an image, lowest first. Blocks, and reads and writes as many bytes as the image has.
-    ///
-    /// # Errors
-    /// `NotFound`; `NoSpace`, `Io` of the check itself.
-    pub fn verify(&self, name: &str) -> Result<Vec<(String, Verdict)>, ImageError> {
-        let image = self.get(name).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
-        let _lease = self.lease(&image);
-        let mut verdicts = Vec::new();
-        for (layer, diff_id) in image.layers.iter().zip(image.config.rootfs().diff_ids()) {
-            let verdict = match self.0.layers.files(&layer.chain_id) {
-                Ok(None) => Verdict::Unknown,
-                Ok(Some((split, file))) => verify::layer(split, &file, diff_id, &self.0.layers.scratch()?, self.0.limits())?,
-                Err(error) => Verdict::Damaged(error.to_string()),
-            };
-            verdicts.push((layer.chain_id.clone(), verdict));
-        }
-        Ok(verdicts)
-    }
-
-    /// Gives damaged layers up, and with them every image that has one: the next pull brings them back. Returns the names of those images.
-    ///
-    /// # Errors
-    /// `Io` if a record cannot be removed.
-    pub fn give_up(&self, chain_ids: &[String]) -> Result<Vec<String>, ImageError> {
-        let damaged = |image: &Image| image.layers.iter().any(|layer| chain_ids.contains(&layer.chain_id));
-        let mut lost = Vec::new();
-        for image in self.list().into_iter().filter(|image| damaged(image)) {
-            lost.push(image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone());
-            self.remove(&image.id)?;
-        }
-        chain_ids.iter().for_each(|chain_id| self.0.layers.lose(chain_id));
-        Ok(lost)
-    }
-
-    /// Writes an image as an OCI layout in a tar, with `manifest.json` for docker. Blocks.
-    ///
-    /// # Errors
-    /// `NotFound`, `Io`; `Corrupt` if a layer is damaged or was kept as a directory, which no archive can be made of again.
-    pub fn export(&self, name: &str, to: impl std::io::Write) -> Result<(), ImageError> {
-        let image = self.get(name).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
-        let _lease = self.lease(&image);
-        let record = self.0.read_index().get(&image.id).map(|indexed| indexed.record.clone());
-        let record = record.ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
-        let part = |(layer, diff_id): (&Layer, &String)| match self.0.layers.files(&layer.chain_id)? {
-            Some((split, image)) => Ok(export::Part { diff_id: diff_id.clone(), split, image }),
-            None => Err(ImageError::Corrupt(format!(
-                "export {name}: layer {diff_id} is kept as a directory, of which its archive cannot be made again; \
-                 remove the image and pull it where layers are kept as images"
-            ))),
-        };
-        let parts = image.layers.iter().zip(image.config.rootfs().diff_ids()).map(part).collect::<Result<_, _>>()?;
-        export::write(&record, parts, to)
-    }
-
     /// A container's hold on the layers of its image, over the image's removal.
     pub fn lease(&self, image: &Image) -> Lease {
         self.0.layers.lease(&image.chain_ids())
@@ -519,8 +412,12 @@ impl Store {
 }
 
 impl Inner {
-    fn limits(&self) -> Limits {
+    pub(super) fn limits(&self) -> Limits {
         Limits { bytes: self.config.layer_limit_bytes, entries: self.config.layer_limit_entries }
+    }
+
+    pub(super) fn record_of(&self, id: &str) -> Option<ImageRecord> {
+        self.read_index().get(id).map(|indexed| indexed.record.clone())
     }
 
     fn read_index(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Indexed>> {
@@ -615,11 +512,8 @@ fn indexed(layers: &Arc<Layers>, record: ImageRecord, config: ImageConfiguration
     Indexed { image: Arc::new(image_of(layers, &record, config)), record, _lease: layers.lease(&chain) }
 }
 
-fn image_of(layers: &Arc<Layers>, record: &ImageRecord, config: ImageConfiguration) -> Image {
-    let place = |record: &LayerRecord| {
-        let (path, format) = layers.place(&record.chain_id);
-        Layer { chain_id: record.chain_id.clone(), path, format, layers: Arc::clone(layers) }
-    };
+pub(super) fn image_of(layers: &Arc<Layers>, record: &ImageRecord, config: ImageConfiguration) -> Image {
+    let place = |record: &LayerRecord| Layer::new(layers, record);
     Image {
         id: record.id.clone(),
         repo_tags: record.repo_tags.clone(),

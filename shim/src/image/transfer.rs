@@ -5,6 +5,7 @@ use super::error::ImageError;
 use super::extract::Limits;
 use super::layers::Layers;
 use super::manifest::Descriptor;
+use super::progress::{LayerProgress, LayerState};
 use super::registry::Session;
 use super::tls::cause;
 use super::unpack::{CHANNEL_CHUNKS, ChannelReader, Chunk, Place, unpack};
@@ -23,7 +24,7 @@ const CUT_BACKOFF: Duration = Duration::from_millis(200);
 
 /// Where a layer's bytes are.
 pub(super) enum Source {
-    Registry(Arc<Session>, Descriptor),
+    Registry(Arc<Session>, Descriptor, Arc<LayerProgress>),
     /// The digest is that of the bytes in the file, if known.
     File(File, Option<String>),
 }
@@ -38,7 +39,13 @@ pub(super) struct Want {
 /// Sees that the layer is on disk; one that another pull makes is waited for. The caller holds a lease on it.
 pub(super) async fn ensure(layers: Arc<Layers>, slots: Arc<Semaphore>, want: Want, limits: Limits) -> Result<(), ImageError> {
     let building = layers.building(&want.chain_id).await;
+    let progress = match &want.source {
+        Source::Registry(_, _, progress) => Some(Arc::clone(progress)),
+        Source::File(..) => None,
+    };
+    let tell = |state| progress.iter().for_each(|progress| progress.set(state));
     if layers.written(&want.chain_id).is_some() {
+        tell(LayerState::Exists);
         return Ok(());
     }
     let slot = slots.acquire_owned().await.map_err(|_| ImageError::Io("pull: the store is closing".into()))?;
@@ -57,17 +64,20 @@ pub(super) async fn ensure(layers: Arc<Layers>, slots: Arc<Semaphore>, want: Wan
         Source::File(mut file, expected) => tokio::task::spawn_blocking(move || {
             work(&mut |place, diff_id| from_file(&mut file, expected.as_deref(), diff_id, place, limits))
         }),
-        Source::Registry(session, descriptor) => {
+        Source::Registry(session, descriptor, progress) => {
+            tell(LayerState::Fetching);
             let (chunks, receiver) = mpsc::channel(CHANNEL_CHUNKS);
             let mut reader = ChannelReader::new(receiver);
             let worker =
                 tokio::task::spawn_blocking(move || work(&mut |place, diff_id| unpack(&mut reader, diff_id, place, limits)));
-            feed(&session, &descriptor, &chunks).await;
+            feed(&session, &descriptor, &progress, &chunks).await;
             drop(chunks);
             worker
         }
     };
-    worker.await.map_err(|e| ImageError::Io(format!("unpack: {e}")))?
+    worker.await.map_err(|e| ImageError::Io(format!("unpack: {e}")))??;
+    tell(LayerState::Done);
+    Ok(())
 }
 
 fn from_file(
@@ -88,21 +98,26 @@ fn from_file(
 }
 
 /// Sends the blob's bytes and how they ended. A receiver that has gone knows why itself.
-async fn feed(session: &Session, descriptor: &Descriptor, chunks: &mpsc::Sender<Chunk>) {
-    let end = match fetch(session, descriptor, chunks).await {
+async fn feed(session: &Session, descriptor: &Descriptor, progress: &LayerProgress, chunks: &mpsc::Sender<Chunk>) {
+    let end = match fetch(session, descriptor, progress, chunks).await {
         Ok(()) => Chunk::End,
         Err(error) => Chunk::Failed(error),
     };
     let _ = chunks.send(end).await;
 }
 
-async fn fetch(session: &Session, descriptor: &Descriptor, chunks: &mpsc::Sender<Chunk>) -> Result<(), ImageError> {
+async fn fetch(
+    session: &Session,
+    descriptor: &Descriptor,
+    progress: &LayerProgress,
+    chunks: &mpsc::Sender<Chunk>,
+) -> Result<(), ImageError> {
     let object = format!("blob {}", descriptor.digest);
     let mut hasher = Sha256::new();
     let (mut offset, mut cuts, mut idle_cuts) = (0u64, 0, 0);
     loop {
         let start = offset;
-        let cut = match fetch_once(session, descriptor, chunks, &mut hasher, &mut offset).await? {
+        let cut = match fetch_once(session, descriptor, progress, chunks, &mut hasher, &mut offset).await? {
             None if descriptor.size == 0 || offset >= descriptor.size => break,
             None => format!("the connection ended after {offset} of {} bytes", descriptor.size),
             Some(cut) => cut,
@@ -126,6 +141,7 @@ async fn fetch(session: &Session, descriptor: &Descriptor, chunks: &mpsc::Sender
 async fn fetch_once(
     session: &Session,
     descriptor: &Descriptor,
+    progress: &LayerProgress,
     chunks: &mpsc::Sender<Chunk>,
     hasher: &mut Sha256,
     offset: &mut u64,
@@ -159,6 +175,7 @@ async fn fetch_once(
             continue;
         }
         *offset += chunk.len() as u64;
+        progress.add(chunk.len() as u64);
         if descriptor.size > 0 && *offset > descriptor.size {
             return Err(ImageError::Corrupt(format!(
                 "{}: is longer than the {} bytes its manifest says",
