@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
     ("crun", "/usr/bin/crun"),
@@ -23,6 +23,7 @@ const PACKAGES: [(&str, &str); 9] = [
     ("gcc", "/usr/bin/gcc"),
     ("xz-utils", "/usr/bin/xz"),
     ("apparmor", "/usr/sbin/apparmor_parser"),
+    ("openssl", "/usr/bin/openssl"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.
