@@ -129,6 +129,37 @@ fn what_containers_use_is_not_pruned_and_outlives_its_removal() -> Result<()> {
 }
 
 #[test]
+fn pinned_images_stay() -> Result<()> {
+    node::run(|| {
+        let registry = registry()?;
+        let mut daemon = Daemon::prepare(&[])?;
+        let (one, two) = (format!("{}/test/busybox:v1", registry.host()), format!("{}/test/busybox:v2", registry.host()));
+        let path = daemon.path("config.toml");
+        fs::write(&path, fs::read_to_string(&path)? + &format!("[images]\npinned = [\"other\", {one:?}]\n"))?;
+        daemon.serve()?;
+        daemon.windlass(&["image", "pull", "-q", &one, &two])?;
+        let client = Client::connect(&daemon)?;
+        let pinned = |expected: &[&String]| -> Result<()> {
+            let images = client.list_images(windlass_proto::cri::ListImagesRequest::default())?.images;
+            let found: Vec<&String> = images.iter().filter(|image| image.pinned).flat_map(|image| &image.repo_tags).collect();
+            ensure!(found == expected, "{images:?}");
+            Ok(())
+        };
+        pinned(&[&one])?;
+        ensure!(daemon.windlass(&["image", "prune"])?.contains(&two));
+        pinned(&[&one])?;
+        // Asked for by name, it goes.
+        daemon.windlass(&["image", "rm", &one])?;
+        pinned(&[])?;
+        daemon.stop()?;
+        fs::write(&path, fs::read_to_string(&path)?.replace(":v1", ":*"))?;
+        daemon.windlass(&["image", "pull", "-q", &one, &two])?;
+        ensure!(json(&daemon, &["prune"])?.as_array().is_some_and(Vec::is_empty), "both names begin so");
+        Ok(())
+    })
+}
+
+#[test]
 fn damage_is_told_and_repaired() -> Result<()> {
     node::run(|| {
         let registry = registry()?;

@@ -151,6 +151,7 @@ fn open_store(config: &Config) -> Result<Store> {
     };
     let mut store = StoreConfig::new(config.root.join("images"), registries);
     store.trust = TrustFiles { policy: config.images.policy.clone(), by_namespace: config.images.policy_dir.clone() };
+    store.pinned = config.images.pinned.clone();
     store.layer_format = match config.images.layers {
         LayerChoice::Auto => None,
         LayerChoice::Erofs => Some(LayerFormat::Erofs),

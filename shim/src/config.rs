@@ -131,6 +131,9 @@ pub struct ImageConfig {
     pub policy: PathBuf,
     /// Directory of `<namespace>.json`, which go over `policy` for pods of that namespace. Empty: none.
     pub policy_dir: PathBuf,
+    /// Images that kubelet's garbage collection and `windlass image prune` leave alone: names, or beginnings of whole names
+    /// (`registry.example/team/*`).
+    pub pinned: Vec<String>,
     /// How layers are kept from now on.
     pub layers: LayerChoice,
 }
@@ -214,6 +217,7 @@ impl Default for ImageConfig {
             auth_file: "/etc/windlass/auth.json".into(),
             policy: PathBuf::new(),
             policy_dir: PathBuf::new(),
+            pinned: Vec::new(),
             layers: LayerChoice::Auto,
         }
     }

@@ -74,7 +74,7 @@ pub enum ImageCommand {
         #[arg(short, long, default_value = "-")]
         output: PathBuf,
     },
-    /// Remove all images that no container was made from.
+    /// Remove all images that no container was made from, but those that `images.pinned` of the configuration names.
     Prune {
         /// Only say which
         #[arg(long)]
@@ -294,7 +294,8 @@ async fn export(backend: &mut Backend, name: String, path: &Path) -> Result<()> 
 
 async fn prune(backend: &mut Backend, dry_run: bool, look: Look) -> Result<()> {
     let before = backend.list("").await?;
-    let unused: Vec<api::Image> = before.images.into_iter().filter(|image| image.containers.is_empty()).collect();
+    let unused: Vec<api::Image> =
+        before.images.into_iter().filter(|image| image.containers.is_empty() && !image.pinned).collect();
     let mut removed = Vec::new();
     for image in unused {
         if dry_run {

@@ -2,7 +2,7 @@
 
 use super::{Service, status, view};
 use crate::{
-    image::{Reference, RegistryAuth},
+    image::{Image, Reference, RegistryAuth},
     node::now_ns,
 };
 use std::collections::HashMap;
@@ -51,6 +51,12 @@ fn is_for(server: &str, image: &str) -> bool {
     image.parse::<Reference>().is_ok_and(|image| server == image.registry() || (docker(server) && docker(image.registry())))
 }
 
+impl Service {
+    fn view(&self, image: &Image) -> cri::Image {
+        view::image(image, self.node.images.is_pinned(image))
+    }
+}
+
 #[tonic::async_trait]
 impl ImageService for Service {
     async fn list_images(&self, request: Request<cri::ListImagesRequest>) -> Reply<cri::ListImagesResponse> {
@@ -59,7 +65,7 @@ impl ImageService for Service {
             "" => self.node.images.list(),
             name => self.node.images.get(name).into_iter().collect(),
         };
-        Ok(Response::new(cri::ListImagesResponse { images: images.iter().map(|image| view::image(image)).collect() }))
+        Ok(Response::new(cri::ListImagesResponse { images: images.iter().map(|image| self.view(image)).collect() }))
     }
 
     type StreamImagesStream = Empty<Result<cri::StreamImagesResponse, Status>>;
@@ -76,7 +82,7 @@ impl ImageService for Service {
             let chain: Vec<&str> = image.layers.iter().map(|layer| layer.chain_id.as_str()).collect();
             info.insert("info".to_owned(), serde_json::json!({ "imageSpec": image.config, "chainIDs": chain }).to_string());
         }
-        Ok(Response::new(cri::ImageStatusResponse { image: image.map(|image| view::image(&image)), info }))
+        Ok(Response::new(cri::ImageStatusResponse { image: image.map(|image| self.view(&image)), info }))
     }
 
     async fn pull_image(&self, request: Request<cri::PullImageRequest>) -> Reply<cri::PullImageResponse> {

@@ -45,7 +45,7 @@ impl Images {
             *having.entry(&layer.chain_id).or_default() += 1;
         }
         let users = (self.users)();
-        images.iter().map(|image| message(image, &having, &users)).collect()
+        images.iter().map(|image| api::Image { pinned: self.store.is_pinned(image), ..message(image, &having, &users) }).collect()
     }
 
     fn one(&self, id: &str) -> Option<api::Image> {
@@ -69,6 +69,7 @@ fn message(image: &Image, having: &HashMap<&str, u32>, users: &[(String, String)
         layers: image.layers.iter().zip(image.config.rootfs().diff_ids()).map(layer).collect(),
         containers: users.iter().filter(|(_, of)| *of == image.id).map(|(id, _)| id.clone()).collect(),
         config_json: serde_json::to_string(&image.config).unwrap_or_default(),
+        pinned: false,
     }
 }
 

@@ -132,7 +132,7 @@ fn stop_signal(record: &container::Record) -> cri::Signal {
     cri::Signal::from_str_name(&format!("SIGNAL_{name}")).unwrap_or(cri::Signal::RuntimeDefault)
 }
 
-pub(super) fn image(image: &Image) -> cri::Image {
+pub(super) fn image(image: &Image, pinned: bool) -> cri::Image {
     let user = image.config.config().as_ref().and_then(|config| config.user().clone()).unwrap_or_default();
     let user = user.split(':').next().unwrap_or_default();
     let (uid, username) = match user.parse::<i64>() {
@@ -147,6 +147,6 @@ pub(super) fn image(image: &Image) -> cri::Image {
         uid,
         username,
         spec: Some(cri::ImageSpec { image: image.id.clone(), ..Default::default() }),
-        pinned: false,
+        pinned,
     }
 }

@@ -124,6 +124,7 @@ impl Layers {
                 None => {
                     tracing::warn!(layer = chain_id, "removing a layer without a record: it was never finished");
                     let _ = record::remove(&record_path);
+                    let _ = fs::remove_file(split_path(&path));
                     discard(&dir, &path, &trash);
                 }
             }

@@ -39,6 +39,8 @@ pub struct StoreConfig {
     pub registries: RegistryFiles,
     /// Which images may be pulled.
     pub trust: TrustFiles,
+    /// Images that kubelet's garbage collection and `prune` leave alone: names, or beginnings of names that end with `*`.
+    pub pinned: Vec<String>,
     /// What is chosen from an index.
     pub platform: Platform,
     /// Layers fetched and unpacked at the same time, over all pulls.
@@ -58,6 +60,7 @@ impl StoreConfig {
             root,
             registries,
             trust: TrustFiles::default(),
+            pinned: Vec::new(),
             platform: Platform::default(),
             parallel_layers: 4,
             layer_limit_bytes: 256 << 30,
@@ -375,6 +378,16 @@ impl Store {
         let removed = self.0.index.write().unwrap_or_else(PoisonError::into_inner).remove(&image.id);
         drop(removed);
         Ok(())
+    }
+
+    /// Whether the configuration says that this image stays.
+    pub fn is_pinned(&self, image: &Image) -> bool {
+        let named = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(beginning) => image.repo_tags.iter().chain(&image.repo_digests).any(|name| name.starts_with(beginning)),
+            None if *pattern == image.id => true,
+            None => pattern.parse().is_ok_and(|reference| is_named(image, &reference)),
+        };
+        self.0.config.pinned.iter().any(named)
     }
 
     /// A container's hold on the layers of its image, over the image's removal.

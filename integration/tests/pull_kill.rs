@@ -1,0 +1,83 @@
+//! A daemon that is killed in the middle of pulls: whatever is listed afterwards is whole, and nothing unfinished stays.
+
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+use windlass_integration::{client::Client, daemon::Daemon, image, node, registry::Registry};
+use windlass_proto::cri;
+
+const KILLS: u64 = 50;
+
+/// Names in the layers' directory that belong to no finished layer.
+fn unfinished(daemon: &Daemon) -> Result<Vec<String>> {
+    let names = fs::read_dir(daemon.root().join("images/layers"))?.flatten().map(|entry| entry.file_name());
+    let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+    let recorded = |name: &str| name.split('.').next().is_some_and(|hex| names.contains(&format!("{hex}.json")));
+    Ok(names.iter().filter(|name| !recorded(name)).cloned().collect())
+}
+
+#[test]
+fn fifty_kills_in_the_middle_of_pulls() -> Result<()> {
+    node::run(|| {
+        let registry = Registry::start()?;
+        // Bytes that do not compress, differently in each layer: a pull takes some tens of milliseconds.
+        let noise = |seed: u64| {
+            let mut state = seed * 2 + 1;
+            let next = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state.to_le_bytes()
+            };
+            std::iter::repeat_with(next).take(1 << 17).flatten().collect::<Vec<u8>>()
+        };
+        let layers: Vec<Vec<u8>> =
+            (0..6).map(|seed| image::files_layer(&[(&format!("file{seed}"), 0o644, &noise(seed))])).collect::<Result<_>>()?;
+        let config = serde_json::json!({ "architecture": image::ARCHITECTURE, "os": "linux" });
+        registry.add("test/killed", "v1", &layers, &config)?;
+        let name = format!("{}/test/killed:v1", registry.host());
+        let mut daemon = Daemon::prepare(&[])?;
+        daemon.serve()?;
+        let spec = || Some(cri::ImageSpec { image: name.clone(), ..Default::default() });
+        let pull = |client: &Client| client.pull_image(cri::PullImageRequest { image: spec(), ..Default::default() });
+        // The quickest of some: the disk is slow now and then.
+        let mut takes = Duration::MAX;
+        for _ in 0..5 {
+            let client = Client::connect(&daemon)?;
+            client.remove_image(cri::RemoveImageRequest { image: spec() })?;
+            let began = Instant::now();
+            pull(&client)?;
+            takes = takes.min(began.elapsed());
+        }
+        let (mut whole, mut cut) = (0, 0);
+        for kill in 0..KILLS {
+            let client = Client::connect(&daemon)?;
+            client.remove_image(cri::RemoveImageRequest { image: spec() })?;
+            std::thread::scope(|scope| -> Result<()> {
+                let pulling = scope.spawn(|| pull(&client).is_ok());
+                // Spread over the whole pull and a little beyond.
+                std::thread::sleep(takes.mul_f64(1.2 * kill as f64 / KILLS as f64));
+                daemon.kill9()?;
+                let finished = pulling.join().is_ok_and(|finished| finished);
+                (whole, cut) = if finished { (whole + 1, cut) } else { (whole, cut + 1) };
+                Ok(())
+            })?;
+            daemon.serve()?;
+            let listed = Client::connect(&daemon)?.list_images(cri::ListImagesRequest::default())?.images;
+            ensure!(listed.len() <= 1, "{listed:?}");
+            daemon.windlass(&["image", "verify"]).with_context(|| format!("after kill {kill}"))?;
+            let until = Instant::now() + Duration::from_secs(5);
+            while !unfinished(&daemon)?.is_empty() {
+                ensure!(Instant::now() < until, "kill {kill} left {:?}", unfinished(&daemon)?);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        ensure!(cut >= KILLS / 4, "only {cut} kills met a pull, {whole} came after it");
+        pull(&Client::connect(&daemon)?)?;
+        let checked = daemon.windlass(&["image", "verify"])?;
+        ensure!(checked.lines().count() == 6 && checked.lines().all(|line| line.ends_with("sound")), "{checked}");
+        Ok(())
+    })
+}
