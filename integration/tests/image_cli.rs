@@ -129,6 +129,26 @@ fn what_containers_use_is_not_pruned_and_outlives_its_removal() -> Result<()> {
 }
 
 #[test]
+fn another_root_is_not_the_daemons() -> Result<()> {
+    node::run(|| {
+        let registry = registry()?;
+        let (mut one, mut two) = (Daemon::prepare(&[])?, Daemon::prepare(&[])?);
+        one.serve()?;
+        let name = format!("{}/test/busybox:v1", registry.host());
+        one.windlass(&["image", "pull", "-q", &name])?;
+        let socket = one.socket();
+        let words = ["image", "--socket", &socket.to_string_lossy(), "prune"];
+        // Nobody serves the other root: it is empty, and the daemon is not asked.
+        ensure!(two.windlass(&words)?.is_empty());
+        two.serve()?;
+        let error = two.windlass(&words).expect_err("the socket of another root").to_string();
+        ensure!(error.contains("--socket") && error.contains(&one.root().display().to_string()), "{error}");
+        ensure!(!one.windlass(&["image", "ls", "-q"])?.is_empty(), "its image is there");
+        Ok(())
+    })
+}
+
+#[test]
 fn pinned_images_stay() -> Result<()> {
     node::run(|| {
         let registry = registry()?;

@@ -122,8 +122,8 @@ enum Format {
 /// Where the work is done.
 enum Backend {
     Daemon(ImagesClient<Channel>),
-    /// With the layers of containers held, and the lock on the store.
-    Own(Images, #[expect(dead_code, reason = "held")] Vec<Lease>, #[expect(dead_code, reason = "held")] std::fs::File),
+    /// With the lock on the store.
+    Own(Images, #[expect(dead_code, reason = "held")] std::fs::File),
 }
 
 type Events<T> = BoxStream<'static, std::result::Result<T, Status>>;
@@ -160,23 +160,36 @@ macro_rules! watch {
 }
 
 impl Backend {
+    /// The root decides: its own store if nobody holds it, else the daemon, which must be that of this root.
     async fn find(config: &Config) -> Result<Backend> {
-        let socket = config.socket.to_string_lossy().into_owned();
-        let connected = match Endpoint::try_from(format!("unix:{socket}")) {
-            Ok(endpoint) => endpoint.connect().await.map_err(|error| Error::internal(error.to_string())),
-            Err(error) => Err(Error::internal(error.to_string())),
+        let in_use = match lock(config) {
+            Ok(lock) => return Backend::own(config, lock),
+            Err(error) if error.kind == Kind::Precondition => error,
+            Err(error) => return Err(error),
         };
-        if let Ok(channel) = connected {
-            let client = ImagesClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
-            return Ok(Backend::Daemon(client));
+        let socket = config.socket.display();
+        let unanswered = |why: String| in_use.clone().during(format_args!("no daemon answers at {socket} ({why}), and"));
+        let endpoint = Endpoint::try_from(format!("unix:{socket}")).map_err(|error| unanswered(error.to_string()))?;
+        let channel = endpoint.connect().await.map_err(|error| unanswered(error.to_string()))?;
+        let client = ImagesClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
+        let mut backend = Backend::Daemon(client);
+        let served = backend.list("").await?.directory;
+        if !Path::new(&served).starts_with(&config.root) {
+            return Err(Error::precondition(format!(
+                "the daemon at {socket} has its images in {served}, not in {}; name its socket by --socket or --state",
+                config.root.display()
+            )));
         }
-        let lock = lock(config).map_err(|error| error.during(format_args!("no daemon answers at {socket}, and")))?;
+        Ok(backend)
+    }
+
+    fn own(config: &Config, lock: std::fs::File) -> Result<Backend> {
         let store = open_store(config)?;
-        // Containers live on while no daemon serves, and their layers with them.
+        // Containers live on while no daemon serves, and their layers with them: these are held until the process ends.
         let records = records(&config.root.join("containers"));
-        let leases = records.iter().map(|record| store.lease_layers(&record.chain_ids)).collect();
+        Vec::leak(records.iter().map(|record| store.lease_layers(&record.chain_ids)).collect::<Vec<Lease>>());
         let users: Vec<_> = records.into_iter().map(|record| (record.id, record.image_id)).collect();
-        Ok(Backend::Own(Images::new(store, Arc::new(move || users.clone())), leases, lock))
+        Ok(Backend::Own(Images::new(store, Arc::new(move || users.clone())), lock))
     }
 
     async fn list(&mut self, name: &str) -> Result<api::ListReply> {
