@@ -240,7 +240,7 @@ fn start_network(config: &Config) -> Result<Network> {
         table: format!("windlass-{}", network.bridge),
         ..BridgeConfig::new(config.root.join("network"))
     };
-    Bridge::start(bridge).map(Network::Bridge).map_err(|error| Error::from(error).during("start the pod network"))
+    Bridge::start(bridge).map(Network::new).map_err(|error| Error::from(error).during("start the pod network"))
 }
 
 /// The socket that systemd passes, else a new one, mode 0660 and root's.

@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 use super::address::{AddressTable, Subnet};
 use super::firewall::Firewall;
 use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
-use super::{NetworkError, PodNetwork};
+use super::{Attachment, NetworkError, PodNetwork};
 
 /// The interface's name inside every pod; kubelet's network statistics expect it.
 const POD_INTERFACE: &str = "eth0";
@@ -82,10 +82,21 @@ pub struct Bridge {
 }
 
 impl Bridge {
-    /// Reads the address file and makes or repairs the bridge, forwarding and the rules (about 20 ms, nearly all of it `nft`), so that
-    /// the first pod does not wait for it. Fails for a bad configuration or state folder only: what the kernel or a missing program refuses is
-    /// logged, told by `ready`, and tried again by `ready` and `attach`. Blocks.
+    /// Opens the network and makes or repairs the bridge, forwarding and the rules (about 20 ms, nearly all of it `nft`), so that
+    /// the first pod does not wait for it. What the kernel or a missing program refuses is logged, told by `ready`, and tried again by
+    /// `ready` and `attach`. Blocks.
     pub fn start(config: BridgeConfig) -> Result<Self, NetworkError> {
+        let bridge = Self::open(config)?;
+        match bridge.inner.installed(true) {
+            Ok(_) => bridge.inner.warn_of_dropping_chains(),
+            Err(error) => tracing::error!(error = %chain(&error), "pod network is not ready"),
+        }
+        Ok(bridge)
+    }
+
+    /// Reads the address file, and makes nothing on the host before `ready` or `attach` is called. Fails for a bad configuration or
+    /// state folder only. Blocks.
+    pub fn open(config: BridgeConfig) -> Result<Self, NetworkError> {
         let firewall = Firewall::new(&config.table, &config.name, config.subnet)?;
         let path = config.state_dir.join("addresses.json");
         std::fs::create_dir_all(&config.state_dir).map_err(|source| NetworkError::State {
@@ -94,19 +105,14 @@ impl Bridge {
             source,
         })?;
         let table = Mutex::new(AddressTable::open(&path, config.subnet)?);
-        let bridge = Self { inner: Arc::new(Inner { config, firewall, table, installed: Mutex::new(None) }) };
-        match bridge.inner.installed(true) {
-            Ok(_) => bridge.inner.warn_of_dropping_chains(),
-            Err(error) => tracing::error!(error = %chain(&error), "pod network is not ready"),
-        }
-        Ok(bridge)
+        Ok(Self { inner: Arc::new(Inner { config, firewall, table, installed: Mutex::new(None) }) })
     }
 
-    /// Gives the pod an address and an interface. `netns` is the pinned namespace, `route_socket` a NETLINK_ROUTE socket that was
-    /// opened inside it. Called again for the same pod it gives the same address anew; on failure nothing remains.
-    pub async fn attach(&self, pod_id: &str, netns: &Path, route_socket: OwnedFd) -> Result<PodNetwork, NetworkError> {
-        let (id, netns) = (pod_id.to_owned(), netns.to_owned());
-        self.blocking(pod_id, move |inner| inner.attach(&id, &netns, route_socket)).await
+    /// Gives the pod an address and an interface. Called again for the same pod it gives the same address anew; on failure nothing
+    /// remains.
+    pub async fn attach(&self, pod: Attachment) -> Result<PodNetwork, NetworkError> {
+        let id = pod.pod_id.clone();
+        self.blocking(&id, move |inner| inner.attach(&pod.pod_id, &pod.netns, pod.route_socket)).await
     }
 
     /// Removes the pod's pair and frees its address; succeeds when there is nothing. On failure the address stays taken.
@@ -180,7 +186,8 @@ impl Inner {
             host_interface: link,
             ips: vec![IpAddr::V4(address)],
             mac: mac_of(address).map(|octet| format!("{octet:02x}")).join(":"),
-            gateway: IpAddr::V4(self.config.subnet.gateway()),
+            gateways: vec![IpAddr::V4(self.config.subnet.gateway())],
+            interfaces: Vec::new(),
         })
     }
 

@@ -5,42 +5,24 @@
 //! own network namespace is "the host" here.
 
 pub mod address;
+mod attachment;
 pub mod bridge;
 mod firewall;
 mod netlink;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+pub use attachment::{Attachment, Detachment, Dns, Interface, Kind, PodNetwork, PortMapping, Protocol};
 
 use address::Subnet;
 use bridge::Bridge;
 
-/// What gives pods their network. An enum and not a trait object: the choice is made once, when the daemon starts, and the
-/// implementations share no state.
+/// What gives pods their network. The implementations share no state, and a pod is taken back by the one that attached it.
 #[derive(Debug, Clone)]
-pub enum Network {
-    /// The built-in bridge, used when no CNI configuration exists.
-    Bridge(Bridge),
-}
-
-/// What a pod received; part of its record, because kubelet makes a pod anew when its address is not reported after a restart.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodNetwork {
-    /// Interface inside the pod.
-    pub interface: String,
-    /// The other end of the pair, in the daemon's namespace.
-    pub host_interface: String,
-    /// The pod's addresses, the preferred one first.
-    pub ips: Vec<IpAddr>,
-    /// Hardware address of `interface`, six hex octets with colons.
-    pub mac: String,
-    /// Where the default route points.
-    pub gateway: IpAddr,
+pub struct Network {
+    bridge: Bridge,
 }
 
 /// Failures, by what the caller may do about them. `Display` leaves the cause to `source`.
@@ -87,45 +69,48 @@ impl NetworkError {
 }
 
 impl Network {
-    /// Connects the namespace pinned at `netns`; see [`Bridge::attach`].
-    pub async fn attach(&self, pod_id: &str, netns: &Path, route_socket: OwnedFd) -> Result<PodNetwork, NetworkError> {
-        match self {
-            Self::Bridge(bridge) => bridge.attach(pod_id, netns, route_socket).await,
+    /// Puts the implementations together.
+    pub fn new(bridge: Bridge) -> Network {
+        Network { bridge }
+    }
+
+    /// What attaches a pod from now on.
+    pub fn kind(&self) -> Kind {
+        Kind::Bridge
+    }
+
+    /// Connects a pod by the implementation that its record names; on failure nothing remains, or it is taken back later.
+    pub async fn attach(&self, kind: Kind, pod: Attachment) -> Result<PodNetwork, NetworkError> {
+        match kind {
+            Kind::Bridge | Kind::Cni => self.bridge.attach(pod).await,
         }
     }
 
     /// Takes back all that `attach` gave; succeeds when there is nothing.
-    pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
-        match self {
-            Self::Bridge(bridge) => bridge.detach(pod_id).await,
+    pub async fn detach(&self, kind: Kind, pod: &Detachment) -> Result<(), NetworkError> {
+        match kind {
+            Kind::Bridge | Kind::Cni => self.bridge.detach(&pod.pod_id).await,
         }
     }
 
-    /// Releases what belongs to pods that are not in `live_pod_ids`. Called once, when the daemon has read its records.
-    pub fn reconcile(&self, live_pod_ids: &HashSet<String>) {
-        match self {
-            Self::Bridge(bridge) => bridge.reconcile(live_pod_ids),
-        }
+    /// Releases what belongs to pods that are not in `live`. Called once, when the daemon has read its records.
+    pub fn reconcile(&self, live: &HashMap<String, Kind>) {
+        let bridged = live.iter().filter(|(_, kind)| **kind == Kind::Bridge).map(|(pod, _)| pod.clone()).collect();
+        self.bridge.reconcile(&bridged);
     }
 
-    /// Takes over what a record says a live pod has; false if another pod holds it. See [`Bridge::adopt`].
-    pub fn adopt(&self, pod_id: &str, network: &PodNetwork) -> bool {
-        match self {
-            Self::Bridge(bridge) => bridge.adopt(pod_id, network),
-        }
+    /// Takes over what a record says a live pod has; false if another pod holds it.
+    pub fn adopt(&self, kind: Kind, pod_id: &str, network: &PodNetwork) -> bool {
+        kind != Kind::Bridge || self.bridge.adopt(pod_id, network)
     }
 
     /// `Err` says, for Status's NetworkReady, why pods cannot be attached.
     pub fn ready(&self) -> Result<(), String> {
-        match self {
-            Self::Bridge(bridge) => bridge.ready(),
-        }
+        self.bridge.ready()
     }
 
     /// Removes what the network keeps on the host if no pod uses it; says whether it did.
     pub async fn teardown_if_unused(&self) -> Result<bool, NetworkError> {
-        match self {
-            Self::Bridge(bridge) => bridge.teardown_if_unused().await,
-        }
+        self.bridge.teardown_if_unused().await
     }
 }

@@ -7,6 +7,7 @@
 //! Transitions of one pod hold its `turn`; reads take a published copy and wait for nobody.
 
 mod files;
+mod network;
 mod recover;
 mod run;
 mod stop;
@@ -20,7 +21,7 @@ pub use stop::{remove, stop};
 use crate::{
     error::{Error, Result},
     monitor::Monitor,
-    network::PodNetwork,
+    network::{Kind, PodNetwork},
     node::Node,
     store,
 };
@@ -43,6 +44,9 @@ pub struct Record {
     pub netns: PathBuf,
     /// True from before the network is attached until it has been detached.
     pub network_attached: bool,
+    /// What attached it, and so what detaches it.
+    #[serde(default)]
+    pub network_kind: Kind,
     pub network: Option<PodNetwork>,
     /// Parent of the pod's cgroups in the v2 tree, beginning with `/`.
     pub cgroup_parent: String,

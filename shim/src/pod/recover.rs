@@ -48,14 +48,16 @@ pub async fn recover(node: &Arc<Node>) {
         }
     }
     for pod in node.pods() {
-        if let Some(network) = pod.look(|record| record.network.clone().filter(|_| record.network_attached))
-            && !node.network.adopt(&pod.id, &network)
+        let (kind, network) =
+            pod.look(|record| (record.network_kind, record.network.clone().filter(|_| record.network_attached)));
+        if let Some(network) = network
+            && !node.network.adopt(kind, &pod.id, &network)
         {
             tracing::error!(pod = %pod.id, addresses = ?network.ips, "another pod holds this pod's address");
         }
     }
-    let live = node.pods().iter().filter(|pod| pod.look(|record| record.network_attached)).map(|pod| pod.id.clone()).collect();
-    node.network.reconcile(&live);
+    let attached = |record: &Record| record.network_attached.then(|| (record.id.clone(), record.network_kind));
+    node.network.reconcile(&node.pods().iter().filter_map(|pod| pod.look(attached)).collect());
     // Only now are the layers of every container held.
     node.images.collect_unused();
 }

@@ -3,7 +3,7 @@
 //! 1. check the configuration, 2. record `Creating`, 3. start the monitor and let it make the namespaces, 4. attach the network,
 //! 5. record `Ready`. A step that fails takes back what the steps before it made, by the same code that stops and removes a pod.
 
-use super::{Phase, Pod, Record, files, namespace_modes, stop, userns, watch};
+use super::{Phase, Pod, Record, files, namespace_modes, network, stop, userns, watch};
 use crate::{
     config::NATIVE_HANDLER,
     error::{Error, Kind, Result},
@@ -81,6 +81,7 @@ fn check(config: &PodSandboxConfig) -> Result<String> {
         return Err(Error::invalid(format!("config.log_directory {:?} is not absolute", config.log_directory)));
     }
     check_security(config)?;
+    network::port_mappings(config)?;
     let host_network = namespace_modes(config).network() == NamespaceMode::Node;
     if let Some(mapping) = config.port_mappings.iter().find(|mapping| mapping.host_port != 0 && !host_network) {
         return Err(Error::unimplemented(format!("config.port_mappings: host port {} cannot be served yet", mapping.host_port)));
@@ -122,6 +123,7 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         created_at_ns: now_ns(),
         phase: Phase::Creating,
         network_attached: false,
+        network_kind: node.network.kind(),
         network: None,
     };
     let pod = Arc::new(Pod::new(record));
@@ -150,11 +152,9 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
     let route_socket = setup(node, pod, &monitor).await?;
     if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
-        pod.change(node, |record| record.network_attached = true)?;
-        let netns = pod.look(|record| record.netns.clone());
-        let network = node.network.attach(&pod.id, &netns, socket).await?;
+        let got = network::attach(node, pod, socket).await?;
         pod.change(node, |record| {
-            record.network = Some(network);
+            record.network = Some(got);
             record.phase = Phase::Ready;
         })?;
         files::write_hosts(&node.pod_directory(&pod.id), &pod.record())?;

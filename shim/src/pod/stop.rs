@@ -1,14 +1,13 @@
 //! StopPodSandbox and RemovePodSandbox. Both need no living monitor, succeed on what is absent, and may be called any number of times.
 
-use super::{Phase, Pod, watch};
+use super::{Phase, Pod, network, watch};
 use crate::{
     cgroup, container,
-    error::{Error, Kind, Result},
+    error::{Kind, Result},
     node::Node,
     store,
 };
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +22,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 pub async fn stop(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let _turn = pod.turn.lock().await;
     stop_processes(node, pod).await;
-    release_network(node, pod).await
+    network::release(node, pod).await
 }
 
 /// Removes a pod with its containers. It is stopped first if it still runs.
@@ -31,7 +30,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     {
         let _turn = pod.turn.lock().await;
         stop_processes(node, pod).await;
-        release_network(node, pod).await?;
+        network::release(node, pod).await?;
     }
     for container in node.containers_of(&pod.id) {
         container::remove(node, &container).await?;
@@ -46,7 +45,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
 /// Takes back everything a pod has, however far its making came. The caller holds the pod's turn.
 pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     stop_processes(node, pod).await;
-    release_network(node, pod).await?;
+    network::release(node, pod).await?;
     store::remove_tree(&node.run_directory(&pod.id))?;
     store::remove_tree(&node.pod_directory(&pod.id))
 }
@@ -71,32 +70,5 @@ async fn leave(node: &Node, pod: &Pod) {
     let deadline = Instant::now() + LEAVE_LIMIT;
     while cgroup::populated(&leaf) && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_micros(300)).await;
-    }
-}
-
-async fn release_network(node: &Node, pod: &Pod) -> Result<()> {
-    let record = pod.record();
-    if record.network_attached {
-        node.network.detach(&pod.id).await?;
-        pod.change_always(node, |record| record.network_attached = false);
-    }
-    if !record.netns.as_os_str().is_empty() {
-        unpin(&record.netns)?;
-    }
-    Ok(())
-}
-
-/// Unmounts and removes the file that pins a network namespace.
-pub(super) fn unpin(path: &Path) -> Result<()> {
-    use rustix::{io::Errno, mount::UnmountFlags};
-    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-        Err(error) => return Err(Error::io(format_args!("unmount {}", path.display()), error)),
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io(format_args!("remove {}", path.display()), error))
-        }
-        _ => Ok(()),
     }
 }

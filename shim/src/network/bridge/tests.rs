@@ -76,6 +76,22 @@ fn attach(bridge: &Bridge, pod: &str, netns: &Path) -> Result<PodNetwork, Networ
     bridge.inner.attach(pod, netns, route_socket(netns))
 }
 
+fn attachment(pod: &str, netns: &Path) -> Attachment {
+    Attachment {
+        pod_id: pod.to_owned(),
+        name: pod.to_owned(),
+        namespace: "test".to_owned(),
+        uid: pod.to_owned(),
+        hostname: pod.to_owned(),
+        netns: netns.to_owned(),
+        route_socket: route_socket(netns),
+        port_mappings: Vec::new(),
+        annotations: std::collections::BTreeMap::new(),
+        dns: super::super::Dns::default(),
+        cgroup_parent: String::new(),
+    }
+}
+
 fn ip4(network: &PodNetwork) -> Ipv4Addr {
     match network.ips[..] {
         [IpAddr::V4(address)] => address,
@@ -234,7 +250,7 @@ fn twenty_attaches_and_detaches_at_once() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
     let start = Instant::now();
     let networks: Vec<_> = runtime.block_on(async {
-        let attaches = pods.iter().map(|(id, netns)| bridge.attach(id, netns, route_socket(netns)));
+        let attaches = pods.iter().map(|(id, netns)| bridge.attach(attachment(id, netns)));
         futures_util::future::try_join_all(attaches).await.unwrap()
     });
     println!("measured: 20 attaches at once {:?}", start.elapsed());
@@ -351,7 +367,7 @@ fn attach_and_detach_are_quick() {
                 connection(
                     &netns,
                     &host(),
-                    match network.gateway {
+                    match network.gateways[0] {
                         IpAddr::V4(gateway) => gateway,
                         IpAddr::V6(_) => panic!(),
                     },
