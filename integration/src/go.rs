@@ -13,6 +13,9 @@ const TOOLS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go");
 /// The one that builds the validation programs.
 const VALIDATION_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/oci");
 
+/// The one that builds the client of streams.
+const STREAMS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/streams");
+
 /// The Go module with those programs.
 const RUNTIME_TOOLS: &str = "github.com/opencontainers/runtime-tools";
 
@@ -106,6 +109,18 @@ pub fn validation() -> Result<Validation> {
         std::fs::copy(&packed, &validation.rootfs).with_context(|| format!("copy {}", packed.display())).map(drop)
     })?;
     Ok(validation)
+}
+
+/// Builds the client of streams, which is client-go's, unless `<target>/windlass-tools/streams` holds the one of this recipe. Prints what it does.
+pub fn streams() -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/streams");
+    let program = dir.join("streams");
+    let module = Path::new(STREAMS_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
+        println!("building the client of streams from Go modules into {} (about a minute)", dir.display());
+        go_build(module, &["build", "-trimpath"], &program, &["."])
+    })?;
+    Ok(program)
 }
 
 /// Calls `build` unless `products` are there and the stamp in `dir` is that of the module's `inputs`. One process at a time.
