@@ -16,6 +16,12 @@ const VALIDATION_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/oci");
 /// The one that builds the client of streams.
 const STREAMS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/streams");
 
+/// The one that builds Kubernetes' own programs.
+const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
+
+/// The version that the module's go.mod names, without the `v`.
+pub const KUBERNETES_VERSION: &str = "1.37.2";
+
 /// The Go module with those programs.
 const RUNTIME_TOOLS: &str = "github.com/opencontainers/runtime-tools";
 
@@ -119,6 +125,29 @@ pub fn streams() -> Result<PathBuf> {
     unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
         println!("building the client of streams from Go modules into {} (about a minute)", dir.display());
         go_build(module, &["build", "-trimpath"], &program, &["."])
+    })?;
+    Ok(program)
+}
+
+/// A program of Kubernetes, such as `kubelet`, or `health`, the answerer of gRPC health checks: built unless
+/// `<target>/windlass-tools/kube` holds it. Prints what it does.
+pub fn kubernetes(name: &str) -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/kube").join(name);
+    let program = dir.join(name);
+    let module = Path::new(KUBERNETES_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go", "health/main.go"], &[&program], || {
+        println!("building {name} of Kubernetes {KUBERNETES_VERSION} from Go modules (some minutes, the first time)");
+        let package = match name {
+            "health" => "./health".to_owned(),
+            _ => format!("k8s.io/kubernetes/cmd/{name}"),
+        };
+        let (major, minor) = (KUBERNETES_VERSION.split('.').next(), KUBERNETES_VERSION.split('.').nth(1));
+        let (major, minor) = (major.unwrap_or_default(), minor.unwrap_or_default());
+        let version = "k8s.io/component-base/version";
+        let flags = format!(
+            "-ldflags=-s -w -X {version}.gitVersion=v{KUBERNETES_VERSION} -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
+        );
+        go_build(module, &["build", "-trimpath", &flags], &program, &[&package])
     })?;
     Ok(program)
 }

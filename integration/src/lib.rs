@@ -8,6 +8,7 @@ pub mod demo;
 pub mod go;
 pub mod guest;
 pub mod image;
+pub mod kubelet;
 pub mod leak;
 pub mod measure;
 pub mod node;
