@@ -6,6 +6,7 @@ use crate::{
     apparmor::AppArmor,
     cgroup::Tree,
     config::{Config, LayerChoice},
+    container::stream::Sessions,
     cri,
     error::{Error, Result},
     image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
@@ -17,6 +18,7 @@ use crate::{
     },
     node::Node,
     pod,
+    streaming::Server,
 };
 use clap::{Args, Parser, Subcommand};
 use image::ImageCommand;
@@ -193,13 +195,14 @@ async fn serve(config: Config) -> Result<()> {
     keep_seccomp_programs(&node.seccomp_directory())?;
     pod::recover(&node).await;
     let terminated = terminated()?;
+    let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
     let listener = listener(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
         pods = node.pods().len(), containers = node.containers().len(), "serving"
     );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let served = cri::serve(node.clone(), listener, terminated).await;
+    let served = cri::serve(node.clone(), streaming, listener, terminated).await;
     leave_nothing_unused(&node).await;
     tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
     served.map_err(|error| Error::internal(format!("serve: {error}")))

@@ -30,7 +30,26 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerConfig>,
     pub network: NetworkConfig,
     pub images: ImageConfig,
+    pub streaming: StreamingConfig,
     pub monitor: MonitorConfig,
+}
+
+/// `[streaming]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StreamingConfig {
+    /// Where exec, attach and port-forward are served, `address:port`; port 0 is any free one. kubelet must reach it.
+    pub address: String,
+    /// PEM file with the certificate, and those it is signed by; empty serves without TLS.
+    pub tls_certificate: PathBuf,
+    /// PEM file with its private key.
+    pub tls_key: PathBuf,
+}
+
+impl Default for StreamingConfig {
+    fn default() -> StreamingConfig {
+        StreamingConfig { address: "127.0.0.1:0".into(), tls_certificate: PathBuf::new(), tls_key: PathBuf::new() }
+    }
 }
 
 /// `[cgroup]`
@@ -172,6 +191,7 @@ impl Default for Config {
             handlers: BTreeMap::new(),
             network: NetworkConfig::default(),
             images: ImageConfig::default(),
+            streaming: StreamingConfig::default(),
             monitor: MonitorConfig::default(),
         }
     }

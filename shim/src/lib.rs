@@ -20,3 +20,4 @@ pub mod node;
 pub mod pod;
 pub mod selinux;
 pub mod store;
+pub mod streaming;

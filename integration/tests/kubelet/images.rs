@@ -61,5 +61,6 @@ fn run() -> Result<()> {
 
 #[test]
 fn images_are_pulled_by_policy_and_removed_when_the_disk_is_full() {
+    crate::built();
     node::run(run).expect("images under a kubelet");
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use windlass_integration::{
     client::Client,
     daemon::Daemon,
+    go,
     kubelet::{Kubelet, NODE, pod},
     leak::Snapshot,
     node,
@@ -35,7 +36,15 @@ fn under_kubelet(fields: Value, body: impl FnOnce(&mut Bench) -> Result<()> + Se
         body(&mut bench)?;
         bench.end()
     };
+    built();
     node::run(run).expect("pods under a kubelet");
+}
+
+/// Builds what the tests run while the network is still there.
+fn built() {
+    for name in ["kubelet", "health"] {
+        go::kubernetes(name).expect("a program of Kubernetes");
+    }
 }
 
 impl Bench {
@@ -62,9 +71,7 @@ impl Bench {
             ensure!(pod.state() != cri::PodSandboxState::SandboxReady, "pod {:?} runs", pod.metadata);
             self.client.remove(&pod.id)?;
         }
-        self.eventually("every trace is gone", || {
-            self.before.expect_same(&Snapshot::take(&self.daemon)?)
-        })
+        self.eventually("every trace is gone", || self.before.expect_same(&Snapshot::take(&self.daemon)?))
     }
 
     /// Repeats `check` until it succeeds; at the deadline its last error is the result.

@@ -1,5 +1,6 @@
 //! A container's requests and its output: created, started, signalled, deleted here; its end is in `reap`.
 
+use super::attach::{self, Attached};
 use super::note::note;
 use super::poll::Source;
 use super::server::{Monitor, Reply};
@@ -72,9 +73,12 @@ pub(super) struct Container {
     pub(super) deleting: Option<(Vec<Reply>, Instant)>,
     /// Held open so that the program's standard input does not end.
     pub(super) stdin: Option<OwnedFd>,
+    /// Its input ends with the first attached client that ends its own.
+    pub(super) stdin_once: bool,
     pub(super) stdout: Option<OwnedFd>,
     pub(super) stderr: Option<OwnedFd>,
     pub(super) terminal: bool,
+    pub(super) attached: Vec<Attached>,
     pub(super) log: Option<ContainerLog>,
     /// The bundle has poststart or poststop hooks, and the latter did not run yet.
     pub(super) later_hooks: bool,
@@ -173,9 +177,11 @@ impl Monitor {
             ended: None,
             deleting: None,
             stdin,
+            stdin_once: request.stdin_once,
             stdout,
             stderr,
             terminal: request.terminal,
+            attached: Vec::new(),
             log,
             later_hooks: false,
         };
@@ -439,9 +445,11 @@ impl Monitor {
             match read {
                 Ok(0) => return self.close_output(key, stream),
                 Ok(count) => {
+                    let bytes = buffer.get(..count).unwrap_or_default();
                     if let Some(log) = &mut container.log {
-                        log.push(stream, buffer.get(..count).unwrap_or_default());
+                        log.push(stream, bytes);
                     }
+                    attach::tee(&mut container.attached, stream, bytes);
                     if count < OUTPUT_READ_BYTES && !container.terminal {
                         return;
                     }
@@ -465,6 +473,7 @@ impl Monitor {
         if let Some(fd) = closed {
             self.poll.remove(&fd);
         }
+        attach::end(&mut container.attached, stream);
     }
 }
 

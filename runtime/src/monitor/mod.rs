@@ -10,6 +10,7 @@
 //! Between being reaped and EXITED a container's cgroup is killed and must be empty, its pipes are drained and closed: whoever
 //! sees EXITED may unmount its volumes.
 
+mod attach;
 mod connection;
 mod container;
 mod exec;

@@ -134,6 +134,19 @@ impl Pod {
         PodNamespaces { user, net, ipc, uts, shm, layers: None }
     }
 
+    /// Unconnected TCP sockets of the pod's network, IPv4 and where there is IPv6 that too. A socket stays in the namespace that it was made in.
+    pub(super) fn tcp_sockets(&self) -> Result<Vec<OwnedFd>, StepError> {
+        let Some(net) = &self.net else { return tcp_sockets() };
+        let host = open_namespace("/proc/self/ns/net")?;
+        setns(net, CloneFlags::CLONE_NEWNET).context("join namespace", "net")?;
+        let made = tcp_sockets();
+        if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWNET) {
+            note(format_args!("return to the host's net namespace: {errno}"));
+            std::process::exit(70);
+        }
+        made
+    }
+
     /// Whether containers live in a user namespace.
     pub(super) fn has_user(&self) -> bool {
         self.user.is_some()
@@ -210,6 +223,14 @@ fn route_socket() -> Result<OwnedFd, StepError> {
     // No protocol is protocol 0, which is NETLINK_ROUTE.
     rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)
         .context("open socket", "NETLINK_ROUTE")
+}
+
+fn tcp_sockets() -> Result<Vec<OwnedFd>, StepError> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let make = |family| rustix::net::socket_with(family, SocketType::STREAM, flags, None);
+    let first = make(AddressFamily::INET).context("open socket", "TCP")?;
+    // A kernel may be without IPv6.
+    Ok(std::iter::once(first).chain(make(AddressFamily::INET6).ok()).collect())
 }
 
 /// Sets IFF_UP on link 1, which is lo in every network namespace. The socket is used once: a socket that has sent is bound, and

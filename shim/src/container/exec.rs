@@ -3,12 +3,14 @@
 use super::{Container, Exit, State};
 use crate::{
     error::{Error, Kind, Result},
+    monitor::Monitor,
     node::{Node, new_id},
+    streaming::Wanted,
 };
 use rustix::fd::OwnedFd;
 use std::{
     collections::HashMap,
-    sync::{LazyLock, Mutex},
+    sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::oneshot};
@@ -48,8 +50,31 @@ impl Drop for Waiting {
     }
 }
 
-/// Runs `command` in the container. `timeout` `None` waits for ever; at its end the exec is killed and the error is `Deadline`.
-pub async fn sync(node: &Node, container: &Container, command: Vec<String>, timeout: Option<Duration>) -> Result<Output> {
+/// An exec that runs: where its streams are, and when it ends.
+pub(super) struct Started {
+    pub(super) monitor: Arc<Monitor>,
+    pub(super) id: String,
+    /// In the order of the protocol: stdin, stdout, stderr, those that were wanted; with a terminal its master alone.
+    pub(super) descriptors: std::vec::IntoIter<OwnedFd>,
+    /// Fails when the pod ends first.
+    pub(super) exit: oneshot::Receiver<Exit>,
+    _waiting: Waiting,
+}
+
+impl Started {
+    /// Kills everything that the exec has started and that has not left its cgroup.
+    pub(super) async fn kill(&self) {
+        let kill = Body::KillExec(KillExecRequest { exec_id: self.id.clone(), signal: 0 });
+        match self.monitor.call_within(kill, KILL_LIMIT).await {
+            Ok(_) => {}
+            Err(error) if matches!(error.kind, Kind::NotFound | Kind::Unavailable) => {}
+            Err(error) => tracing::warn!(exec = %self.id, %error, "exec not killed"),
+        }
+    }
+}
+
+/// Starts `command` beside the container's own process, with these streams.
+pub(super) async fn start(node: &Node, container: &Container, command: Vec<String>, wanted: Wanted) -> Result<Started> {
     if command.is_empty() {
         return Err(Error::invalid("cmd is empty"));
     }
@@ -57,28 +82,36 @@ pub async fn sync(node: &Node, container: &Container, command: Vec<String>, time
         return Err(Error::precondition(format!("container {} is not running", container.id)));
     }
     let monitor = node.pod(&container.pod_id)?.monitor()?;
-    let exec_id = new_id()?[..16].to_owned();
+    let id = new_id()?[..16].to_owned();
     let (sender, exit) = oneshot::channel();
-    WAITING.lock().expect(POISON).insert(exec_id.clone(), sender);
-    let _waiting = Waiting(exec_id.clone());
-    let process = super::spec::exec_process(&node.container_directory(&container.id), command.clone())?;
+    WAITING.lock().expect(POISON).insert(id.clone(), sender);
+    let waiting = Waiting(id.clone());
+    let first = command.first().cloned();
+    let process = super::spec::exec_process(&node.container_directory(&container.id), command, wanted.tty)?;
     let request = ExecRequest {
         container_id: container.id.clone(),
-        exec_id: exec_id.clone(),
+        exec_id: id.clone(),
         process,
-        stdin: false,
-        stdout: true,
-        stderr: true,
-        terminal: false,
+        stdin: wanted.stdin,
+        stdout: wanted.stdout,
+        stderr: wanted.stderr,
+        terminal: wanted.tty,
     };
     let (_, descriptors) =
-        monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {:?}", command.first())))?;
-    let mut descriptors = descriptors.into_iter();
-    let (Some(stdout), Some(stderr)) = (descriptors.next(), descriptors.next()) else {
+        monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {first:?}")))?;
+    Ok(Started { monitor, id, descriptors: descriptors.into_iter(), exit, _waiting: waiting })
+}
+
+/// Runs `command` in the container. `timeout` `None` waits for ever; at its end the exec is killed and the error is `Deadline`.
+pub async fn sync(node: &Node, container: &Container, command: Vec<String>, timeout: Option<Duration>) -> Result<Output> {
+    let first = command.first().cloned();
+    let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
+    let mut started = start(node, container, command, wanted).await?;
+    let (Some(stdout), Some(stderr)) = (started.descriptors.next(), started.descriptors.next()) else {
         return Err(Error::internal("the monitor gave no pipes"));
     };
     let mut output = Output::default();
-    let run = collect(&mut output, stdout, stderr, exit);
+    let run = collect(&mut output, stdout, stderr, &mut started.exit);
     let result = match timeout {
         Some(limit) => tokio::time::timeout(limit, run).await,
         None => Ok(run.await),
@@ -90,17 +123,14 @@ pub async fn sync(node: &Node, container: &Container, command: Vec<String>, time
         }
         Ok(Err(error)) => Err(error),
         Err(_) => {
-            let kill = Body::KillExec(KillExecRequest { exec_id, signal: 0 });
-            if let Err(error) = monitor.call_within(kill, KILL_LIMIT).await {
-                tracing::warn!(container = %container.id, %error, "timed out exec not killed");
-            }
+            started.kill().await;
             let seconds = timeout.unwrap_or_default().as_secs_f64();
-            Err(Error::new(Kind::Deadline, format!("exec {:?} did not end within {seconds} s and was killed", command.first())))
+            Err(Error::new(Kind::Deadline, format!("exec {first:?} did not end within {seconds} s and was killed")))
         }
     }
 }
 
-async fn collect(output: &mut Output, stdout: OwnedFd, stderr: OwnedFd, exit: oneshot::Receiver<Exit>) -> Result<Exit> {
+async fn collect(output: &mut Output, stdout: OwnedFd, stderr: OwnedFd, exit: &mut oneshot::Receiver<Exit>) -> Result<Exit> {
     let pipe = |descriptor: OwnedFd| {
         rustix::io::ioctl_fionbio(&descriptor, true).map_err(|error| Error::io("exec pipe", error))?;
         pipe::Receiver::from_owned_fd(descriptor).map_err(|error| Error::io("exec pipe", error))
@@ -112,10 +142,9 @@ async fn collect(output: &mut Output, stdout: OwnedFd, stderr: OwnedFd, exit: on
     };
     tokio::pin!(both);
     let ended = || Error::new(Kind::Unavailable, "the pod ended while the command ran");
-    tokio::pin!(exit);
     tokio::select! {
         () = &mut both => exit.await.map_err(|_| ended()),
-        exit = &mut exit => {
+        exit = &mut *exit => {
             let exit = exit.map_err(|_| ended())?;
             let _ = tokio::time::timeout(DRAIN_LIMIT, both).await;
             Ok(exit)

@@ -13,6 +13,7 @@ mod identity;
 mod image_volume;
 mod life;
 mod spec;
+pub mod stream;
 
 pub use create::create;
 pub use life::{remove, reopen_log, start, stop, update};

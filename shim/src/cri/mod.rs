@@ -5,9 +5,10 @@ mod image;
 pub mod images;
 mod runtime;
 mod status;
+mod streams;
 mod view;
 
-use crate::node::Node;
+use crate::{node::Node, streaming::Server};
 use std::{
     future::{Future, pending},
     sync::Arc,
@@ -28,12 +29,14 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 struct Service {
     node: Arc<Node>,
+    streaming: Arc<Server>,
 }
 
 /// Serves both services on `listener` until `shutdown` resolves, and [`END_LIMIT`] longer at most: a client that does not read
 /// the server's farewell would hold it up for ever. Pods are not touched by the end of it.
 pub async fn serve(
     node: Arc<Node>,
+    streaming: Arc<Server>,
     listener: UnixListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -42,7 +45,7 @@ pub async fn serve(
         move || node.containers().iter().map(|container| (container.id.clone(), container.look(|r| r.image_id.clone()))).collect()
     };
     let own = ImagesServer::new(images::Images::new(node.images.clone(), Arc::new(users)));
-    let service = Service { node };
+    let service = Service { node, streaming };
     let runtime = RuntimeServiceServer::new(service.clone())
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);

@@ -27,7 +27,7 @@ impl Reader {
         loop {
             if let Some(frame) = frame::decode(&mut self.buffer).map_err(io::Error::other)? {
                 let carries = match &frame.body {
-                    Some(Body::SetupReply(_) | Body::ExecReply(_)) => true,
+                    Some(Body::SetupReply(_) | Body::ExecReply(_) | Body::AttachReply(_) | Body::SocketsReply(_)) => true,
                     Some(Body::StateReply(state)) => state.layers,
                     _ => false,
                 };

@@ -311,14 +311,14 @@ fn signal_number(name: &str) -> Option<i32> {
 }
 
 /// The OCI process of an exec, as JSON: the container's own with another command.
-pub(super) fn exec_process(bundle: &Path, command: Vec<String>) -> Result<String> {
+pub(super) fn exec_process(bundle: &Path, command: Vec<String>, terminal: bool) -> Result<String> {
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
     let mut spec: Value =
         serde_json::from_slice(&bytes).map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;
     let mut process = spec["process"].take();
     process["args"] = json!(command);
-    process["terminal"] = json!(false);
+    process["terminal"] = json!(terminal);
     Ok(process.to_string())
 }
 
