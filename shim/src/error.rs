@@ -90,7 +90,12 @@ impl From<crate::network::NetworkError> for Error {
             message = format!("{message}: {error}");
             cause = error.source();
         }
-        Error::new(if error.is_exhausted() { Kind::Exhausted } else { Kind::Internal }, message)
+        let kind = match () {
+            () if error.is_exhausted() => Kind::Exhausted,
+            () if error.is_taken() => Kind::Precondition,
+            () => Kind::Internal,
+        };
+        Error::new(kind, message)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which pod holds which address: a table in memory, written whole to one small file before an address is used.
+//! Which pod holds which address and which ports of the host: a table in memory, written whole to one small file before an address is used.
 //!
 //! Addresses go round the subnet, so that one just released is not given again while a peer may still hold state for it.
 //! The file is replaced by rename and not synced: it must survive the daemon, and after a power loss no pod is left whose
@@ -13,7 +13,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::NetworkError;
+use super::hostport::{self, Element, Held};
+use super::{NetworkError, PortMapping};
 
 /// Version of the address file; a file of a later version is set aside, not guessed at.
 const FORMAT: u32 = 1;
@@ -122,6 +123,9 @@ struct Stored {
     last: Option<Ipv4Addr>,
     /// Address to pod.
     pods: BTreeMap<Ipv4Addr, String>,
+    /// Pod to its ports of the host.
+    #[serde(default)]
+    ports: BTreeMap<String, Held>,
 }
 
 /// The address table of one subnet.
@@ -164,6 +168,37 @@ impl AddressTable {
         Ok(address)
     }
 
+    /// Takes ports of the host for the pod, in the file when this returns; all or, when another pod has one, none. Says whether
+    /// that changed anything.
+    pub fn claim(&mut self, pod_id: &str, holder: &str, ports: &[PortMapping]) -> Result<bool, NetworkError> {
+        let held = hostport::claim(&self.stored.ports, pod_id, holder, ports)?;
+        if held.ports.is_empty() || self.stored.ports.get(pod_id) == Some(&held) {
+            return Ok(false);
+        }
+        self.stored.ports.insert(pod_id.to_owned(), held);
+        if let Err(error) = self.write() {
+            self.stored.ports.remove(pod_id);
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    /// Gives the pod's ports back. The file is written by the `release` that follows.
+    pub fn unclaim(&mut self, pod_id: &str) {
+        self.stored.ports.remove(pod_id);
+    }
+
+    /// What the pod's ports are in the kernel; nothing before it has an address.
+    pub(super) fn elements(&self, pod_id: &str) -> Vec<Element> {
+        let held = self.stored.ports.get(pod_id).zip(self.get(pod_id));
+        held.map(|(held, address)| Element::of(&held.ports, address)).unwrap_or_default()
+    }
+
+    /// The same for all pods.
+    pub(super) fn all_elements(&self) -> Vec<Element> {
+        self.stored.ports.keys().flat_map(|pod| self.elements(pod)).collect()
+    }
+
     /// Puts back an address that a pod's record shows. Says `false` when another pod holds it.
     pub fn adopt(&mut self, pod_id: &str, address: Ipv4Addr) -> bool {
         match self.stored.pods.get(&address) {
@@ -181,6 +216,7 @@ impl AddressTable {
     /// Frees the pod's address, if any. A file that cannot be written (full disk) does not keep the address: the stale line is
     /// dropped by the next write or by `retain` at the next start.
     pub fn release(&mut self, pod_id: &str) -> Option<Ipv4Addr> {
+        self.stored.ports.remove(pod_id);
         let address = self.by_pod.remove(pod_id)?;
         self.stored.pods.remove(&address);
         self.write_or_log();
@@ -191,6 +227,7 @@ impl AddressTable {
     pub fn retain(&mut self, live: impl Fn(&str) -> bool) -> Vec<String> {
         let gone: Vec<String> = self.by_pod.keys().filter(|pod| !live(pod)).cloned().collect();
         for pod in &gone {
+            self.stored.ports.remove(pod);
             if let Some(address) = self.by_pod.remove(pod) {
                 self.stored.pods.remove(&address);
             }

@@ -5,7 +5,7 @@
 //! 3. through the pod's own socket: interface up, address, default route. Everything is found again from the pod's id: the host's
 //! link is named after it and the address file maps to it, so a detach needs no record of the attach.
 //! The pod's hardware address follows from its IP address: when an address is used again, no neighbour has a stale entry.
-//! Host ports and IPv6 are not here yet. `net.ipv4.ip_forward` is set and never reset: others may have come to need it.
+//! Ports of the host are recorded with the address, and put into the nftables maps last. IPv6 is not here yet. `net.ipv4.ip_forward` is set and never reset: others may have come to need it.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -25,7 +25,8 @@ use sha2::{Digest, Sha256};
 use super::address::{AddressTable, Subnet};
 use super::firewall::Firewall;
 use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
-use super::{Attachment, NetworkError, PodNetwork};
+use super::nfnetlink::Change;
+use super::{Attachment, NetworkError, PodNetwork, PortMapping, hostport};
 
 /// The interface's name inside every pod; kubelet's network statistics expect it.
 const POD_INTERFACE: &str = "eth0";
@@ -112,7 +113,7 @@ impl Bridge {
     /// remains.
     pub async fn attach(&self, pod: Attachment) -> Result<PodNetwork, NetworkError> {
         let id = pod.pod_id.clone();
-        self.blocking(&id, move |inner| inner.attach(&pod.pod_id, &pod.netns, pod.route_socket)).await
+        self.blocking(&id, move |inner| inner.attach(pod)).await
     }
 
     /// Removes the pod's pair and frees its address; succeeds when there is nothing. On failure the address stays taken.
@@ -126,18 +127,35 @@ impl Bridge {
         if let Err(error) = self.inner.remove_stale_links(live_pod_ids) {
             tracing::error!(error = %chain(&error), "links of removed pods may remain");
         }
-        for pod in self.inner.table().retain(|pod| live_pod_ids.contains(pod)) {
+        let before = self.inner.table().all_elements().len();
+        let gone = self.inner.table().retain(|pod| live_pod_ids.contains(pod));
+        for pod in gone {
             tracing::info!(pod, "released the address of a pod that is gone");
+        }
+        if self.inner.table().all_elements().len() != before
+            && let Err(error) = self.inner.installed(true)
+        {
+            tracing::error!(error = %chain(&error), "ports of removed pods may remain");
         }
     }
 
     /// Puts a live pod's address, known from its record, back into the table if the address file was lost. `false`: another pod has it.
-    pub fn adopt(&self, pod_id: &str, network: &PodNetwork) -> bool {
+    /// The same of its ports, which then are put into the rules again.
+    pub fn adopt(&self, pod_id: &str, holder: &str, network: &PodNetwork, ports: &[PortMapping]) -> bool {
         let mut table = self.inner.table();
-        network.ips.iter().all(|ip| match ip {
+        let addresses = network.ips.iter().all(|ip| match ip {
             IpAddr::V4(address) => table.adopt(pod_id, *address),
             IpAddr::V6(_) => true,
-        })
+        });
+        let claimed = table.claim(pod_id, holder, ports);
+        drop(table);
+        match claimed.and_then(|new| if new { self.inner.installed(true).map(drop) } else { Ok(()) }) {
+            Ok(()) => addresses,
+            Err(error) => {
+                tracing::error!(pod = pod_id, error = %chain(&error), "ports of the host not taken over");
+                false
+            }
+        }
     }
 
     /// Whether pods can be attached. Costs two netlink questions; repairs a bridge or table that somebody removed, which then blocks
@@ -165,18 +183,22 @@ impl Bridge {
 }
 
 impl Inner {
-    fn attach(&self, pod_id: &str, netns: &Path, route_socket: OwnedFd) -> Result<PodNetwork, NetworkError> {
+    fn attach(&self, pod: Attachment) -> Result<PodNetwork, NetworkError> {
+        let pod_id = pod.pod_id.as_str();
         let mut bridge = self.installed(false)?;
-        let address = self.table().acquire(pod_id)?;
+        let address = self.acquire(&pod)?;
         let link = host_interface(pod_id);
-        let mut connected = self.connect(bridge, &link, address, netns);
+        let mut connected = self.connect(bridge, &link, address, &pod.netns);
         if connected.is_err() && self.vanished(bridge) {
             // Somebody deleted the bridge since it was made (the kernel says only EINVAL).
             bridge = self.release_on_error(pod_id, self.installed(true))?;
-            connected = self.connect(bridge, &link, address, netns);
+            connected = self.connect(bridge, &link, address, &pod.netns);
         }
         self.release_on_error(pod_id, connected)?;
-        let configured = self.configure_pod(address, route_socket).and_then(|()| self.wait_for_port(&link));
+        let configured = self
+            .configure_pod(address, pod.route_socket)
+            .and_then(|()| self.open_ports(pod_id))
+            .and_then(|()| self.wait_for_port(&link));
         if configured.is_err() {
             self.detach_or_log(pod_id);
         }
@@ -189,6 +211,52 @@ impl Inner {
             gateways: vec![IpAddr::V4(self.config.subnet.gateway())],
             interfaces: Vec::new(),
         })
+    }
+
+    /// Records the pod's ports and address, all or nothing.
+    fn acquire(&self, pod: &Attachment) -> Result<Ipv4Addr, NetworkError> {
+        let mut table = self.table();
+        table.claim(&pod.pod_id, &format!("{}/{}", pod.namespace, pod.name), &pod.port_mappings)?;
+        let acquired = hostport::check_listeners(&pod.port_mappings).and_then(|()| table.acquire(&pod.pod_id));
+        acquired.inspect_err(|_| {
+            table.release(&pod.pod_id);
+        })
+    }
+
+    /// Puts the pod's ports into the rules. Nobody writes the rules anew meanwhile: they would be without these.
+    fn open_ports(&self, pod_id: &str) -> Result<(), NetworkError> {
+        let elements = self.table().elements(pod_id);
+        if elements.is_empty() {
+            return Ok(());
+        }
+        // Where bridged packets pass the rules (br_netfilter), a pod's way to its own port stays within the bridge.
+        Socket::open()?.execute(&[netlink::hairpin_port(&host_interface(pod_id))])?;
+        let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.firewall.change(Change::Add, &elements) {
+            // Somebody flushed the rules, or left a stale element.
+            Err(error) => {
+                tracing::warn!(pod = pod_id, %error, "host ports not added; writing all rules anew");
+                self.firewall.install(&self.table().all_elements())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Takes the pod's ports out of the rules, and only then gives them to others.
+    fn close_ports(&self, pod_id: &str) -> Result<(), NetworkError> {
+        let elements = self.table().elements(pod_id);
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = self.firewall.change(Change::Delete, &elements);
+        self.table().unclaim(pod_id);
+        match closed {
+            // The pod did not come as far as its elements, or the rules were flushed: what is there is made to fit.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.firewall.install(&self.table().all_elements()),
+            Err(source) => Err(kernel("remove host ports of pod", pod_id, source)),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Makes the pair in one message; a pair left by an interrupted attach of the same pod is replaced.
@@ -240,6 +308,7 @@ impl Inner {
     }
 
     fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
+        self.close_ports(pod_id)?;
         // The link first: an address is free only when nobody can answer for it.
         remove_link(&mut Socket::open()?, &host_interface(pod_id))?;
         self.table().release(pod_id);
@@ -270,7 +339,7 @@ impl Inner {
 
     fn install(&self) -> Result<Installed, NetworkError> {
         // The rules first: without them a pod would speak to the outside with an address that nobody can answer.
-        self.firewall.install()?;
+        self.firewall.install(&self.table().all_elements())?;
         let mut host = Socket::open()?;
         let existing = host.link(&self.config.name)?;
         let routes = host.routes()?;
@@ -287,7 +356,8 @@ impl Inner {
         let link = host.link(&self.config.name)?;
         let link = link.ok_or_else(|| kernel("find bridge", &self.config.name, Errno::NODEV.into()))?;
         self.configure_bridge(&mut host, &link, mtu)?;
-        enable_forwarding()?;
+        set(Path::new(IP_FORWARD), "enable forwarding in")?;
+        set(&Path::new("/proc/sys/net/ipv4/conf").join(&self.config.name).join("route_localnet"), "let loopback out by")?;
         Ok(Installed { index: link.index, mtu })
     }
 
@@ -465,12 +535,13 @@ fn uplink_mtu(host: &mut Socket, routes: &[Route]) -> Result<Option<u32>, Networ
     Ok(host.links(None)?.into_iter().find(|link| link.index == uplink).map(|link| link.mtu))
 }
 
-fn enable_forwarding() -> Result<(), NetworkError> {
-    let failed = |source: io::Error| kernel("enable forwarding in", IP_FORWARD, source);
-    if std::fs::read(IP_FORWARD).map_err(failed)?.first() == Some(&b'1') {
+/// Writes 1 into a switch of the kernel, unless it is there.
+fn set(switch: &Path, operation: &'static str) -> Result<(), NetworkError> {
+    let failed = |source: io::Error| kernel(operation, &switch.display().to_string(), source);
+    if std::fs::read(switch).map_err(failed)?.first() == Some(&b'1') {
         return Ok(());
     }
-    std::fs::write(IP_FORWARD, "1").map_err(failed)
+    std::fs::write(switch, "1").map_err(failed)
 }
 
 /// The error and its causes on one line.

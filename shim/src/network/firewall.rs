@@ -1,7 +1,10 @@
-//! The one static nftables table of the built-in bridge: masquerade for what leaves the pod subnet.
+//! The one nftables table of the built-in bridge: masquerade for what leaves the pod subnet, and ports of the host that lead to pods.
 //!
 //! Written by the `nft` program, once, in one transaction that replaces whatever our table held: three starts leave one rule.
-//! No rule is added for a pod. Other tables are never touched; there is no `accept` for forwarded packets here because
+//! No rule is added for a pod: ports of the host are elements of two maps (`hosts` for a named address of the host, `ports` for all of
+//! them), changed by [`super::nfnetlink`]. What goes through one from a pod, which else would be answered past the host, or from the
+//! host's loopback address, is masqueraded; bit 0x1000 of the mark says so on its way through this host. `route_localnet` lets the
+//! loopback address out over the bridge, and the `guard` chain keeps pods from using it the other way. Other tables are never touched; there is no `accept` for forwarded packets here because
 //! in nftables it would not help: a drop in another table's forward chain wins over it, so such a chain is reported instead.
 
 use std::io::Write;
@@ -10,7 +13,9 @@ use std::process::{Command, Stdio};
 
 use super::NetworkError;
 use super::address::Subnet;
+use super::hostport::Element;
 use super::netlink;
+use super::nfnetlink::{self, Change};
 
 /// Where Debian, Fedora, Alpine and Arch put the program, searched after `PATH`: a service's `PATH` may lack sbin.
 const SBIN: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
@@ -35,15 +40,61 @@ impl Firewall {
         Ok(Self { table: table.to_owned(), bridge: bridge.to_owned(), subnet })
     }
 
-    /// Replaces the table with exactly our rules.
-    pub(super) fn install(&self) -> Result<(), NetworkError> {
+    /// Replaces the table with exactly our rules and these elements.
+    pub(super) fn install(&self, elements: &[Element]) -> Result<(), NetworkError> {
+        self.run(&self.script(elements)).map(drop)
+    }
+
+    fn script(&self, elements: &[Element]) -> String {
         let Self { table, bridge, subnet } = self;
-        self.run(&format!(
-            "add table ip {table}\ndelete table ip {table}\ntable ip {table} {{\n  chain postrouting {{\n    \
-             type nat hook postrouting priority 100; policy accept;\n    \
-             ip saddr {subnet} oifname != \"{bridge}\" ip daddr != {{ {subnet}, 224.0.0.0/4 }} masquerade\n  }}\n}}\n"
-        ))
-        .map(drop)
+        let of = |map: &str| {
+            let texts: Vec<String> = elements.iter().filter(|element| element.map() == map).map(Element::text).collect();
+            if texts.is_empty() { String::new() } else { format!(" elements = {{ {} }};", texts.join(", ")) }
+        };
+        let (ports, hosts) = (of("ports"), of("hosts"));
+        format!(
+            r#"add table ip {table}
+delete table ip {table}
+table ip {table} {{
+  map ports {{ type inet_proto . inet_service : ipv4_addr . inet_service;{ports} }}
+  map hosts {{ type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service;{hosts} }}
+  chain lookup {{
+    meta l4proto != {{ tcp, udp, sctp }} return
+    meta mark set meta mark | 0x1000
+    dnat to ip daddr . meta l4proto . th dport map @hosts
+    dnat to meta l4proto . th dport map @ports
+    meta mark set meta mark & 0xffffefff
+  }}
+  chain prerouting {{
+    type nat hook prerouting priority -100; policy accept;
+    fib daddr type local jump lookup
+  }}
+  chain output {{
+    type nat hook output priority -100; policy accept;
+    fib daddr type local jump lookup
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority 100; policy accept;
+    meta mark & 0x1000 == 0x1000 oifname "{bridge}" ip saddr {{ 127.0.0.0/8, {subnet} }} masquerade
+    ip saddr {subnet} oifname != "{bridge}" ip daddr != {{ {subnet}, 224.0.0.0/4 }} masquerade
+  }}
+  chain guard {{
+    type filter hook prerouting priority -300; policy accept;
+    iifname "{bridge}" ip daddr 127.0.0.0/8 drop
+    iifname "{bridge}" ip saddr 127.0.0.0/8 drop
+  }}
+  chain redirects {{
+    type filter hook output priority 0; policy accept;
+    oifname "{bridge}" icmp type redirect drop
+  }}
+}}
+"#
+        )
+    }
+
+    /// Changes elements, all or none; what [`nfnetlink::change`] says.
+    pub(super) fn change(&self, change: Change, elements: &[Element]) -> std::io::Result<()> {
+        nfnetlink::change(&self.table, change, elements)
     }
 
     /// Removes the table; succeeds when there is none.

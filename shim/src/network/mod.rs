@@ -8,7 +8,9 @@ pub mod address;
 mod attachment;
 pub mod bridge;
 mod firewall;
+mod hostport;
 mod netlink;
+mod nfnetlink;
 
 use std::collections::HashMap;
 use std::io;
@@ -53,6 +55,9 @@ pub enum NetworkError {
     /// The configuration meets something of the host; the administrator chooses another name or subnet.
     #[error("{0}")]
     Conflict(String),
+    /// A port of the host is taken, or cannot lead to this pod; says by whom or why.
+    #[error("{0}")]
+    HostPort(String),
     /// The nftables rules could not be installed or removed.
     #[error("nftables table {table}: {reason}")]
     Firewall { table: String, reason: String },
@@ -65,6 +70,11 @@ impl NetworkError {
     /// Whether trying again later can succeed without a change of configuration.
     pub fn is_exhausted(&self) -> bool {
         matches!(self, Self::Exhausted { .. })
+    }
+
+    /// Whether the node is fine, and what was asked for is somebody else's.
+    pub fn is_taken(&self) -> bool {
+        matches!(self, Self::HostPort(_))
     }
 }
 
@@ -100,8 +110,8 @@ impl Network {
     }
 
     /// Takes over what a record says a live pod has; false if another pod holds it.
-    pub fn adopt(&self, kind: Kind, pod_id: &str, network: &PodNetwork) -> bool {
-        kind != Kind::Bridge || self.bridge.adopt(pod_id, network)
+    pub fn adopt(&self, kind: Kind, pod_id: &str, holder: &str, network: &PodNetwork, ports: &[PortMapping]) -> bool {
+        kind != Kind::Bridge || self.bridge.adopt(pod_id, holder, network, ports)
     }
 
     /// `Err` says, for Status's NetworkReady, why pods cannot be attached.

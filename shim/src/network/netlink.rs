@@ -14,7 +14,7 @@ use netlink_packet_core::{
     NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -253,6 +253,22 @@ pub(super) fn raise_link(mut message: LinkMessage, object: &str) -> Request {
     }
 }
 
+/// Lets a bridge send what came in at port `name` out there again.
+pub(super) fn hairpin_port(name: &str) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+    ]));
+    Request {
+        message: RouteNetlinkMessage::NewLink(message),
+        flags: NLM_F_ACK,
+        operation: "set hairpin mode of",
+        object: name.to_owned(),
+    }
+}
+
 /// Removes the link called `name`, and with a veth its peer.
 pub(super) fn delete_link(name: &str) -> Request {
     let mut message = LinkMessage::default();
@@ -333,7 +349,7 @@ fn protocol(request: &Request, reason: &str) -> NetworkError {
     NetworkError::Protocol { operation: request.operation, object: request.object.clone(), reason: reason.to_owned() }
 }
 
-fn bound(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn bound(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
     Ok(sockopt::set_socket_timeout(fd, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))?)
 }
 
@@ -349,7 +365,7 @@ fn encode(request: &Request, sequence: u32, out: &mut Vec<u8>) {
 }
 
 /// Splits a datagram into (type, sequence, payload); `None` at the first malformed message.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = Option<(u16, u32, &[u8])>> {
+pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Option<(u16, u32, &[u8])>> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
         if rest.is_empty() {

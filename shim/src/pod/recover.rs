@@ -1,6 +1,6 @@
 //! What a starting daemon does with the pods of the one before it: reconnect to the living, finish the dead, disturb nobody.
 
-use super::{Phase, Pod, Record, stop, watch};
+use super::{Phase, Pod, Record, network, stop, watch};
 use crate::{
     container::{self, Container},
     error::Result,
@@ -48,12 +48,13 @@ pub async fn recover(node: &Arc<Node>) {
         }
     }
     for pod in node.pods() {
-        let (kind, network) =
-            pod.look(|record| (record.network_kind, record.network.clone().filter(|_| record.network_attached)));
-        if let Some(network) = network
-            && !node.network.adopt(kind, &pod.id, &network)
+        let record = pod.record();
+        // The configuration was checked when the pod was run.
+        let ports = network::port_mappings(&record.config).unwrap_or_default();
+        if let Some(network) = record.network.as_ref().filter(|_| record.network_attached)
+            && !node.network.adopt(record.network_kind, &pod.id, &record.name(), network, &ports)
         {
-            tracing::error!(pod = %pod.id, addresses = ?network.ips, "another pod holds this pod's address");
+            tracing::error!(pod = %pod.id, addresses = ?network.ips, "another pod holds this pod's address or ports");
         }
     }
     let attached = |record: &Record| record.network_attached.then(|| (record.id.clone(), record.network_kind));

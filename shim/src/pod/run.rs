@@ -82,10 +82,6 @@ fn check(config: &PodSandboxConfig) -> Result<String> {
     }
     check_security(config)?;
     network::port_mappings(config)?;
-    let host_network = namespace_modes(config).network() == NamespaceMode::Node;
-    if let Some(mapping) = config.port_mappings.iter().find(|mapping| mapping.host_port != 0 && !host_network) {
-        return Err(Error::unimplemented(format!("config.port_mappings: host port {} cannot be served yet", mapping.host_port)));
-    }
     Ok(key_of(config))
 }
 

@@ -11,6 +11,7 @@ use std::time::Instant;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::super::Protocol;
 use super::*;
 
 const CHILD: &str = "WINDLASS_TEST_NAMESPACE";
@@ -73,7 +74,7 @@ fn route_socket(netns: &Path) -> OwnedFd {
 }
 
 fn attach(bridge: &Bridge, pod: &str, netns: &Path) -> Result<PodNetwork, NetworkError> {
-    bridge.inner.attach(pod, netns, route_socket(netns))
+    bridge.inner.attach(attachment(pod, netns))
 }
 
 fn attachment(pod: &str, netns: &Path) -> Attachment {
@@ -166,11 +167,153 @@ fn what_leaves_the_subnet_is_masqueraded_once_after_three_starts() {
     let (seen, _) = connection(&pod, &outside, Ipv4Addr::new(192, 0, 2, 2));
     assert_eq!(seen, IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
     let rules = run("nft", &["list", "ruleset"]);
-    assert_eq!(rules.matches("masquerade").count(), 1, "{rules}");
+    assert_eq!(rules.matches("masquerade").count(), 2, "one for what leaves, one for host ports: {rules}");
     assert!(rules.contains("table ip other"));
     let shown = run("ip", &["-n", "pod", "link", "show", "eth0"]);
     assert!(shown.contains("mtu 1400"), "the uplink's: {shown}");
     assert!(!network.mac.is_empty());
+}
+
+fn ported(pod: &str, netns: &Path, ports: &[(Protocol, u16, Option<[u8; 4]>)]) -> Attachment {
+    let port = |(protocol, host_port, host): &(Protocol, u16, Option<[u8; 4]>)| PortMapping {
+        protocol: *protocol,
+        container_port: 7777,
+        host_port: *host_port,
+        host_ip: host.map(IpAddr::from),
+    };
+    Attachment { port_mappings: ports.iter().map(port).collect(), ..attachment(pod, netns) }
+}
+
+/// What the server in the pod at `to` saw as the client's address, for a connection from `from` to `address`.
+fn through(from: &Path, to: &Path, address: SocketAddr) -> IpAddr {
+    let listener = inside(to, || TcpListener::bind("0.0.0.0:7777").unwrap()).join().unwrap();
+    let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
+    let connected = inside(from, move || TcpStream::connect_timeout(&address, Duration::from_secs(5)).map(drop)).join().unwrap();
+    connected.unwrap_or_else(|error| panic!("{} to {address}: {error}", from.display()));
+    server.join().unwrap()
+}
+
+fn elements() -> String {
+    let listing = run("nft", &["list", "table", "ip", "windlass"]);
+    let lines = listing.lines().map(str::trim).skip_while(|line| !line.starts_with("map"));
+    lines.take_while(|line| !line.starts_with("chain")).filter(|line| line.contains(" : 10.99")).collect()
+}
+
+#[test]
+fn host_ports_lead_to_the_pod_from_everywhere_and_go_with_it() {
+    if !isolated("host_ports_lead_to_the_pod_from_everywhere_and_go_with_it") {
+        return;
+    }
+    let outside = namespace("outside");
+    run("ip", &["link", "add", "up0", "type", "veth", "peer", "name", "down0", "netns", "outside"]);
+    run("ip", &["addr", "add", "192.0.2.1/24", "dev", "up0"]);
+    run("ip", &["link", "set", "up0", "up"]);
+    run("ip", &["-n", "outside", "addr", "add", "192.0.2.2/24", "dev", "down0"]);
+    run("ip", &["-n", "outside", "link", "set", "down0", "up"]);
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let start = Instant::now();
+    let asked =
+        ported("a", &a, &[(Protocol::Tcp, 12000, None), (Protocol::Udp, 12000, None), (Protocol::Tcp, 81, Some([192, 0, 2, 1]))]);
+    let first = bridge.inner.attach(asked).unwrap();
+    println!("measured: attach with three host ports {:?}", start.elapsed());
+    let second = attach(&bridge, "b", &b).unwrap();
+    let (host_address, gateway) = (IpAddr::from([192, 0, 2, 1]), first.gateways[0]);
+    for (from, address, port, seen) in [
+        (host(), IpAddr::from([127, 0, 0, 1]), 12000, gateway),
+        (host(), host_address, 12000, host_address),
+        (host(), host_address, 81, host_address),
+        (outside.clone(), host_address, 12000, IpAddr::from([192, 0, 2, 2])),
+        (outside.clone(), host_address, 81, IpAddr::from([192, 0, 2, 2])),
+        (b.clone(), host_address, 12000, gateway),
+        (b.clone(), gateway, 12000, gateway),
+        (a.clone(), host_address, 12000, gateway),
+    ] {
+        assert_eq!(through(&from, &a, SocketAddr::new(address, port)), seen, "{} {address}:{port}", from.display());
+    }
+    assert_eq!(connection(&b, &a, ip4(&first)).0, second.ips[0], "without a host port nothing changes");
+    let udp = std::thread::spawn({
+        let a = a.clone();
+        move || inside(&a, || std::net::UdpSocket::bind("0.0.0.0:7777").unwrap()).join().unwrap()
+    });
+    let server = udp.join().unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", "127.0.0.1:12000").unwrap();
+    assert_eq!(server.recv_from(&mut [0; 8]).unwrap().1.ip(), gateway);
+    // A named address is that address only.
+    TcpStream::connect_timeout(&"127.0.0.1:81".parse().unwrap(), Duration::from_secs(5)).unwrap_err();
+    // The other way: route_localnet does not open the host's loopback to pods.
+    let private = TcpListener::bind("127.0.0.1:7979").unwrap();
+    run("ip", &["-n", "b", "link", "set", "lo", "up"]);
+    run("ip", &["-n", "b", "route", "del", "table", "local", "127.0.0.0/8", "dev", "lo"]);
+    run("ip", &["-n", "b", "route", "del", "table", "local", "127.0.0.1", "dev", "lo"]);
+    run("ip", &["-n", "b", "route", "add", "127.0.0.1", "via", &gateway.to_string()]);
+    run("ip", &["netns", "exec", "b", "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet"]);
+    inside(&b, || TcpStream::connect_timeout(&"127.0.0.1:7979".parse().unwrap(), Duration::from_millis(300)).unwrap_err());
+    drop(private);
+
+    bridge.inner.detach("a").unwrap();
+    assert_eq!(elements(), "");
+    let refused = TcpStream::connect_timeout(&"127.0.0.1:12000".parse().unwrap(), Duration::from_secs(5)).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, 12000, None)])).unwrap();
+    bridge.inner.detach("b").unwrap();
+    assert!(bridge.inner.teardown_if_unused().unwrap());
+}
+
+#[test]
+fn host_ports_are_refused_with_their_holder_and_repaired() {
+    if !isolated("host_ports_are_refused_with_their_holder_and_repaired") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let network =
+        bridge.inner.attach(ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some([127, 0, 0, 1]))])).unwrap();
+    let (links_before, elements_before) = (links(), elements());
+    for (port, expected) in [
+        ((Protocol::Tcp, 80, None), "host port 80/tcp: pod test/a holds 80/tcp"),
+        ((Protocol::Tcp, 80, Some([127, 0, 0, 1])), "host port 127.0.0.1:80/tcp: pod test/a holds 80/tcp"),
+        ((Protocol::Sctp, 80, None), "host port 80/sctp: pod test/a holds 127.0.0.1:80/sctp"),
+    ] {
+        let error = bridge.inner.attach(ported("b", &b, &[port])).unwrap_err();
+        assert_eq!(chain(&error), expected);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap().port();
+    let error = bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, taken, None)])).unwrap_err();
+    assert_eq!(chain(&error), format!("host port {taken}/tcp: a process of the host listens on it"));
+    drop(listener);
+    assert_eq!((links(), elements(), stored()), (links_before, elements_before.clone(), 1), "a refusal leaves nothing");
+
+    // Stale and foreign elements, then a restart.
+    run("nft", &["add element ip windlass ports { tcp . 9 : 10.99.0.77 . 9 }"]);
+    run("nft", &["delete element ip windlass ports { tcp . 80 }"]);
+    let bridge = Bridge::start(config()).unwrap();
+    assert_eq!(elements(), elements_before);
+    // Flushed by somebody while it runs: found by Status, and by the next attach and detach.
+    run("nft", &["flush", "ruleset"]);
+    assert_eq!(bridge.ready(), Ok(()));
+    assert_eq!(elements(), elements_before);
+    run("nft", &["flush", "ruleset"]);
+    bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, 81, None)])).unwrap();
+    assert!(
+        elements().contains("tcp . 80 : 10.99.0.2 . 7777") && elements().contains("tcp . 81 : 10.99.0.3 . 7777"),
+        "{}",
+        elements()
+    );
+    run("nft", &["flush", "ruleset"]);
+    bridge.inner.detach("b").unwrap();
+    assert_eq!(elements(), elements_before);
+    // The file is lost: the record of the living pod has both.
+    std::fs::remove_file("/run/state/addresses.json").unwrap();
+    let bridge = Bridge::start(config()).unwrap();
+    assert_eq!(elements(), "");
+    let ports = ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some([127, 0, 0, 1]))]).port_mappings;
+    assert!(bridge.adopt("a", "test/a", &network, &ports));
+    assert_eq!(elements(), elements_before);
+    bridge.reconcile(&HashSet::new());
+    assert_eq!((elements(), stored()), (String::new(), 0));
 }
 
 #[test]
@@ -224,10 +367,10 @@ fn a_failed_attach_leaves_nothing() {
     }
     let bridge = Bridge::start(BridgeConfig { subnet: "10.99.0.0/29".parse().unwrap(), ..config() }).unwrap();
     let a = namespace("a");
-    let error = bridge.inner.attach("a", Path::new("/run/netns/none"), route_socket(&a)).unwrap_err();
+    let error = bridge.inner.attach(Attachment { netns: "/run/netns/none".into(), ..attachment("a", &a) }).unwrap_err();
     assert_eq!(chain(&error), "open network namespace /run/netns/none: No such file or directory (os error 2)");
     // A socket of the wrong namespace: the pair exists by then.
-    let error = bridge.inner.attach("a", &a, route_socket(&host())).unwrap_err();
+    let error = bridge.inner.attach(Attachment { route_socket: route_socket(&host()), ..attachment("a", &a) }).unwrap_err();
     assert!(chain(&error).contains("find in the pod eth0"), "{}", chain(&error));
     assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
     let pods = [0, 1, 2, 3, 4].map(|pod| attach(&bridge, &format!("pod{pod}"), &namespace(&format!("n{pod}"))).unwrap());
@@ -317,8 +460,8 @@ fn a_damaged_address_file_is_set_aside_and_live_pods_are_adopted() {
     std::fs::write("/run/state/addresses.json", "{").unwrap();
     let bridge = Bridge::start(config()).unwrap();
     assert!(Path::new("/run/state/addresses.bad").exists());
-    assert!(bridge.adopt("a", &network) && bridge.adopt("a", &network));
-    assert!(!bridge.adopt("b", &network));
+    assert!(bridge.adopt("a", "test/a", &network, &[]) && bridge.adopt("a", "test/a", &network, &[]));
+    assert!(!bridge.adopt("b", "test/b", &network, &[]));
     assert_ne!(attach(&bridge, "b", &b).unwrap().ips, network.ips);
 }
 
@@ -360,7 +503,7 @@ fn attach_and_detach_are_quick() {
         let (name, netns) = (format!("p{n}"), namespace(&format!("p{n}")));
         let socket = route_socket(&netns);
         let start = Instant::now();
-        let network = bridge.inner.attach(&name, &netns, socket).unwrap();
+        let network = bridge.inner.attach(Attachment { route_socket: socket, ..attachment(&name, &netns) }).unwrap();
         attaches.push(start.elapsed());
         if n % 5 == 0 {
             firsts.push(
