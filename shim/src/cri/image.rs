@@ -111,6 +111,7 @@ impl ImageService for Service {
     }
 
     async fn image_fs_info(&self, _: Request<cri::ImageFsInfoRequest>) -> Reply<cri::ImageFsInfoResponse> {
+        // Kubelet takes two mount points for two disks: writable layers are on the one of the images.
         let usage = self.node.images.usage();
         let image = cri::FilesystemUsage {
             timestamp: now_ns(),
@@ -118,7 +119,7 @@ impl ImageService for Service {
             used_bytes: Some(cri::UInt64Value { value: usage.used_bytes }),
             inodes_used: Some(cri::UInt64Value { value: usage.inodes_used }),
         };
-        Ok(Response::new(cri::ImageFsInfoResponse { image_filesystems: vec![image], container_filesystems: Vec::new() }))
+        Ok(Response::new(cri::ImageFsInfoResponse { image_filesystems: vec![image.clone()], container_filesystems: vec![image] }))
     }
 }
 

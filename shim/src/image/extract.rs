@@ -18,6 +18,9 @@ use tar::EntryType;
 
 pub(super) const WHITEOUT: &[u8] = b".wh.";
 pub(super) const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Longest name of an entry, and longest path and target (NAME_MAX and PATH_MAX of Linux).
+const NAME_MAX: usize = 255;
+pub(super) const PATH_MAX: usize = 4095;
 const COPY_BYTES: usize = 64 << 10;
 const FS_BLOCK: u64 = 4096;
 
@@ -179,6 +182,9 @@ impl Extractor {
                 if entry.link.is_empty() || entry.link.contains(&0) {
                     return Err(invalid("a symlink without a target"));
                 }
+                if entry.link.len() > PATH_MAX {
+                    return Err(invalid("a symlink's target of more than 4095 bytes"));
+                }
                 make(parent, name, || fs::symlinkat(OsStr::from_bytes(&entry.link), parent, name))?;
             }
             EntryType::Char | EntryType::Block => {
@@ -221,7 +227,7 @@ impl Extractor {
     fn hard_link(&mut self, entry: &Entry, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
         let target = confine(&entry.link)?;
         let Some(target_name) = target.file_name() else {
-            return Err(invalid("a hard link to the root"));
+            return Err(invalid("a hard link to a directory"));
         };
         let lost = |e: Errno| match e {
             Errno::NOENT | Errno::NOTDIR | Errno::LOOP => invalid("a hard link to what the layer does not have"),
@@ -331,8 +337,12 @@ pub(super) fn confine(raw: &[u8]) -> io::Result<PathBuf> {
                     return Err(invalid("leads outside of the layer"));
                 }
             }
+            name if name.len() > NAME_MAX => return Err(invalid("a name of more than 255 bytes")),
             name => path.push(OsString::from_vec(name.to_vec())),
         }
+    }
+    if path.as_os_str().len() > PATH_MAX {
+        return Err(invalid("a path of more than 4095 bytes"));
     }
     Ok(path)
 }

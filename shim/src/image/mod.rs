@@ -14,6 +14,7 @@ mod erofs;
 mod error;
 mod export;
 mod extract;
+mod fuzz;
 mod hosts;
 mod import;
 mod layers;
@@ -35,6 +36,10 @@ mod unpack;
 mod verify;
 
 #[cfg(test)]
+mod hostile_archives;
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod registry_tests;
 #[cfg(test)]
 mod test_images;
@@ -45,6 +50,8 @@ mod tests;
 
 pub use auth::RegistryAuth;
 pub use error::ImageError;
+#[doc(hidden)]
+pub use fuzz::fuzz_layer;
 pub use hosts::RegistryFiles;
 pub use layers::{FsUsage, LayerFormat, Lease};
 pub use manifest::Platform;

@@ -75,7 +75,7 @@ impl Store {
 
 /// Checks one layer. `again` is an empty file, which takes as much room as the image. Errors: those of the disk, which say nothing about
 /// the layer.
-fn layer(split: File, image: &File, diff_id: &str, again: &File, limits: Limits) -> Result<Verdict, ImageError> {
+pub(super) fn layer(split: File, image: &File, diff_id: &str, again: &File, limits: Limits) -> Result<Verdict, ImageError> {
     let failed = |e: io::Error| ImageError::io("verify", e);
     let damaged = |why: &str| Ok(Verdict::Damaged(why.to_owned()));
     let copy = image.try_clone().map_err(failed)?;

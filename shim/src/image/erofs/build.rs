@@ -3,12 +3,12 @@
 
 use super::super::archive::{Archive, Entry};
 use super::super::error::ImageError;
-use super::super::extract::{Limits, OPAQUE, WHITEOUT, Written, confine, keeps_xattr};
+use super::super::extract::{Limits, OPAQUE, PATH_MAX, WHITEOUT, Written, confine, keeps_xattr};
 use super::super::layers::LayerFormat;
 use super::super::split::Recorder;
 use super::format::{Attributes, Content, INODE_BYTES, LINKS_AT, inode, kind, number, place, superblock, xattrs};
 use super::output::Output;
-use super::tree::{Child, PATH_MAX, Tree, invalid};
+use super::tree::{Child, Tree, invalid};
 use super::{BLOCK, directory};
 use std::fs::File;
 use std::io::{self, Read};
@@ -66,9 +66,6 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn entry<R: Read>(&mut self, archive: &mut Archive<R>, entry: &Entry) -> io::Result<()> {
         let path = confine(&entry.path)?;
-        if path.as_os_str().len() > PATH_MAX {
-            return Err(invalid("a path of more than 4095 bytes"));
-        }
         let Some(name) = path.file_name().map(OsStrExt::as_bytes) else {
             if entry.kind != EntryType::Directory {
                 return Err(invalid("would replace the root"));

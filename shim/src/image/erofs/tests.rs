@@ -123,7 +123,12 @@ pub(in super::super) fn same_as_a_directory(archive: &[u8]) {
     fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     extract::extract(archive, directory.path(), LIMITS).unwrap();
     let image = Mounted::of(archive);
-    let (mut expected, mut found) = (walk(directory.path()), walk(&image.path()));
+    same_trees(directory.path(), &image.path());
+}
+
+/// The trees show the same.
+pub(in super::super) fn same_trees(expected: &Path, found: &Path) {
+    let (mut expected, mut found) = (walk(expected), walk(found));
     let made_now: Vec<PathBuf> =
         expected.iter().filter(|(_, seen)| seen.mtime.0 > 1_700_000_000).map(|(path, _)| path.clone()).collect();
     // What no entry describes was made just now, there, and never, here.

@@ -5,9 +5,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 
 const SYMLINKS_MAX: u32 = 40;
-/// Longest name of an entry, and longest path and target (NAME_MAX and PATH_MAX of Linux).
+/// Longest name: a symlink's target may have longer ones.
 const NAME_MAX: usize = 255;
-pub(super) const PATH_MAX: usize = 4095;
 
 /// The root's place among the directories.
 pub(super) const ROOT: usize = 0;
