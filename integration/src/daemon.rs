@@ -77,6 +77,14 @@ impl Daemon {
         self.path("root")
     }
 
+    /// Names in the layers' directory that belong to no finished layer.
+    pub fn unfinished_layers(&self) -> Result<Vec<String>> {
+        let names = fs::read_dir(self.root().join("images/layers"))?.flatten().map(|entry| entry.file_name());
+        let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+        let recorded = |name: &str| name.split('.').next().is_some_and(|hex| names.contains(&format!("{hex}.json")));
+        Ok(names.iter().filter(|name| !recorded(name)).cloned().collect())
+    }
+
     pub fn state(&self) -> PathBuf {
         self.path("state")
     }

@@ -22,6 +22,9 @@ const READY: &str = "../shared/lab/guest/linux-uml-7.3.xz";
 /// Most that is read of the output of a guest's command, or of its kernel's.
 const OUTPUT_LIMIT_BYTES: u64 = 8 << 20;
 
+/// Longest wait until the program in a guest says that it is ready.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
 /// Memory of the guest. Taken from the host only as far as it is touched.
 const MEMORY: &str = "2G";
 
@@ -134,6 +137,41 @@ pub fn run_with(
         Ok(code) => Ok(Outcome { code: code.trim().parse().context("status of the command in the guest")?, output }),
         Err(_) => bail!("the guest ended ({ended}) before its command:\n{output}\n{}", bounded(&shared.join("console"))),
     }
+}
+
+/// Runs `program` in a guest as [`run_with`] does, waits until `ready` is there, and `after` that long cuts the guest's power: all its
+/// processes are killed, and what the guest has not given to its disk by then is lost. Returns false if the program ended before that.
+pub fn cut_power(
+    shared: &Path,
+    program: &[&str],
+    environment: &[(&str, &str)],
+    words: &[&str],
+    ready: &Path,
+    after: Duration,
+) -> Result<bool> {
+    fs::write(shared.join("command"), script(program, environment)?)?;
+    for name in ["output", "status"] {
+        let _ = fs::remove_file(shared.join(name));
+    }
+    let mut guest = Running(boot(&kernel()?, shared, File::create(shared.join("console"))?, words)?);
+    let deadline = Instant::now() + BOOT_LIMIT;
+    while !ready.exists() {
+        if guest.0.try_wait()?.is_some() {
+            return Ok(false);
+        }
+        ensure!(Instant::now() < deadline, "the guest is not ready; so far:\n{}", bounded(&shared.join("output")));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::thread::sleep(after);
+    let pid = guest.0.id();
+    let first = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    drop(guest);
+    // The first process of the namespace is gone when all the others are.
+    while first.split_whitespace().any(|pid| Path::new("/proc").join(pid).exists()) {
+        ensure!(Instant::now() < deadline, "the guest does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(true)
 }
 
 /// Starts the kernel in pid and mount namespaces of its own: killing the one process that is ours ends everything that it made.

@@ -1,22 +1,11 @@
 //! A daemon that is killed in the middle of pulls: whatever is listed afterwards is whole, and nothing unfinished stays.
 
 use anyhow::{Context, Result, ensure};
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 use windlass_integration::{client::Client, daemon::Daemon, image, node, registry::Registry};
 use windlass_proto::cri;
 
 const KILLS: u64 = 50;
-
-/// Names in the layers' directory that belong to no finished layer.
-fn unfinished(daemon: &Daemon) -> Result<Vec<String>> {
-    let names = fs::read_dir(daemon.root().join("images/layers"))?.flatten().map(|entry| entry.file_name());
-    let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
-    let recorded = |name: &str| name.split('.').next().is_some_and(|hex| names.contains(&format!("{hex}.json")));
-    Ok(names.iter().filter(|name| !recorded(name)).cloned().collect())
-}
 
 #[test]
 fn fifty_kills_in_the_middle_of_pulls() -> Result<()> {
@@ -69,8 +58,8 @@ fn fifty_kills_in_the_middle_of_pulls() -> Result<()> {
             ensure!(listed.len() <= 1, "{listed:?}");
             daemon.windlass(&["image", "verify"]).with_context(|| format!("after kill {kill}"))?;
             let until = Instant::now() + Duration::from_secs(5);
-            while !unfinished(&daemon)?.is_empty() {
-                ensure!(Instant::now() < until, "kill {kill} left {:?}", unfinished(&daemon)?);
+            while !daemon.unfinished_layers()?.is_empty() {
+                ensure!(Instant::now() < until, "kill {kill} left {:?}", daemon.unfinished_layers()?);
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
