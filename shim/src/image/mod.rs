@@ -21,6 +21,7 @@ mod layers;
 mod manifest;
 mod mounts;
 mod object;
+mod partial;
 mod progress;
 mod read;
 mod record;

@@ -33,6 +33,10 @@ impl LayerProgress {
         self.fetched.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn restart(&self) {
+        self.fetched.store(0, Ordering::Relaxed);
+    }
+
     pub(super) fn set(&self, state: LayerState) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }

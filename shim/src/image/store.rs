@@ -10,6 +10,7 @@ use super::import;
 use super::layers::{FsUsage, LayerFormat, Layers, Lease};
 use super::manifest::{self, Descriptor, Document, Manifest, Platform};
 use super::object::{Image, Layer};
+use super::partial::Partials;
 use super::progress::Progress;
 use super::record::{self, ImageRecord, LayerRecord};
 use super::reference::Reference;
@@ -89,6 +90,7 @@ pub(super) struct Inner {
     pulls: Mutex<HashMap<PullKey, Running>>,
     clients: Arc<Clients>,
     slots: Arc<Semaphore>,
+    partials: Arc<Partials>,
 }
 
 struct Indexed {
@@ -167,6 +169,7 @@ impl Store {
             }
             index.insert(record.id.clone(), indexed(&layers, record, parsed));
         }
+        let partials = Partials::open(config.root.join("partial"))?;
         let slots = Arc::new(Semaphore::new(config.parallel_layers.max(1)));
         Ok(Store(Arc::new(Inner {
             config,
@@ -176,6 +179,7 @@ impl Store {
             pulls: Mutex::default(),
             clients: Arc::default(),
             slots,
+            partials,
         })))
     }
 
@@ -311,7 +315,8 @@ impl Store {
         let mut tasks = JoinSet::new();
         for want in wants {
             let object = format!("layer {}", want.diff_id);
-            let made = transfer::ensure(Arc::clone(&inner.layers), Arc::clone(&inner.slots), want, inner.limits());
+            let (layers, partials) = (Arc::clone(&inner.layers), Arc::clone(&inner.partials));
+            let made = transfer::ensure(layers, partials, Arc::clone(&inner.slots), want, inner.limits());
             tasks.spawn(async move { made.await.map_err(|e| e.within(object)) });
         }
         let mut result = Ok(());

@@ -31,6 +31,8 @@ pub(super) struct Content {
     pub(super) redirect: Option<String>,
     /// A header that every request must have.
     pub(super) header: Option<(String, String)>,
+    /// Bytes of bodies that were sent.
+    pub(super) served_bytes: usize,
     /// Request lines, in order.
     pub(super) log: Vec<String>,
     /// Authorization headers, in order.
@@ -120,6 +122,7 @@ fn serve(mut stream: impl Read + Write, content: &Mutex<Content>, own: &str) -> 
     reader.read_exact(&mut body)?;
     headers.insert("body".into(), String::from_utf8_lossy(&body).into_owned());
     let (head, body) = answer(&request, &headers, &mut content.lock().unwrap(), own);
+    content.lock().unwrap().served_bytes += body.len();
     stream.write_all(head.as_bytes())?;
     stream.write_all(&body)
 }

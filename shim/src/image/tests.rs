@@ -274,6 +274,72 @@ async fn a_pull_nobody_waits_for_is_canceled() {
     assert!(store.list().is_empty());
 }
 
+/// Lets a pull of a layer of 20 MB go on until some of it is kept, and ends it and its store there.
+async fn pull_a_part(root: &Path, name: &str) -> PathBuf {
+    let store = open(root);
+    let kept = || fs::read_dir(root.join("images/partial")).unwrap().next().map(|entry| entry.unwrap().path());
+    let enough = async {
+        loop {
+            match kept().filter(|path| fs::metadata(path).unwrap().len() > 4_000_000) {
+                Some(path) => return path,
+                None => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    tokio::select! {
+        pulled = store.pull(name, None) => panic!("all of it came: {pulled:?}"),
+        path = tokio::time::timeout(Duration::from_secs(20), enough) => path.unwrap(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_layer_goes_on_where_an_earlier_store_ended() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let made = one(Tar::new().file("big", 0o644, &noise(5, 20_000_000)).finish());
+    registry.push("a/b", "t", &made);
+    let name = registry.name("a/b:t");
+    let cut_after = |bytes: Option<usize>| registry.content.lock().unwrap().cut_after = bytes;
+    let served = || std::mem::take(&mut registry.content.lock().unwrap().served_bytes);
+    for damaged in [false, true] {
+        cut_after(Some(3_000_000));
+        let path = pull_a_part(root.path(), &name).await;
+        assert!(path.ends_with(digest::hex_of(&digest::of(&made.layers[0]))));
+        let there = fs::metadata(&path).unwrap().len();
+        if damaged {
+            rustix::io::pwrite(fs::File::options().write(true).open(&path).unwrap(), b"damage", there / 2).unwrap();
+        }
+        cut_after(None);
+        let store = open(root.path());
+        let image = store.pull(&name, None).await.unwrap();
+        assert_eq!(fs::read(root_of(&image.layers[0]).join("big")).unwrap(), noise(5, 20_000_000));
+        assert_eq!(fs::read_dir(root.path().join("images/partial")).unwrap().count(), 0, "nothing is kept of a whole layer");
+        let (served, whole) = (served(), made.layers[0].len());
+        // What had come but was not written yet, at most a batch and an answer.
+        assert!(damaged || served < whole + 5_000_000, "{served} bytes for {whole}");
+        assert!(!damaged || served >= whole * 2, "{served} bytes for {whole}: damage is not kept");
+        store.remove(&name).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_has_the_disk_before_what_is_kept_of_it() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    struct Mounted(tempfile::TempDir);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+        }
+    }
+    let disk = Mounted(tempfile::tempdir().unwrap());
+    mount(Some("tmpfs"), disk.0.path(), Some("tmpfs"), MsFlags::empty(), Some("size=32m")).unwrap();
+    let registry = Registry::start();
+    registry.push("a/b", "t", &one(Tar::new().file("big", 0o644, &noise(9, 24_000_000)).finish()));
+    let store = open(disk.0.path());
+    store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    assert_layers(disk.0.path(), 1);
+    assert_eq!(fs::read_dir(disk.0.path().join("images/partial")).unwrap().count(), 0);
+}
+
 /// Unpacks without a store.
 fn unpack(plain: Vec<u8>) -> (tempfile::TempDir, Result<extract::Written, ImageError>) {
     let dir = tempfile::tempdir().unwrap();
