@@ -52,6 +52,7 @@ calls! {
     runtime_service: update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
     runtime_service: reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     runtime_service: exec_sync(ExecSyncRequest) -> ExecSyncResponse;
+    runtime_service: list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
     runtime_service: checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
     image_service: list_images(ListImagesRequest) -> ListImagesResponse;
     image_service: image_status(ImageStatusRequest) -> ImageStatusResponse;
@@ -62,9 +63,14 @@ calls! {
 
 impl Client {
     pub fn connect(daemon: &Daemon) -> Result<Client> {
+        Client::connect_to(&daemon.socket()).with_context(|| daemon.log())
+    }
+
+    /// Connects to any runtime's socket.
+    pub fn connect_to(socket: &Path) -> Result<Client> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::from_shared(format!("unix://{}", daemon.socket().display()))?;
-        let channel = runtime.block_on(endpoint.connect()).with_context(|| format!("connect:\n{}", daemon.log()))?;
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?;
+        let channel = runtime.block_on(endpoint.connect()).with_context(|| format!("connect {}", socket.display()))?;
         Ok(Client {
             runtime,
             runtime_service: RuntimeServiceClient::new(channel.clone()),

@@ -191,10 +191,14 @@ impl Daemon {
 
     /// Directory of the pods' cgroups.
     pub fn cgroup_directory(&self) -> PathBuf {
-        let hybrid = Path::new("/sys/fs/cgroup/unified");
-        let root = if hybrid.exists() { hybrid } else { Path::new("/sys/fs/cgroup") };
-        root.join(self.cgroup.trim_start_matches('/'))
+        cgroup_root().join(self.cgroup.trim_start_matches('/'))
     }
+}
+
+/// Where this machine has its cgroup v2 tree.
+pub fn cgroup_root() -> PathBuf {
+    let hybrid = Path::new("/sys/fs/cgroup/unified");
+    if hybrid.exists() { hybrid } else { Path::new("/sys/fs/cgroup") }.to_owned()
 }
 
 fn contains(text: &[u8], part: &[u8]) -> bool {
@@ -221,7 +225,8 @@ impl Drop for Daemon {
     }
 }
 
-fn remove_cgroup(directory: &Path) {
+/// Removes a cgroup and those below it, once their processes are gone.
+pub fn remove_cgroup(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove_cgroup(&entry.path());

@@ -160,11 +160,16 @@ fn unless_built(
     products: &[&Path],
     build: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
+    unless_stamped(dir, &[&stamp(module, inputs)?], products, build)
+}
+
+/// Calls `build` unless `products` are there and the stamp in `dir` says the same words. One process at a time.
+pub fn unless_stamped(dir: &Path, words: &[&str], products: &[&Path], build: impl FnOnce() -> Result<()>) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let lock = std::fs::File::create(dir.join("lock")).context("create the lock of the tools")?;
     lock.lock().context("wait for the lock of the tools")?;
     let stamp_file = dir.join("stamp");
-    let stamp = stamp(module, inputs)?;
+    let stamp = words.join("\n");
     let current = std::fs::read_to_string(&stamp_file).is_ok_and(|found| found == stamp);
     if current && products.iter().all(|product| product.is_file()) {
         return Ok(());

@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod client;
+pub mod compare;
 pub mod critest;
 pub mod daemon;
 pub mod demo;

@@ -11,9 +11,13 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -59,7 +63,6 @@ pub enum Fault {
 struct Content {
     guard: Guard,
     fault: Fault,
-    stopped: bool,
     /// Manifests by `repository:tag` and `repository@digest`.
     manifests: BTreeMap<String, (String, Vec<u8>)>,
     blobs: BTreeMap<String, Vec<u8>>,
@@ -73,21 +76,41 @@ struct Content {
 pub struct Registry {
     address: SocketAddr,
     content: Arc<Mutex<Content>>,
+    _listening: Option<Listening>,
+}
+
+#[derive(Debug)]
+struct Listening {
+    listener: TcpListener,
+    stopped: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Registry {
     /// Listens on a free port of loopback, in the network namespace of the calling thread.
     pub fn start() -> Result<Registry> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen on loopback")?;
+        let unbound = Registry {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            content: Arc::new(Mutex::new(Content::default())),
+            _listening: None,
+        };
+        unbound.listen()
+    }
+
+    /// One of the same content and address that does not listen yet: for another network namespace.
+    pub fn twin(&self) -> Registry {
+        Registry { address: self.address, content: self.content.clone(), _listening: None }
+    }
+
+    /// Listens, in the network namespace of the calling thread.
+    pub fn listen(&self) -> Result<Registry> {
+        let listener = TcpListener::bind(self.address).context("listen on loopback")?;
         let address = listener.local_addr()?;
-        let content = Arc::new(Mutex::new(Content::default()));
-        let shared = content.clone();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (incoming, shared, end) = (listener.try_clone()?, self.content.clone(), stopped.clone());
         let thread = std::thread::Builder::new().name("registry".into()).spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if locked(&shared).stopped {
-                    return;
-                }
+            while !end.load(Ordering::Relaxed) {
+                let Ok((stream, _)) = incoming.accept() else { continue };
                 let shared = shared.clone();
                 std::thread::spawn(move || {
                     // A client that goes away is a thing that tests do.
@@ -95,7 +118,8 @@ impl Registry {
                 });
             }
         })?;
-        Ok(Registry { address, content, thread: Some(thread) })
+        let listening = Listening { listener, stopped, thread: Some(thread) };
+        Ok(Registry { address, content: self.content.clone(), _listening: Some(listening) })
     }
 
     /// `127.0.0.1:port`, which begins the names of its images.
@@ -114,6 +138,31 @@ impl Registry {
     /// Method and path of every request so far.
     pub fn requests(&self) -> Vec<String> {
         locked(&self.content).requests.clone()
+    }
+
+    /// Takes an image of layers that are packed already, as `repository:tag`.
+    pub fn add_packed(&self, repository: &str, tag: &str, layers: &[Packed], config: &Value) {
+        let mut config = config.clone();
+        let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
+        config["rootfs"] = json!({ "type": "layers", "diff_ids": diff_ids });
+        let config = config.to_string().into_bytes();
+        let config_digest = digest(&config);
+        let mut content = locked(&self.content);
+        let mut descriptors = Vec::new();
+        for layer in layers {
+            let digest = digest(&layer.blob);
+            descriptors.push(json!({ "mediaType": layer.media_type, "digest": digest, "size": layer.blob.len() }));
+            content.blobs.insert(digest, layer.blob.clone());
+        }
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": descriptors,
+            "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len() },
+        })
+        .to_string()
+        .into_bytes();
+        content.blobs.insert(config_digest, config);
+        content.manifests.insert(format!("{repository}@{}", digest(&manifest)), (MANIFEST_TYPE.into(), manifest.clone()));
+        content.manifests.insert(format!("{repository}:{tag}"), (MANIFEST_TYPE.into(), manifest));
     }
 
     /// Takes an image of these uncompressed layers as `repository:tag`, behind an index as publishers make them; returns the
@@ -192,6 +241,15 @@ impl Registry {
     }
 }
 
+/// A layer as a registry has it.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    pub media_type: &'static str,
+    pub blob: Vec<u8>,
+    /// Digest of the archive in it.
+    pub diff_id: String,
+}
+
 /// Digests of an image that a registry has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Added {
@@ -201,12 +259,13 @@ pub struct Added {
     pub blobs: Vec<String>,
 }
 
-impl Drop for Registry {
+impl Drop for Listening {
     fn drop(&mut self) {
-        locked(&self.content).stopped = true;
-        // Wakes the thread, which then sees that it has been stopped.
-        let _ = TcpStream::connect(self.address);
-        if let Some(thread) = self.thread.take() {
+        self.stopped.store(true, Ordering::Relaxed);
+        // Wakes the thread, whose network namespace may be another one.
+        let stopped =
+            self.listener.try_clone().and_then(|listener| TcpStream::from(OwnedFd::from(listener)).shutdown(Shutdown::Both));
+        if let (Ok(()), Some(thread)) = (stopped, self.thread.take()) {
             let _ = thread.join();
         }
     }

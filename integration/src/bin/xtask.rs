@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, demo, measure, suite};
+use windlass_integration::{build, compare, demo, measure, suite};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -25,6 +25,8 @@ enum Command {
         #[arg(last = true)]
         flags: Vec<String>,
     },
+    /// Build containerd, CRI-O and what they need, and measure Windlass beside them with one client. Takes half an hour the first time.
+    Compare(compare::Options),
     /// Set up, build, and run every test.
     Test,
 }
@@ -45,6 +47,7 @@ fn run(command: &Command) -> Result<bool> {
         Command::Build => build::all().map(|()| true),
         Command::Demo => demo::run().map(|()| true),
         Command::Bench { flags } => measure::run(flags.clone()).map(|()| true),
+        Command::Compare(options) => compare::run(options).map(|()| true),
         Command::Test => suite::run(),
     }
 }
