@@ -53,6 +53,8 @@ calls! {
     runtime_service: reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     runtime_service: exec_sync(ExecSyncRequest) -> ExecSyncResponse;
     runtime_service: list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
+    runtime_service: attach(AttachRequest) -> AttachResponse;
+    runtime_service: port_forward(PortForwardRequest) -> PortForwardResponse;
     runtime_service: checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
     image_service: list_images(ListImagesRequest) -> ListImagesResponse;
     image_service: image_status(ImageStatusRequest) -> ImageStatusResponse;
@@ -115,6 +117,12 @@ impl Client {
     pub fn exec(&self, id: &str, command: &[&str]) -> Result<cri::ExecSyncResponse, Status> {
         let cmd = command.iter().map(|word| (*word).to_owned()).collect();
         self.exec_sync(cri::ExecSyncRequest { container_id: id.into(), cmd, timeout: 20 })
+    }
+
+    /// A URL at which a command's streams are served.
+    pub fn exec_url(&self, request: cri::ExecRequest) -> Result<String, Status> {
+        let mut client = self.runtime_service.clone();
+        self.runtime.block_on(client.exec(request)).map(|reply| reply.into_inner().url)
     }
 
     /// Stops and removes a pod with all that is in it.

@@ -17,5 +17,6 @@ pub mod registry;
 pub mod setup;
 pub mod standin;
 pub mod standin_registry;
+pub mod streams;
 pub mod suite;
 pub mod validation;

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
@@ -40,6 +41,7 @@ var (
 	parallel    = flag.Int("parallel", 8, "execs, cut: how many at once")
 	longest     = flag.Duration("longest", 200*time.Millisecond, "cut: longest time before a connection is cut")
 	ports       = flag.String("port", "80", "forward: port of the pod")
+	wantError   = flag.Bool("error", false, "forward: wait for an error to be told")
 	connections = flag.Int("connections", 1, "forward: how many at once")
 )
 
@@ -53,15 +55,11 @@ func main() {
 	var err error
 	switch flag.Arg(0) {
 	case "exec":
-		answer = execOnce(context.Background(), flag.Arg(1))
+		answer = execOnce(flag.Arg(1))
 	case "execs":
-		answer = execMany(func(target string) Exec { return execOnce(context.Background(), target) })
+		answer = execMany(execOnce)
 	case "cut":
-		answer = execMany(func(target string) Exec {
-			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rand.Int64N(int64(*longest)+1)))
-			defer cancel()
-			return execOnce(ctx, target)
-		})
+		answer = execMany(cut)
 	case "forward":
 		answer, err = forward(flag.Arg(1))
 	default:
@@ -156,7 +154,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 	return &size
 }
 
-func execOnce(ctx context.Context, address string) Exec {
+func execOnce(address string) Exec {
 	sent, out, errs := newMeter(), newMeter(), newMeter()
 	options := remotecommand.StreamOptions{Stdout: out, Tty: *tty}
 	if *stdin {
@@ -172,7 +170,7 @@ func execOnce(ctx context.Context, address string) Exec {
 		options.TerminalSizeQueue = sizes{once}
 	}
 	started := time.Now()
-	err := stream(ctx, address, options)
+	err := stream(address, options)
 	answer := Exec{Code: 0, Seconds: time.Since(started).Seconds()}
 	var exit utilexec.CodeExitError
 	switch {
@@ -182,13 +180,15 @@ func execOnce(ctx context.Context, address string) Exec {
 		answer.Code = -1
 		answer.Error = err.Error()
 	}
-	if ctx.Err() == nil {
-		answer.Sent, answer.Stdout, answer.Stderr = sent.flow(), out.flow(), errs.flow()
+	answer.Stdout, answer.Stderr = out.flow(), errs.flow()
+	if err == nil {
+		// After a failure client-go may still be reading what was to be sent.
+		answer.Sent = sent.flow()
 	}
 	return answer
 }
 
-func stream(ctx context.Context, address string, options remotecommand.StreamOptions) error {
+func stream(address string, options remotecommand.StreamOptions) error {
 	target, err := url.Parse(address)
 	if err != nil {
 		return err
@@ -197,7 +197,42 @@ func stream(ctx context.Context, address string, options remotecommand.StreamOpt
 	if err != nil {
 		return err
 	}
-	return client.StreamWithContext(ctx, options)
+	return client.StreamWithContext(context.Background(), options)
+}
+
+// cut runs an exec through a relay that goes away after a random time, by a reset or an ordinary end.
+func cut(address string) Exec {
+	target, err := url.Parse(address)
+	if err != nil {
+		return Exec{Code: -1, Error: err.Error()}
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return Exec{Code: -1, Error: err.Error()}
+	}
+	defer listener.Close()
+	go relay(listener, target.Host)
+	target.Host = listener.Addr().String()
+	return execOnce(target.String())
+}
+
+func relay(listener net.Listener, host string) {
+	client, err := listener.Accept()
+	if err != nil {
+		return
+	}
+	defer client.Close()
+	server, err := net.Dial("tcp", host)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	go io.Copy(client, server)
+	go io.Copy(server, client)
+	time.Sleep(time.Duration(rand.Int64N(int64(*longest) + 1)))
+	if rand.IntN(2) == 0 {
+		server.(*net.TCPConn).SetLinger(0)
+	}
 }
 
 // Many is how many execs went.
@@ -243,6 +278,24 @@ type Forward struct {
 	Seconds float64        `json:"seconds"`
 }
 
+// record is text that several write.
+type record struct {
+	lock sync.Mutex
+	text bytes.Buffer
+}
+
+func (r *record) Write(data []byte) (int, error) {
+	r.lock.Lock()
+	defer r.lock.Unlock()
+	return r.text.Write(data)
+}
+
+func (r *record) String() string {
+	r.lock.Lock()
+	defer r.lock.Unlock()
+	return r.text.String()
+}
+
 // forward sends a pattern through each connection at once, half-closes it, and expects the same bytes back.
 func forward(address string) (*Forward, error) {
 	target, err := url.Parse(address)
@@ -261,8 +314,12 @@ func forward(address string) (*Forward, error) {
 		return nil, err
 	}
 	stop, ready, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-	var said bytes.Buffer
-	forwarder, err := portforward.NewOnAddresses(dialer, []string{"127.0.0.1"}, []string{"0:" + *ports}, stop, ready, io.Discard, &said)
+	said := &record{}
+	// Where client-go tells what came on an error stream.
+	runtime.ErrorHandlers = []runtime.ErrorHandler{func(_ context.Context, err error, message string, _ ...any) {
+		fmt.Fprintln(said, message, err)
+	}}
+	forwarder, err := portforward.NewOnAddresses(dialer, []string{"127.0.0.1"}, []string{"0:" + *ports}, stop, ready, io.Discard, said)
 	if err != nil {
 		return nil, err
 	}
@@ -294,6 +351,10 @@ func forward(address string) (*Forward, error) {
 	}
 	group.Wait()
 	answer.Seconds = time.Since(started).Seconds()
+	// A failure is told a moment after its connection has ended.
+	for deadline := time.Now().Add(5 * time.Second); *wantError && said.String() == "" && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
 	close(stop)
 	<-ended
 	answer.Said = said.String()

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Some("sleep") => std::thread::sleep(Duration::from_secs(number(1))),
         Some("hold-mem") => hold(number(1)),
         Some("flood") => flood(number(1)),
+        Some("echo") => echo(u16::try_from(number(1)).unwrap_or(0)),
         _ => println!("{}", report()),
     }
     ExitCode::SUCCESS
@@ -53,6 +54,18 @@ fn flood(bytes: u64) {
     let mut out = std::io::stdout().lock();
     for _ in 0..bytes / 4096 {
         let _ = out.write_all(&chunk);
+    }
+}
+
+/// Gives back what comes on each connection to this port, until the client's end.
+fn echo(port: u16) {
+    let Ok(listener) = std::net::TcpListener::bind(("127.0.0.1", port)) else { return };
+    println!("listening");
+    for connection in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut &connection, &mut &connection);
+            let _ = connection.shutdown(std::net::Shutdown::Write);
+        });
     }
 }
 

@@ -4,6 +4,7 @@
 //! WebSocket; `remote_command` and `port_forward` find their streams in either. What the streams lead to is the [`Handler`]'s.
 
 mod channel;
+mod fuzz;
 mod http;
 mod port_forward;
 mod remote_command;
@@ -13,6 +14,8 @@ mod status;
 mod tls;
 mod websocket;
 
+#[doc(hidden)]
+pub use fuzz::fuzz_client;
 pub use session::{Ending, Handler, Input, Output, Streams, Target, TerminalSize, Wanted};
 
 use crate::{
@@ -228,7 +231,11 @@ impl Shared {
                     }
                     Target::PortForward { pod_id, mut ports } => {
                         if ports.is_empty() {
-                            ports = request.parameters("port").filter_map(|port| port.parse().ok()).collect();
+                            ports = request
+                                .parameters("port")
+                                .flat_map(|ports| ports.split(','))
+                                .filter_map(|port| port.parse().ok())
+                                .collect();
                         }
                         port_forward::over_websocket(handler, pod_id, ports, protocol, request.rest, input, output).await;
                     }

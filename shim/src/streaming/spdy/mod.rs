@@ -239,6 +239,8 @@ async fn write(mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Ou
                 break;
             }
         }
+        // TLS keeps what the socket did not take at once.
+        output.flush().await?;
     }
     output.flush().await?;
     output.shutdown().await
