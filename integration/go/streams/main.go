@@ -211,9 +211,22 @@ func cut(address string) Exec {
 		return Exec{Code: -1, Error: err.Error()}
 	}
 	defer listener.Close()
-	go relay(listener, target.Host)
-	target.Host = listener.Addr().String()
-	return execOnce(target.String())
+	gone := make(chan struct{})
+	go func() {
+		relay(listener, target.Host)
+		close(gone)
+	}()
+	through := *target
+	through.Host = listener.Addr().String()
+	done := make(chan Exec, 1)
+	go func() { done <- execOnce(through.String()) }()
+	select {
+	case exec := <-done:
+		return exec
+	case <-gone:
+		// client-go waits half a minute for the reply to a stream that was opened just before.
+		return Exec{Code: -1, Error: "cut"}
+	}
 }
 
 func relay(listener net.Listener, host string) {
