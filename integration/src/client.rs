@@ -56,6 +56,9 @@ calls! {
     runtime_service: attach(AttachRequest) -> AttachResponse;
     runtime_service: port_forward(PortForwardRequest) -> PortForwardResponse;
     runtime_service: checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
+    runtime_service: container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
+    runtime_service: pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
+    runtime_service: list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
     image_service: list_images(ListImagesRequest) -> ListImagesResponse;
     image_service: image_status(ImageStatusRequest) -> ImageStatusResponse;
     image_service: pull_image(PullImageRequest) -> PullImageResponse;

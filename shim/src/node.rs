@@ -6,11 +6,13 @@ use crate::{
     config::Config,
     container::Container,
     error::{Error, Kind, Result},
+    events::{EventKind, Events},
     image::Store,
     monitor::Program,
     network::Network,
     pod::Pod,
     selinux::SeLinux,
+    stats::Stats,
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,6 +31,8 @@ pub struct Node {
     pub program: Program,
     pub apparmor: AppArmor,
     pub selinux: SeLinux,
+    pub events: Events,
+    pub stats: Stats,
     pods: RwLock<BTreeMap<String, Arc<Pod>>>,
     containers: RwLock<BTreeMap<String, Arc<Container>>>,
     running: Mutex<HashMap<String, watch::Receiver<Option<Result<String>>>>>,
@@ -46,6 +50,8 @@ impl Node {
             program,
             apparmor,
             selinux: SeLinux::find(),
+            events: Events::default(),
+            stats: Stats::default(),
             pods: RwLock::default(),
             containers: RwLock::default(),
             running: Mutex::default(),
@@ -99,6 +105,12 @@ impl Node {
 
     pub fn forget_container(&self, id: &str) {
         self.containers.write().expect(POISON).remove(id);
+    }
+
+    /// Tells what happened to a container of the pod, or to the pod itself when `id` is its id.
+    pub fn tell(&self, pod: &Pod, id: &str, kind: EventKind) {
+        let records = || (pod.record(), self.containers_of(&pod.id).iter().map(|container| container.record()).collect());
+        self.events.tell(id, kind, records);
     }
 
     /// The pod with this id or unique prefix of an id.

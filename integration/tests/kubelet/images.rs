@@ -45,12 +45,11 @@ fn run() -> Result<()> {
     bench.kubelet.wait("absent", "failing to pull", failing)?;
     bench.withdraw(&["present", "pulled", "always", "never", "absent", "wrong"])?;
     bench.end()?;
-    // At its start kubelet looks at the disk: above this mark, images that nobody uses go.
+    // A disk that is "full" by this mark makes kubelet remove images that nobody uses, before it would end a pod.
     bench.kubelet.stop()?;
     let images = |bench: &Bench| -> Result<usize> { Ok(bench.client.list_images(Default::default())?.images.len()) };
     ensure!(images(&bench)? == 2, "{} images before", images(&bench)?);
-    let marks = json!({ "imageGCHighThresholdPercent": 1, "imageGCLowThresholdPercent": 0, "imageMinimumGCAge": "0s" });
-    bench.kubelet.configure(marks)?;
+    bench.kubelet.configure(json!({ "evictionHard": { "imagefs.available": "99.9%" } }))?;
     bench.kubelet.start()?;
     bench.eventually("unused images are gone", || {
         let left = images(&bench)?;

@@ -3,6 +3,7 @@
 use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, spec, text};
 use crate::{
     error::{Error, Kind, Result},
+    events::EventKind,
     image::Image,
     node::{Node, new_id, now_ns},
     pod::{self, Phase, Pod},
@@ -71,6 +72,7 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     match result {
         Ok(container) => {
             node.insert_container(Arc::new(container));
+            node.tell(&pod, &id, EventKind::ContainerCreatedEvent);
             tracing::info!(image = %image.id, "container created");
             Ok(id)
         }

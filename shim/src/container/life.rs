@@ -3,6 +3,7 @@
 use super::{Container, Exit, State, spec};
 use crate::{
     error::{Error, Kind, Result},
+    events::EventKind,
     node::{Node, now_ns},
     store,
 };
@@ -33,6 +34,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
         Ok(_) => {
             tracing::info!(pod = %container.pod_id, container = %container.id, pid, "container started");
+            container.tell_started(node);
             Ok(())
         }
         Err(error) => {
@@ -40,6 +42,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
             let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
             let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
             container.change_always(|record| record.state = state.clone());
+            container.tell_stopped(node);
             Err(error)
         }
     }
@@ -105,6 +108,10 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
     let _ = std::fs::remove_file(node.run_directory(&container.pod_id).join("exits").join(format!("{}.json", container.id)));
     store::remove_tree(&node.container_directory(&container.id))?;
     node.forget_container(&container.id);
+    node.stats.forget(&container.id);
+    if let Ok(pod) = node.pod(&container.pod_id) {
+        node.tell(&pod, &container.id, EventKind::ContainerDeletedEvent);
+    }
     tracing::info!(pod = %container.pod_id, container = %container.id, "container removed");
     Ok(())
 }

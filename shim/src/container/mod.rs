@@ -18,7 +18,7 @@ pub mod stream;
 pub use create::create;
 pub use life::{remove, reopen_log, start, stop, update};
 
-use crate::{error::Result, image::Lease, node::Node, store};
+use crate::{error::Result, events::EventKind, image::Lease, node::Node, store};
 use serde::{Deserialize, Serialize};
 use std::{
     path::{Path, PathBuf},
@@ -73,6 +73,8 @@ pub struct Exit {
     pub finished_at_ns: i64,
 }
 
+const POISON: &str = "never poisoned: no panic while held";
+
 impl Exit {
     /// The exit of a process whose end nobody saw.
     pub fn unknown(finished_at_ns: i64) -> Exit {
@@ -111,6 +113,8 @@ pub struct Container {
     path: PathBuf,
     /// Serialises writers of the record.
     writing: Mutex<()>,
+    /// Whether its start has been told; held while it is told.
+    started_told: Mutex<bool>,
 }
 
 impl Container {
@@ -123,6 +127,7 @@ impl Container {
             _lease: lease,
             turn: tokio::sync::Mutex::new(()),
             writing: Mutex::new(()),
+            started_told: Mutex::new(false),
         }
     }
 
@@ -144,7 +149,7 @@ impl Container {
 
     /// Changes the record, on disk first.
     pub fn change(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        let _writing = self.writing.lock().expect("never poisoned: no panic while held");
+        let _writing = self.writing.lock().expect(POISON);
         let mut next = self.record();
         change(&mut next);
         store::write(&self.path, &next)?;
@@ -171,7 +176,28 @@ impl Container {
         });
         self.end(State::Exited { started_at_ns, exit, reason: exit.reason().into(), message: String::new() });
         tracing::info!(pod = %self.pod_id, container = %self.id, code = exit.code, oom_killed = exit.oom_killed, "container exited");
-        let _ = node;
+        self.tell_stopped(node);
+    }
+
+    /// Tells that it runs, once.
+    fn tell_started(&self, node: &Node) {
+        let mut told = self.started_told.lock().expect(POISON);
+        if let (false, Ok(pod)) = (*told, node.pod(&self.pod_id)) {
+            *told = true;
+            node.tell(&pod, &self.id, EventKind::ContainerStartedEvent);
+        }
+    }
+
+    /// Tells that it has ended; its start comes first, however soon the end came.
+    fn tell_stopped(&self, node: &Node) {
+        node.stats.ended(&self.id);
+        let started = self.look(|record| matches!(record.state, State::Exited { started_at_ns, .. } if started_at_ns != 0));
+        if started {
+            self.tell_started(node);
+        }
+        if let Ok(pod) = node.pod(&self.pod_id) {
+            node.tell(&pod, &self.id, EventKind::ContainerStoppedEvent);
+        }
     }
 
     fn end(&self, state: State) {

@@ -1,12 +1,15 @@
 //! ImageService.
 
-use super::{Service, status, view};
+use super::{
+    Service, status,
+    stream::{Batches, batches},
+    view,
+};
 use crate::{
     image::{Image, Reference, RegistryAuth},
     node::now_ns,
 };
 use std::collections::HashMap;
-use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
 use windlass_proto::cri::{self, image_service_server::ImageService};
 
@@ -55,23 +58,27 @@ impl Service {
     fn view(&self, image: &Image) -> cri::Image {
         view::image(image, self.node.images.is_pinned(image))
     }
+
+    fn image_list(&self, filter: Option<cri::ImageFilter>) -> Vec<cri::Image> {
+        let wanted = filter.and_then(|filter| filter.image).map(|spec| spec.image).unwrap_or_default();
+        let images = match wanted.as_str() {
+            "" => self.node.images.list(),
+            name => self.node.images.get(name).into_iter().collect(),
+        };
+        images.iter().map(|image| self.view(image)).collect()
+    }
 }
 
 #[tonic::async_trait]
 impl ImageService for Service {
     async fn list_images(&self, request: Request<cri::ListImagesRequest>) -> Reply<cri::ListImagesResponse> {
-        let wanted = request.into_inner().filter.and_then(|filter| filter.image).map(|spec| spec.image).unwrap_or_default();
-        let images = match wanted.as_str() {
-            "" => self.node.images.list(),
-            name => self.node.images.get(name).into_iter().collect(),
-        };
-        Ok(Response::new(cri::ListImagesResponse { images: images.iter().map(|image| self.view(image)).collect() }))
+        Ok(Response::new(cri::ListImagesResponse { images: self.image_list(request.into_inner().filter) }))
     }
 
-    type StreamImagesStream = Empty<Result<cri::StreamImagesResponse, Status>>;
+    type StreamImagesStream = Batches<cri::StreamImagesResponse>;
 
-    async fn stream_images(&self, _: Request<cri::StreamImagesRequest>) -> Reply<Self::StreamImagesStream> {
-        Err(status::not_built("StreamImages"))
+    async fn stream_images(&self, request: Request<cri::StreamImagesRequest>) -> Reply<Self::StreamImagesStream> {
+        Ok(batches(self.image_list(request.into_inner().filter), |images| cri::StreamImagesResponse { images }))
     }
 
     async fn image_status(&self, request: Request<cri::ImageStatusRequest>) -> Reply<cri::ImageStatusResponse> {

@@ -4,7 +4,9 @@ mod deadline;
 mod image;
 pub mod images;
 mod runtime;
+mod stats;
 mod status;
+mod stream;
 mod streams;
 mod view;
 
@@ -45,7 +47,7 @@ pub async fn serve(
         move || node.containers().iter().map(|container| (container.id.clone(), container.look(|r| r.image_id.clone()))).collect()
     };
     let own = ImagesServer::new(images::Images::new(node.images.clone(), Arc::new(users)));
-    let service = Service { node, streaming };
+    let service = Service { node: node.clone(), streaming };
     let runtime = RuntimeServiceServer::new(service.clone())
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
@@ -55,6 +57,8 @@ pub async fn serve(
     let (ending, asked) = oneshot::channel();
     let shutdown = async move {
         shutdown.await;
+        // Streams of events never end by themselves.
+        node.events.end();
         let _ = ending.send(());
     };
     let served = tonic::transport::Server::builder()

@@ -1,6 +1,10 @@
 //! RuntimeService.
 
-use super::{Service, status, view};
+use super::{
+    Service, status,
+    stream::{Batches, EventStream, batches},
+    view,
+};
 use crate::{
     config::NATIVE_HANDLER,
     container::{self, Container},
@@ -193,6 +197,7 @@ impl RuntimeService for Service {
             };
             let details = serde_json::json!({
                 "sandboxID": record.pod_id, "pid": pid, "cgroup": cgroup, "notEnforced": record.not_enforced,
+                "memoryStatsEstimated": !self.node.tree.controllers.iter().any(|name| name == "memory"),
                 "chainIDs": record.chain_ids, "config": record.config,
             });
             info.insert("info".to_owned(), details.to_string());
@@ -231,10 +236,9 @@ impl RuntimeService for Service {
     }
 
     async fn pod_sandbox_stats(&self, request: Request<cri::PodSandboxStatsRequest>) -> Reply<cri::PodSandboxStatsResponse> {
-        let id = request.into_inner().pod_sandbox_id;
-        // Kubelet asks for "" once: Unimplemented would turn its CRI statistics off for good.
-        self.node.pod(&id).map_err(status::of)?;
-        Err(status::not_built("PodSandboxStats"))
+        // Kubelet asks for "" once, and NotFound is the right answer: Unimplemented would turn its CRI statistics off for good.
+        let stats = self.stats_of_pod(&request.into_inner().pod_sandbox_id).await?;
+        Ok(Response::new(cri::PodSandboxStatsResponse { stats: Some(stats) }))
     }
 
     async fn status(&self, request: Request<cri::StatusRequest>) -> Reply<cri::StatusResponse> {
@@ -284,19 +288,25 @@ impl RuntimeService for Service {
         Ok(Response::new(cri::PortForwardResponse { url }))
     }
 
-    async fn container_stats(&self, _: Request<cri::ContainerStatsRequest>) -> Reply<cri::ContainerStatsResponse> {
-        Err(status::not_built("ContainerStats"))
+    async fn container_stats(&self, request: Request<cri::ContainerStatsRequest>) -> Reply<cri::ContainerStatsResponse> {
+        let stats = self.stats_of_container(&request.into_inner().container_id).await?;
+        Ok(Response::new(cri::ContainerStatsResponse { stats: Some(stats) }))
     }
 
-    async fn list_container_stats(&self, _: Request<cri::ListContainerStatsRequest>) -> Reply<cri::ListContainerStatsResponse> {
-        Err(status::not_built("ListContainerStats"))
+    async fn list_container_stats(
+        &self,
+        request: Request<cri::ListContainerStatsRequest>,
+    ) -> Reply<cri::ListContainerStatsResponse> {
+        let stats = self.stats_of_containers(request.into_inner().filter.unwrap_or_default()).await?;
+        Ok(Response::new(cri::ListContainerStatsResponse { stats }))
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _: Request<cri::ListPodSandboxStatsRequest>,
+        request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Reply<cri::ListPodSandboxStatsResponse> {
-        Err(status::not_built("ListPodSandboxStats"))
+        let stats = self.stats_of_pods(request.into_inner().filter.unwrap_or_default()).await?;
+        Ok(Response::new(cri::ListPodSandboxStatsResponse { stats }))
     }
 
     async fn update_runtime_config(
@@ -339,40 +349,47 @@ impl RuntimeService for Service {
         Err(status::not_built("UpdatePodSandboxResources"))
     }
 
-    type StreamPodSandboxesStream = NoStream<cri::StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = Batches<cri::StreamPodSandboxesResponse>;
 
-    async fn stream_pod_sandboxes(&self, _: Request<cri::StreamPodSandboxesRequest>) -> Reply<Self::StreamPodSandboxesStream> {
-        Err(status::not_built("StreamPodSandboxes"))
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Reply<Self::StreamPodSandboxesStream> {
+        let items = self.pod_list(&request.into_inner().filter.unwrap_or_default());
+        Ok(batches(items, |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes }))
     }
 
-    type StreamContainersStream = NoStream<cri::StreamContainersResponse>;
+    type StreamContainersStream = Batches<cri::StreamContainersResponse>;
 
-    async fn stream_containers(&self, _: Request<cri::StreamContainersRequest>) -> Reply<Self::StreamContainersStream> {
-        Err(status::not_built("StreamContainers"))
+    async fn stream_containers(&self, request: Request<cri::StreamContainersRequest>) -> Reply<Self::StreamContainersStream> {
+        let items = self.container_list(&request.into_inner().filter.unwrap_or_default());
+        Ok(batches(items, |containers| cri::StreamContainersResponse { containers }))
     }
 
-    type StreamContainerStatsStream = NoStream<cri::StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = Batches<cri::StreamContainerStatsResponse>;
 
     async fn stream_container_stats(
         &self,
-        _: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Reply<Self::StreamContainerStatsStream> {
-        Err(status::not_built("StreamContainerStats"))
+        let items = self.stats_of_containers(request.into_inner().filter.unwrap_or_default()).await?;
+        Ok(batches(items, |container_stats| cri::StreamContainerStatsResponse { container_stats }))
     }
 
-    type StreamPodSandboxStatsStream = NoStream<cri::StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = Batches<cri::StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Reply<Self::StreamPodSandboxStatsStream> {
-        Err(status::not_built("StreamPodSandboxStats"))
+        let items = self.stats_of_pods(request.into_inner().filter.unwrap_or_default()).await?;
+        Ok(batches(items, |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }))
     }
 
-    type GetContainerEventsStream = NoStream<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = EventStream;
 
     async fn get_container_events(&self, _: Request<cri::GetEventsRequest>) -> Reply<Self::GetContainerEventsStream> {
-        Err(status::not_built("GetContainerEvents"))
+        self.events()
     }
 
     type StreamPodSandboxMetricsStream = NoStream<cri::StreamPodSandboxMetricsResponse>;

@@ -146,6 +146,14 @@ impl Record {
         node.tree.directory(&self.cgroup_parent).join(container_id)
     }
 
+    /// True when the cgroup parent is the pod's alone: kubelet puts the pod's uid into its last part, with `_` for `-` under systemd.
+    pub fn owns_parent(&self) -> bool {
+        let uid = self.config.metadata.as_ref().map(|meta| meta.uid.as_str()).unwrap_or_default();
+        let last = self.cgroup_parent.rsplit('/').next().unwrap_or_default();
+        !uid.is_empty()
+            && (last.ends_with(&format!("pod{uid}")) || last.ends_with(&format!("pod{}.slice", uid.replace('-', "_"))))
+    }
+
     /// Directory of container logs; empty when the pod keeps none.
     pub fn log_directory(&self) -> &str {
         &self.config.log_directory

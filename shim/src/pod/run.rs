@@ -7,6 +7,7 @@ use super::{Phase, Pod, Record, files, namespace_modes, network, stop, userns, w
 use crate::{
     config::NATIVE_HANDLER,
     error::{Error, Kind, Result},
+    events::EventKind,
     monitor::Monitor,
     node::{Node, new_id, now_ns},
 };
@@ -158,6 +159,8 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
         pod.change(node, |record| record.phase = Phase::Ready)?;
     }
     node.insert_pod(pod.clone());
+    node.tell(pod, &pod.id, EventKind::ContainerCreatedEvent);
+    node.tell(pod, &pod.id, EventKind::ContainerStartedEvent);
     watch::events(node.clone(), pod.clone(), monitor, events);
     Ok(())
 }

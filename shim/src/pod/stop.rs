@@ -4,6 +4,7 @@ use super::{Phase, Pod, network, watch};
 use crate::{
     cgroup, container,
     error::{Kind, Result},
+    events::EventKind,
     node::Node,
     store,
 };
@@ -38,6 +39,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let _turn = pod.turn.lock().await;
     erase(node, pod).await?;
     node.forget_pod(&pod.id);
+    node.tell(pod, &pod.id, EventKind::ContainerDeletedEvent);
     tracing::info!(pod = %pod.id, "pod removed");
     Ok(())
 }
@@ -51,6 +53,7 @@ pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
 }
 
 async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
+    let was_ready = pod.phase() == Phase::Ready;
     let monitor = pod.monitor();
     pod.change_always(node, |record| record.phase = Phase::NotReady);
     if let Ok(monitor) = monitor {
@@ -62,6 +65,9 @@ async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
     }
     // Does what is left, and nothing when the monitor has done its work.
     watch::lost(node, pod).await;
+    if was_ready {
+        node.tell(pod, &pod.id, EventKind::ContainerStoppedEvent);
+    }
 }
 
 /// Waits until the monitor has left its cgroup, by the kernel's word.

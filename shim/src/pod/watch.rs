@@ -4,6 +4,7 @@ use super::{Phase, Pod};
 use crate::{
     cgroup,
     container::{self, Exit},
+    events::EventKind,
     monitor::Monitor,
     node::{Node, now_ns},
 };
@@ -41,6 +42,7 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
             if pod.phase() == Phase::Ready && pod.monitor().is_err() {
                 tracing::error!(pod = %pod.id, "the pod's monitor is gone; killing its containers");
                 lost(&node, &pod).await;
+                node.tell(&pod, &pod.id, EventKind::ContainerStoppedEvent);
             }
         }
     });
@@ -68,4 +70,5 @@ pub(super) async fn lost(node: &Node, pod: &Pod) {
         }
     }
     pod.change_always(node, |record| record.phase = Phase::NotReady);
+    node.stats.ended(&pod.id);
 }
