@@ -54,14 +54,14 @@ fn statistics_agree_with_what_was_done() {
             let layer = found.writable_layer.as_ref().map_or(0, |layer| number(layer.used_bytes));
             Ok((layer > 0).then_some(found))
         })?;
-        let cpu = found.cpu.clone().context("cpu")?;
+        let cpu = found.cpu.context("cpu")?;
         let used_ms = number(cpu.usage_core_nano_seconds) / 1_000_000;
         ensure!((480..3000).contains(&used_ms), "{used_ms} ms of CPU time");
         ensure!(cpu.psi.is_some(), "no pressure");
         let layer = found.writable_layer.clone().context("layer")?;
         let (bytes, inodes) = (number(layer.used_bytes), number(layer.inodes_used));
         ensure!((5 << 20..(5 << 20) + (256 << 10)).contains(&bytes) && (3..12).contains(&inodes), "layer: {bytes} bytes, {inodes} inodes");
-        let memory = found.memory.clone().context("memory")?;
+        let memory = found.memory.context("memory")?;
         ensure!(number(memory.working_set_bytes) > 50_000, "memory: {memory:?}");
         // Idle since then: the rate over a second is next to nothing, and the time stays.
         wait_for("the rate of an idle container", || {
