@@ -49,7 +49,7 @@ fn run() -> Result<()> {
     bench.kubelet.stop()?;
     let images = |bench: &Bench| -> Result<usize> { Ok(bench.client.list_images(Default::default())?.images.len()) };
     ensure!(images(&bench)? == 2, "{} images before", images(&bench)?);
-    bench.kubelet.configure(json!({ "evictionHard": { "imagefs.available": "99.9%" } }))?;
+    bench.kubelet.configure(json!({ "imageMinimumGCAge": "1s", "evictionHard": { "imagefs.available": "99.9%" } }))?;
     bench.kubelet.start()?;
     bench.eventually("unused images are gone", || {
         let left = images(&bench)?;

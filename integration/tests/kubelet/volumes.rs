@@ -24,9 +24,8 @@ fn volumes_of_every_kind_are_where_the_pod_wants_them() {
             { "name": "empty", "emptyDir": {} },
             { "name": "memory", "emptyDir": { "medium": "Memory", "sizeLimit": "1Mi" } },
             { "name": "image", "image": { "reference": BUSYBOX, "pullPolicy": "Never" } },
-            { "name": "api", "projected": { "sources": [
-                { "downwardAPI": { "items": [{ "path": "labels", "fieldRef": { "fieldPath": "metadata.labels" } }] } },
-            ] } },
+            // A projected volume needs a control plane, even for this.
+            { "name": "api", "downwardAPI": { "items": [{ "path": "labels", "fieldRef": { "fieldPath": "metadata.labels" } }] } },
         ]);
         wanted["spec"]["containers"][0]["volumeMounts"] = json!([
             { "name": "host", "mountPath": "/host", "readOnly": true },
@@ -38,6 +37,7 @@ fn volumes_of_every_kind_are_where_the_pod_wants_them() {
         let mut other = container("other", "touch /empty/other; trap 'exit 0' TERM; while :; do sleep 0.1; done");
         other["volumeMounts"] = json!([{ "name": "empty", "mountPath": "/empty" }]);
         bench.kubelet.place(&with(wanted, "/spec/containers/1", other))?;
+        bench.kubelet.ready("volumes")?;
         bench.eventually("the container has seen its volumes", || {
             let log = bench.kubelet.container_log("volumes", "main")?;
             ensure!(log == "of the host\napp=\"volumes\"\ntmpfs\ndone\n", "log: {log:?}");
