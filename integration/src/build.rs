@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 14] = [
     ("curl", "/usr/bin/curl"),
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
@@ -26,6 +26,8 @@ const PACKAGES: [(&str, &str); 12] = [
     ("apparmor", "/usr/sbin/apparmor_parser"),
     ("openssl", "/usr/bin/openssl"),
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
+    ("containernetworking-plugins", "/usr/lib/cni/bridge"),
+    ("iptables", "/usr/sbin/iptables"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.

@@ -35,9 +35,9 @@ impl Daemon {
             directory,
         };
         let bridge = format!("wlt{}", &unique[unique.len() - 6..]);
-        let cdi = daemon.path("cdi");
+        let (cdi, cni) = (daemon.path("cdi"), daemon.path("cni"));
         let config = format!(
-            "[cgroup]\nparent = {:?}\n[devices]\ncdi_spec_dirs = [{cdi:?}]\n[network]\nbridge = {bridge:?}\n",
+            "[cgroup]\nparent = {:?}\n[devices]\ncdi_spec_dirs = [{cdi:?}]\n[network]\nbridge = {bridge:?}\ncni_conf_dir = {cni:?}\n",
             daemon.cgroup
         );
         fs::write(daemon.path("config.toml"), config)?;

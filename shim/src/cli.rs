@@ -11,11 +11,7 @@ use crate::{
     error::{Error, Result},
     image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
     monitor::Program,
-    network::{
-        Network,
-        address::Subnet,
-        bridge::{Bridge, BridgeConfig},
-    },
+    network::{Network, address::Subnet, bridge::BridgeConfig},
     node::Node,
     pod,
     streaming::Server,
@@ -243,7 +239,8 @@ fn start_network(config: &Config) -> Result<Network> {
         table: format!("windlass-{}", network.bridge),
         ..BridgeConfig::new(config.root.join("network"))
     };
-    Bridge::start(bridge).map(Network::new).map_err(|error| Error::from(error).during("start the pod network"))
+    Network::start(network, bridge, &config.root.join("network"))
+        .map_err(|error| Error::from(error).during("start the pod network"))
 }
 
 /// The socket that systemd passes, else a new one, mode 0660 and root's.

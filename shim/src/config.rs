@@ -129,10 +129,42 @@ pub struct NetworkConfig {
     pub subnet: String,
     /// Directory that network namespaces are pinned in.
     pub netns_dir: PathBuf,
-    /// Directory of CNI configuration files. Nothing in it: the built-in bridge serves pods.
+    /// What attaches pods.
+    pub mode: NetworkMode,
+    /// Which of a pod's addresses is its first.
+    pub preferred_family: Family,
+    /// Directory of CNI configuration files; the first valid one by name is the pods' network. It is watched.
     pub cni_conf_dir: PathBuf,
-    /// Directory of CNI plugins.
+    /// Directory of CNI plugins, or several with colons between them.
     pub cni_bin_dir: PathBuf,
+    /// Longest ADD or DEL of all plugins of a pod; what still runs then is killed.
+    pub cni_timeout_seconds: u64,
+    /// Most plugins at once; 0: twice as many as there are cores.
+    pub cni_max_plugins: usize,
+}
+
+/// `network.mode`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    /// CNI from when the configuration directory has a valid network, at start or later; the built-in bridge until then.
+    #[default]
+    Auto,
+    /// CNI; not ready while there is no network.
+    Cni,
+    /// The built-in bridge, whatever is configured.
+    Bridge,
+}
+
+/// `network.preferred_family`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    #[default]
+    Ipv4,
+    Ipv6,
+    /// The order of the plugins' result.
+    Cni,
 }
 
 /// `[images]`
@@ -223,8 +255,12 @@ impl Default for NetworkConfig {
             bridge: "windlass0".into(),
             subnet: "10.57.0.0/16".into(),
             netns_dir: "/run/netns".into(),
+            mode: NetworkMode::Auto,
+            preferred_family: Family::Ipv4,
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dir: "/opt/cni/bin".into(),
+            cni_timeout_seconds: 60,
+            cni_max_plugins: 0,
         }
     }
 }
@@ -280,6 +316,9 @@ impl Config {
         let invalid = |why: String| Error::invalid(format!("configuration {}: {why}", file.display()));
         let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
         config.containers.check().map_err(invalid)?;
+        if config.network.cni_timeout_seconds == 0 {
+            return Err(invalid("network.cni_timeout_seconds: 0 seconds for a plugin".into()));
+        }
         Ok(config)
     }
 

@@ -107,6 +107,11 @@ impl Pod {
         .map(drop)
     }
 
+    /// Leaves it to the daemon to unpin the network namespace.
+    pub(super) fn leave_pin(&mut self) {
+        self.pin = None;
+    }
+
     /// Undoes [`Pod::setup`] but for the monitor's own place. What fails is noted: there is nobody to do it better.
     pub(super) fn release(&mut self) {
         if let Some(init) = self.init.take() {

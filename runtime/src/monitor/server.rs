@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use windlass_proto::frame::PROTOCOL_VERSION;
 use windlass_proto::monitor::{
-    ContainerState, Empty, Failure, Frame, SetupReply, SetupRequest, StateReply, container_state, frame::Body,
+    ContainerState, Empty, Failure, Frame, SetupReply, SetupRequest, ShutdownRequest, StateReply, container_state, frame::Body,
 };
 
 /// Connections through the listening socket, besides the one given at the start.
@@ -211,7 +211,7 @@ impl Monitor {
             Some(Body::CloseStdin(request)) => self.close_stdin(to, &request.container_id),
             Some(Body::Sockets(_)) => self.sockets(to),
             Some(Body::Update(request)) => self.update(to, &request.container_id, &request.resources),
-            Some(Body::Shutdown(_)) => self.begin_shutdown(to),
+            Some(Body::Shutdown(request)) => self.begin_shutdown(to, &request),
             _ => Err(StepError::because(Kind::Unsupported, "serve", "", "not a request that this monitor knows")),
         };
         if let Err(error) = result {
@@ -276,9 +276,12 @@ impl Monitor {
         self.reap();
     }
 
-    fn begin_shutdown(&mut self, to: Reply) -> Result<(), StepError> {
+    fn begin_shutdown(&mut self, to: Reply, request: &ShutdownRequest) -> Result<(), StepError> {
         if self.shutdown.is_some() {
             return Err(StepError::because(Kind::WrongState, "shut down", "", "already under way"));
+        }
+        if let Some(pod) = self.pod.as_mut().filter(|_| request.keep_netns) {
+            pod.leave_pin();
         }
         self.shutdown = Some(to);
         for key in self.containers.keys().copied().collect::<Vec<_>>() {

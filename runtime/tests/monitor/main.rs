@@ -199,7 +199,7 @@ impl Pod {
 
     /// Shuts down and checks that nothing is left.
     fn end(mut self) {
-        self.client.call(Body::Shutdown(ShutdownRequest {})).expect("shut down");
+        self.client.call(Body::Shutdown(ShutdownRequest::default())).expect("shut down");
         // What was started ended when the monitor went on in its cgroup.
         assert!(self.monitor.wait().unwrap().success());
         let procs = self.cgroup.join("monitor/cgroup.procs");

@@ -88,11 +88,16 @@ impl Bridge {
     /// `ready` and `attach`. Blocks.
     pub fn start(config: BridgeConfig) -> Result<Self, NetworkError> {
         let bridge = Self::open(config)?;
-        match bridge.inner.installed(true) {
-            Ok(_) => bridge.inner.warn_of_dropping_chains(),
+        bridge.make();
+        Ok(bridge)
+    }
+
+    /// Makes or repairs what pods are attached to; a failure is logged, and told by `ready`. Blocks.
+    pub fn make(&self) {
+        match self.inner.installed(true) {
+            Ok(_) => self.inner.warn_of_dropping_chains(),
             Err(error) => tracing::error!(error = %chain(&error), "pod network is not ready"),
         }
-        Ok(bridge)
     }
 
     /// Reads the address file, and makes nothing on the host before `ready` or `attach` is called. Fails for a bad configuration or

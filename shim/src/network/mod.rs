@@ -1,12 +1,13 @@
 //! The pod network: gives a pod's network namespace an interface, addresses and a way out, and takes them back.
 //!
-//! Owns the built-in bridge: its link, its address file, its nftables table. Never makes or pins a network namespace (the monitor
+//! Two implementations: the built-in bridge (its link, its address file, its nftables table) and CNI plugins. Never makes or pins a network namespace (the monitor
 //! does), never enters one: the pod's side is configured through a NETLINK_ROUTE socket that was opened inside it. Only the daemon's
 //! own network namespace is "the host" here.
 
 pub mod address;
 mod attachment;
 pub mod bridge;
+pub mod cni;
 mod firewall;
 mod hostport;
 mod netlink;
@@ -14,17 +15,26 @@ mod nfnetlink;
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attachment::{Attachment, Detachment, Dns, Interface, Kind, PodNetwork, PortMapping, Protocol};
 
 use address::Subnet;
-use bridge::Bridge;
+use bridge::{Bridge, BridgeConfig};
+use cni::Cni;
+
+use crate::config::{NetworkConfig, NetworkMode};
 
 /// What gives pods their network. The implementations share no state, and a pod is taken back by the one that attached it.
 #[derive(Debug, Clone)]
 pub struct Network {
+    mode: NetworkMode,
     bridge: Bridge,
+    cni: Cni,
+    /// The bridge was made when the daemon started, and has not been looked at since CNI took over.
+    bridge_made: Arc<AtomicBool>,
 }
 
 /// Failures, by what the caller may do about them. `Display` leaves the cause to `source`.
@@ -58,6 +68,9 @@ pub enum NetworkError {
     /// A port of the host is taken, or cannot lead to this pod; says by whom or why.
     #[error("{0}")]
     HostPort(String),
+    /// A plugin failed, or the network is not configured rightly.
+    #[error("CNI network {network}: {reason}")]
+    Cni { network: String, reason: String },
     /// The nftables rules could not be installed or removed.
     #[error("nftables table {table}: {reason}")]
     Firewall { table: String, reason: String },
@@ -79,27 +92,61 @@ impl NetworkError {
 }
 
 impl Network {
-    /// Puts the implementations together.
-    pub fn new(bridge: Bridge) -> Network {
-        Network { bridge }
+    /// Opens both implementations, and makes the bridge where it is the one that attaches. `state` is the folder of their files. Blocks.
+    pub fn start(config: &NetworkConfig, bridge: BridgeConfig, state: &Path) -> Result<Network, NetworkError> {
+        let cni = Cni::open(config, state.join("cni"))?;
+        let network =
+            Network { mode: config.mode, bridge: Bridge::open(bridge)?, cni, bridge_made: Arc::new(AtomicBool::new(false)) };
+        if network.kind() == Kind::Bridge {
+            network.bridge.make();
+            network.bridge_made.store(true, Ordering::Relaxed);
+        }
+        Ok(network)
     }
 
-    /// What attaches a pod from now on.
+    /// What attaches a pod from now on. Where CNI has once been chosen it stays: while its configuration is replaced, pods wait for
+    /// it and do not come up on another network.
     pub fn kind(&self) -> Kind {
-        Kind::Bridge
+        match self.mode {
+            NetworkMode::Bridge => Kind::Bridge,
+            NetworkMode::Cni => Kind::Cni,
+            NetworkMode::Auto if self.cni.seen() => Kind::Cni,
+            NetworkMode::Auto => Kind::Bridge,
+        }
     }
 
     /// Connects a pod by the implementation that its record names; on failure nothing remains, or it is taken back later.
     pub async fn attach(&self, kind: Kind, pod: Attachment) -> Result<PodNetwork, NetworkError> {
         match kind {
-            Kind::Bridge | Kind::Cni => self.bridge.attach(pod).await,
+            Kind::Bridge => self.bridge.attach(pod).await,
+            Kind::Cni => {
+                self.leave_bridge(false);
+                self.cni.attach(pod).await
+            }
         }
     }
 
     /// Takes back all that `attach` gave; succeeds when there is nothing.
     pub async fn detach(&self, kind: Kind, pod: &Detachment) -> Result<(), NetworkError> {
         match kind {
-            Kind::Bridge | Kind::Cni => self.bridge.detach(&pod.pod_id).await,
+            Kind::Bridge => {
+                self.bridge.detach(&pod.pod_id).await?;
+                self.leave_bridge(self.kind() == Kind::Cni);
+                Ok(())
+            }
+            Kind::Cni => self.cni.detach(pod).await,
+        }
+    }
+
+    /// Removes the bridge, beside everything else, once CNI has taken over and no pod is on it any more.
+    fn leave_bridge(&self, may_be_unused: bool) {
+        if self.kind() == Kind::Cni && (self.bridge_made.swap(false, Ordering::Relaxed) || may_be_unused) {
+            let bridge = self.bridge.clone();
+            tokio::spawn(async move {
+                if let Err(error) = bridge.teardown_if_unused().await {
+                    tracing::warn!(error = %bridge::chain(&error), "the built-in bridge is not removed");
+                }
+            });
         }
     }
 
@@ -107,6 +154,7 @@ impl Network {
     pub fn reconcile(&self, live: &HashMap<String, Kind>) {
         let bridged = live.iter().filter(|(_, kind)| **kind == Kind::Bridge).map(|(pod, _)| pod.clone()).collect();
         self.bridge.reconcile(&bridged);
+        self.cni.start(live, self.mode != NetworkMode::Bridge);
     }
 
     /// Takes over what a record says a live pod has; false if another pod holds it.
@@ -116,7 +164,15 @@ impl Network {
 
     /// `Err` says, for Status's NetworkReady, why pods cannot be attached.
     pub fn ready(&self) -> Result<(), String> {
-        self.bridge.ready()
+        match self.kind() {
+            Kind::Bridge => self.bridge.ready(),
+            Kind::Cni => self.cni.ready(),
+        }
+    }
+
+    /// For a person: what attaches pods, and how it is.
+    pub fn describe(&self) -> serde_json::Value {
+        serde_json::json!({ "mode": self.mode, "attaches": self.kind(), "cni": self.cni.describe() })
     }
 
     /// Removes what the network keeps on the host if no pod uses it; says whether it did.

@@ -8,8 +8,11 @@ use crate::{
     node::Node,
     store,
 };
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 use windlass_proto::monitor::{ContainerState, StateRequest, container_state, frame::Body};
+
+/// Longest wait at start for the end of pods that were not finished.
+const UNFINISHED_LIMIT: Duration = Duration::from_secs(10);
 
 /// Loads every record and makes it agree with what runs.
 pub async fn recover(node: &Arc<Node>) {
@@ -32,21 +35,20 @@ pub async fn recover(node: &Arc<Node>) {
             }
         }
     }
+    let mut unfinished = Vec::new();
     for pod in node.pods() {
         let _turn = pod.turn.lock().await;
         match pod.phase() {
             Phase::Creating => {
-                tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
                 node.forget_pod(&pod.id);
-                reconnect_for_shutdown(node, &pod).await;
-                if let Err(error) = stop::erase(node, &pod).await {
-                    tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back");
-                }
+                unfinished.push(tokio::spawn(take_back(node.clone(), pod.clone())));
             }
             Phase::Ready => reconnect(node, &pod).await,
             Phase::NotReady => {}
         }
     }
+    // A plugin that hangs must not keep the node from serving; what is not done goes on.
+    let _ = tokio::time::timeout(UNFINISHED_LIMIT, futures_util::future::join_all(unfinished)).await;
     for pod in node.pods() {
         let record = pod.record();
         // The configuration was checked when the pod was run.
@@ -61,6 +63,15 @@ pub async fn recover(node: &Arc<Node>) {
     node.network.reconcile(&node.pods().iter().filter_map(|pod| pod.look(attached)).collect());
     // Only now are the layers of every container held.
     node.images.collect_unused();
+}
+
+async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
+    tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
+    let _turn = pod.turn.lock().await;
+    reconnect_for_shutdown(&node, &pod).await;
+    if let Err(error) = stop::erase(&node, &pod).await {
+        tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back");
+    }
 }
 
 async fn reconnect_for_shutdown(node: &Node, pod: &Pod) {

@@ -57,7 +57,7 @@ async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
     let monitor = pod.monitor();
     pod.change_always(node, |record| record.phase = Phase::NotReady);
     if let Ok(monitor) = monitor {
-        match monitor.call_within(Body::Shutdown(ShutdownRequest {}), SHUTDOWN_LIMIT).await {
+        match monitor.call_within(Body::Shutdown(ShutdownRequest { keep_netns: true }), SHUTDOWN_LIMIT).await {
             Ok(_) => leave(node, pod).await,
             Err(error) if error.kind == Kind::Unavailable => {}
             Err(error) => tracing::warn!(pod = %pod.id, %error, "the monitor did not end the pod; killing it"),

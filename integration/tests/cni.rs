@@ -1,0 +1,445 @@
+//! The pod network by CNI: Debian's plugins as they are, and a plugin of ours, a shell script, for what real ones do not do on demand.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+use windlass_integration::{
+    client::{Client, pod},
+    daemon::Daemon,
+    leak::Snapshot,
+    node,
+};
+use windlass_proto::cri;
+
+/// Where Debian's package containernetworking-plugins lies.
+const PLUGINS: &str = "/usr/lib/cni";
+/// Pods of the soak here; `WINDLASS_CNI_SOAK_PODS` sets another number.
+const SOAK_PODS: usize = 40;
+/// As many of them at a time.
+const SOAK_WIDTH: usize = 20;
+/// A script that notes each call, and then does what a file named after the command says. Alone it gives a fixed address.
+const SCRIPT: &str = r#"#!/bin/sh
+input=$(cat)
+echo "$CNI_COMMAND ${CNI_CONTAINERID:-none} ${CNI_NETNS:-none}" >> DIR/calls
+printf '%s' "$input" > "DIR/input.$CNI_COMMAND"
+printf '%s' "$CNI_ARGS" > "DIR/arguments.$CNI_COMMAND"
+if [ -f "DIR/$CNI_COMMAND" ]; then . "DIR/$CNI_COMMAND"; fi
+case "$input" in *'"prevResult":'*) [ "$CNI_COMMAND" = ADD ] && printf '%s' "$input" | sed 's/.*"prevResult":\(.*\),"type":"fault"}$/\1/' && exit 0;; esac
+if [ "$CNI_COMMAND" = ADD ]; then
+  echo '{"cniVersion":"0.4.0","interfaces":[{"name":"eth0","sandbox":"x"}],"ips":[{"version":"4","interface":0,"address":"10.66.0.2/24"}]}'
+fi
+"#;
+
+/// A daemon with a configuration directory and the script, called `fault`.
+struct Ground {
+    daemon: Daemon,
+    client: Client,
+    faults: PathBuf,
+}
+
+impl Ground {
+    fn start(settings: &str, network: Option<&Value>) -> Result<Ground> {
+        let mut daemon = Daemon::prepare(&[])?;
+        let (programs, faults) = (daemon.path("plugins"), daemon.path("faults"));
+        for directory in [&programs, &faults, &daemon.path("cni")] {
+            fs::create_dir_all(directory)?;
+        }
+        let script = programs.join("fault");
+        fs::write(&script, SCRIPT.replace("DIR", &faults.to_string_lossy()))?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        let search = format!("{}:{PLUGINS}", programs.display());
+        let mut config = fs::File::options().append(true).open(daemon.path("config.toml"))?;
+        writeln!(config, "cni_bin_dir = {search:?}\n{settings}")?;
+        if let Some(network) = network {
+            fs::write(daemon.path("cni/10-test.conflist"), network.to_string())?;
+        }
+        daemon.serve()?;
+        let client = Client::connect(&daemon)?;
+        Ok(Ground { daemon, client, faults })
+    }
+
+    /// What the script does at a command; `None`: nothing of its own again.
+    fn fault(&self, command: &str, script: Option<&str>) -> Result<()> {
+        let path = self.faults.join(command);
+        match script {
+            Some(script) => Ok(fs::write(path, script)?),
+            None => Ok(fs::remove_file(path)?),
+        }
+    }
+
+    fn calls(&self, beginning: &str) -> usize {
+        let calls = fs::read_to_string(self.faults.join("calls")).unwrap_or_default();
+        calls.lines().filter(|line| line.starts_with(beginning)).count()
+    }
+
+    fn input(&self, command: &str) -> Result<Value> {
+        Ok(serde_json::from_slice(&fs::read(self.faults.join(format!("input.{command}")))?)?)
+    }
+
+    fn config(&self) -> cri::PodSandboxConfig {
+        pod(&self.daemon.path("logs"))
+    }
+
+    fn warm(&self) -> Result<Snapshot> {
+        let warm = self.client.run(&self.config())?;
+        self.client.remove(&warm)?;
+        self.snapshot()
+    }
+
+    fn snapshot(&self) -> Result<Snapshot> {
+        Snapshot::take(&self.daemon)
+    }
+
+    /// Attachments on record and addresses that host-local holds.
+    fn held(&self) -> Vec<String> {
+        let mut held = Vec::new();
+        let addresses = self.daemon.path("addresses/test");
+        for directory in [self.daemon.root().join("network/cni"), addresses] {
+            let names = fs::read_dir(directory).into_iter().flatten().flatten();
+            held.extend(names.filter_map(|entry| entry.file_name().into_string().ok()));
+        }
+        held.retain(|name| !name.starts_with("last_reserved_ip") && name != "lock");
+        held
+    }
+
+    fn ready(&self) -> Result<(bool, String)> {
+        let status = self.client.status(cri::StatusRequest { verbose: false })?.status.context("status")?;
+        let network = status.conditions.iter().find(|condition| condition.r#type == "NetworkReady").context("NetworkReady")?;
+        Ok((network.status, network.message.clone()))
+    }
+
+    fn stop(&self, pod: &str) -> Result<(), tonic::Status> {
+        self.client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod.into() }).map(drop)
+    }
+}
+
+fn wait_for(what: &str, limit: Duration, mut check: impl FnMut() -> Result<bool>) -> Result<Duration> {
+    let begun = Instant::now();
+    while !check()? {
+        ensure!(begun.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(begun.elapsed())
+}
+
+const LONG: Duration = Duration::from_secs(15);
+
+/// A chain of Debian's plugins with both families, and `more` after them.
+fn real(daemon: &Daemon, more: &[Value]) -> Value {
+    let ranges = json!([[{ "subnet": "10.88.0.0/24" }], [{ "subnet": "fd00:88::/64" }]]);
+    let routes = json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]);
+    let mut plugins = vec![
+        json!({ "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+            "ipam": { "type": "host-local", "dataDir": daemon.path("addresses"), "ranges": ranges, "routes": routes } }),
+        json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" } }),
+        json!({ "type": "portmap", "capabilities": { "portMappings": true } }),
+        json!({ "type": "firewall" }),
+    ];
+    plugins.extend_from_slice(more);
+    json!({ "name": "test", "cniVersion": "1.0.0", "plugins": plugins })
+}
+
+/// The script alone.
+fn scripted(version: &str) -> Value {
+    json!({ "name": "test", "cniVersion": version, "plugins": [{ "type": "fault" }] })
+}
+
+/// A ground whose network is made of real plugins; the file is written when the daemon's directory is known.
+fn real_ground(settings: &str, more: &[Value]) -> Result<Ground> {
+    let ground = Ground::start(&format!("mode = \"cni\"\n{settings}"), None)?;
+    fs::write(ground.daemon.path("cni/10-test.conflist"), real(&ground.daemon, more).to_string())?;
+    wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+    Ok(ground)
+}
+
+fn netns_of(pod: &str) -> String {
+    format!("windlass-{}", &pod[..32])
+}
+
+#[test]
+fn real_plugins_give_both_families_a_host_port_and_take_all_back() -> Result<()> {
+    node::run(|| {
+        let ground = real_ground("", &[])?;
+        node::run_command("ip", &["link", "add", "host0", "type", "bridge"])?;
+        node::run_command("ip", &["address", "add", "192.0.2.1/24", "dev", "host0"])?;
+        node::run_command("ip", &["link", "set", "host0", "up"])?;
+        let mut config = ground.config();
+        let mapping = cri::PortMapping { protocol: 0, container_port: 80, host_port: 8080, host_ip: String::new() };
+        config.port_mappings.push(mapping);
+        // The first pod leaves the plugins' own chains, as theirs do everywhere.
+        let warm = ground.client.run(&config)?;
+        ground.client.remove(&warm)?;
+        let before = ground.snapshot()?;
+
+        let id = ground.client.run(&config)?;
+        let network = ground.client.pod(&id)?.network.context("network")?;
+        let second: Vec<&str> = network.additional_ips.iter().map(|ip| ip.ip.as_str()).collect();
+        ensure!(network.ip.starts_with("10.88.0.") && second.len() == 1 && second[0].starts_with("fd00:88::"), "{network:?}");
+        let netns = netns_of(&id);
+        let inside = node::output_of("ip", &["netns", "exec", &netns, "ip", "-o", "address"])?;
+        ensure!(inside.contains(&network.ip) && inside.contains(second[0]) && inside.contains("127.0.0.1/8"), "{inside}");
+        let sysctl = node::output_of("ip", &["netns", "exec", &netns, "cat", "/proc/sys/net/core/somaxconn"])?;
+        ensure!(sysctl.trim() == "500", "{sysctl}");
+        let mut server = std::process::Command::new("ip")
+            .args(["netns", "exec", &netns, "busybox", "nc", "-l", "-p", "80", "-e", "echo", "hello"])
+            .spawn()?;
+        let mut heard = String::new();
+        let reached = wait_for("the host port", LONG, || match TcpStream::connect("192.0.2.1:8080") {
+            Ok(mut stream) => {
+                stream.set_read_timeout(Some(LONG))?;
+                Ok(stream.read_to_string(&mut heard).is_ok() && heard == "hello\n")
+            }
+            Err(_) => Ok(false),
+        });
+        let _ = server.kill();
+        server.wait()?;
+        reached?;
+        let request = cri::StatusRequest { verbose: true };
+        let info = ground.client.status(request)?.info.get("network").context("network")?.clone();
+        ensure!(info.contains("10-test.conflist") && info.contains("portmap"), "{info}");
+
+        ground.client.remove(&id)?;
+        ensure!(ground.held().is_empty(), "{:?}", ground.held());
+        before.expect_same(&ground.snapshot()?)
+    })
+}
+
+#[test]
+fn a_failing_plugin_of_a_chain_leaves_nothing_and_its_words_in_the_error() -> Result<()> {
+    node::run(|| {
+        let ground = real_ground("cni_timeout_seconds = 4", &[json!({ "type": "fault" })])?;
+        let before = ground.warm()?;
+        let reported =
+            r#"echo '{"cniVersion":"1.0.0","code":123,"msg":"no room","details":"rack 7"}'; echo "a hint" >&2; exit 1"#;
+        for (script, words) in [
+            (reported, &["plugin \"fault\"", "no room; rack 7 (code 123)", "a hint"][..]),
+            ("echo garbage; exit 0", &["plugin \"fault\"", "not JSON"][..]),
+            ("echo garbage; exit 3", &["plugin \"fault\"", "garbage", "3"][..]),
+            ("exit 1", &["plugin \"fault\"", "without a word"][..]),
+            ("yes; sleep 1000", &["plugin \"fault\"", "more than 1048576 bytes"][..]),
+            ("sleep 12345 & sleep 12345", &["plugin \"fault\"", "not done in time"][..]),
+        ] {
+            ground.fault("ADD", Some(script))?;
+            let begun = Instant::now();
+            let error = ground.client.run(&ground.config()).expect_err(script);
+            for word in words {
+                ensure!(error.message().contains(word), "{script}: {error}");
+            }
+            ensure!(begun.elapsed() < LONG, "{:?}", begun.elapsed());
+            ensure!(ground.held().is_empty(), "{script}: {:?}", ground.held());
+            ensure!(node::output_of("pgrep", &["-f", "sleep 12345"]).is_err(), "the plugin's children live");
+        }
+        ground.fault("ADD", None)?;
+        let id = ground.client.run(&ground.config())?;
+        ensure!(ground.input("ADD")?["prevResult"]["ips"].as_array().is_some_and(|ips| ips.len() == 2), "no result before it");
+        ground.client.remove(&id)?;
+        before.expect_same(&ground.snapshot()?)
+    })
+}
+
+#[test]
+fn a_stop_fails_only_if_add_succeeded_and_del_did_not_and_del_is_tried_until_it_does() -> Result<()> {
+    node::run(|| {
+        let ground = Ground::start("", Some(&scripted("0.4.0")))?;
+        let before = ground.warm()?;
+        let id = ground.client.run(&ground.config())?;
+        let arguments = fs::read_to_string(ground.faults.join("arguments.ADD"))?;
+        ensure!(
+            arguments.contains("K8S_POD_NAMESPACE=test;") && arguments.contains(&format!("INFRA_CONTAINER_ID={id};")),
+            "{arguments}"
+        );
+        let failing = "n=$(cat DIR/count 2>/dev/null || echo 0); n=$((n+1)); echo $n > DIR/count; [ $n -gt 3 ] || { echo busy >&2; exit 1; }";
+        ground.fault("DEL", Some(&failing.replace("DIR", &ground.faults.to_string_lossy())))?;
+        let error = ground.stop(&id).expect_err("DEL fails");
+        ensure!(error.message().contains("DEL: plugin \"fault\"") && error.message().contains("busy"), "{error}");
+        ensure!(ground.input("DEL")?["prevResult"]["ips"][0]["address"] == "10.66.0.2/24", "no result");
+        wait_for("the owed DEL", LONG, || Ok(ground.held().is_empty()))?;
+        ensure!(ground.calls(&format!("DEL {id}")) == 4, "{}", ground.calls("DEL"));
+        ground.client.remove(&id)?;
+
+        fs::remove_file(ground.faults.join("count"))?;
+        ground.fault("ADD", Some("exit 1"))?;
+        ground.client.run(&ground.config()).expect_err("ADD fails");
+        wait_for("the owed DEL of a failed ADD", LONG, || Ok(ground.held().is_empty()))?;
+        before.expect_same(&ground.snapshot()?)
+    })
+}
+
+#[test]
+fn a_daemon_killed_in_an_add_takes_it_back_when_it_starts_again() -> Result<()> {
+    node::run(|| {
+        let mut ground = real_ground("", &[json!({ "type": "fault" })])?;
+        let before = ground.warm()?;
+        ground.fault("ADD", Some("sleep 54321"))?;
+        let (config, client) = (ground.config(), Client::connect(&ground.daemon)?);
+        let calls = ground.calls("ADD");
+        let running = std::thread::spawn(move || client.run(&config));
+        wait_for("the ADD", LONG, || Ok(ground.calls("ADD") > calls))?;
+        ensure!(!ground.held().is_empty(), "nothing was recorded");
+        ground.daemon.kill9()?;
+        ensure!(running.join().ok().context("the caller")?.is_err());
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
+        wait_for("all is taken back", LONG, || Ok(ground.held().is_empty()))?;
+        ensure!(node::output_of("pgrep", &["-f", "sleep 54321"]).is_err(), "the plugin lives");
+        ground.fault("ADD", None)?;
+        before.expect_same(&ground.warm()?)
+    })
+}
+
+#[test]
+fn after_a_reboot_addresses_come_back_though_the_namespaces_are_gone() -> Result<()> {
+    node::run(|| {
+        let mut ground = real_ground("", &[json!({ "type": "fault" })])?;
+        let before = ground.warm()?;
+        let ids = [ground.client.run(&ground.config())?, ground.client.run(&ground.config())?];
+        ensure!(ground.held().len() == 6, "{:?}", ground.held());
+        ground.daemon.kill9()?;
+        for monitor in ground.daemon.monitors() {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitor), nix::sys::signal::Signal::SIGKILL)?;
+        }
+        wait_for("the monitors' end", LONG, || Ok(ground.daemon.monitors().is_empty()))?;
+        for id in &ids {
+            let pin = Path::new("/run/netns").join(netns_of(id));
+            node::run_command("umount", &[&pin.to_string_lossy()])?;
+            fs::remove_file(pin)?;
+        }
+        fs::remove_dir_all(ground.daemon.state())?;
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
+        wait_for("the addresses", LONG, || Ok(ground.held().is_empty()))?;
+        for id in &ids {
+            ensure!(ground.calls(&format!("DEL {id} none")) >= 1, "no DEL without a namespace");
+            ensure!(ground.client.pod(id)?.state() == cri::PodSandboxState::SandboxNotready);
+            ground.client.remove(id)?;
+        }
+        // Links go with their namespaces, which the kernel ends when it likes. What the bridge plugin masqueraded stays until it is asked
+        // with a namespace, or the kernel's rules are gone as after a true reboot.
+        let links = |text: &str| text.lines().filter(|line| line.contains("veth")).count();
+        wait_for("the links", LONG, || Ok(links(&node::output_of("ip", &["-o", "link"])?) == 0))?;
+        drop(before);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_network_that_appears_later_takes_over_and_a_broken_file_changes_nothing() -> Result<()> {
+    node::run(|| {
+        let ground = Ground::start("", None)?;
+        ensure!(ground.ready()?.0, "the built-in bridge serves");
+        let bridged = ground.client.run(&ground.config())?;
+        ensure!(ground.client.pod(&bridged)?.network.context("network")?.ip.starts_with("10.57."));
+        let file = ground.daemon.path("cni/20-late.conflist");
+        let attaches = |kind: &str| -> Result<bool> {
+            let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
+            let network: Value = serde_json::from_str(info.get("network").context("network")?)?;
+            Ok(network["attaches"] == kind)
+        };
+        fs::write(&file, scripted("1.0.0").to_string())?;
+        let took = wait_for("CNI", LONG, || attaches("cni"))?;
+        ensure!(took < Duration::from_millis(1500), "{took:?}");
+        let by_cni = ground.client.run(&ground.config())?;
+        ensure!(ground.client.pod(&by_cni)?.network.context("network")?.ip == "10.66.0.2");
+
+        fs::write(ground.daemon.path("cni/10-broken.conflist"), r#"{"name":"x","cniVersion":"1.0.0","plugins":[{}]}"#)?;
+        let told = "10-broken.conflist: plugins[0].type: is missing";
+        wait_for("the complaint", LONG, || Ok(ground.daemon.log().contains("10-broken")))?;
+        let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
+        ensure!(info.get("network").is_some_and(|text| text.contains(told)), "{info:?}");
+        ensure!(ground.ready()?.0, "{:?}", ground.ready()?);
+        fs::write(&file, "{")?;
+        wait_for("the second complaint", LONG, || Ok(ground.daemon.log().contains("20-late.conflist why")))?;
+        let another = ground.client.run(&ground.config())?;
+
+        for id in [&bridged, &by_cni, &another] {
+            ground.client.remove(id)?;
+        }
+        ensure!(ground.calls(&format!("DEL {bridged}")) == 0 && ground.calls(&format!("DEL {by_cni}")) == 1, "each by its own");
+        wait_for("the bridge is gone", LONG, || Ok(!node::output_of("ip", &["-o", "link"])?.contains("wlt")))?;
+        fs::remove_file(&file)?;
+        wait_for("not ready", LONG, || Ok(!ground.ready()?.0))?;
+        let error = ground.client.run(&ground.config()).expect_err("no network");
+        ensure!(error.message().contains(told), "{error}");
+        Ok(())
+    })
+}
+
+#[test]
+fn status_is_asked_in_the_background_and_gc_is_told_what_counts() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::start("mode = \"cni\"", Some(&scripted("1.1.0")))?;
+        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        for _ in 0..50 {
+            ground.ready()?;
+        }
+        ensure!(ground.calls("STATUS") == 1, "{} STATUS calls", ground.calls("STATUS"));
+        let id = ground.client.run(&ground.config())?;
+        ground.daemon.kill9()?;
+        ground.fault("STATUS", Some(r#"echo '{"cniVersion":"1.1.0","code":50,"msg":"the agent is away"}'; exit 1"#))?;
+        let collected = ground.calls("GC");
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
+        wait_for("GC", LONG, || Ok(ground.calls("GC") > collected && ground.input("GC").is_ok()))?;
+        let expected = json!([{ "containerID": id, "ifname": "eth0" }]);
+        ensure!(ground.input("GC")?["cni.dev/valid-attachments"] == expected, "{}", ground.input("GC")?);
+        wait_for("CHECK", LONG, || Ok(ground.calls(&format!("CHECK {id}")) == 1))?;
+        wait_for("not ready", LONG, || Ok(ground.ready()?.1.contains("the agent is away")))?;
+        ground.fault("STATUS", None)?;
+        wait_for("ready again", LONG, || Ok(ground.ready()?.0))?;
+        ground.client.remove(&id)?;
+        ensure!(ground.held().is_empty(), "{:?}", ground.held());
+        Ok(())
+    })
+}
+
+#[test]
+fn many_pods_at_a_time_leave_nothing() -> Result<()> {
+    node::run(|| {
+        let ground = real_ground("", &[])?;
+        let before = ground.warm()?;
+        let pods = match std::env::var("WINDLASS_CNI_SOAK_PODS") {
+            Ok(number) => number.parse()?,
+            Err(_) => SOAK_PODS,
+        };
+        let begun = Instant::now();
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        let logs = ground.daemon.path("logs");
+        let worker = |client: Client| -> Result<Vec<Duration>> {
+            let mut times = Vec::new();
+            while next.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < pods {
+                let start = Instant::now();
+                let id = client.run(&pod(&logs))?;
+                times.push(start.elapsed());
+                client.remove(&id)?;
+            }
+            Ok(times)
+        };
+        let clients = (0..SOAK_WIDTH).map(|_| Client::connect(&ground.daemon)).collect::<Result<Vec<_>>>()?;
+        let mut times = std::thread::scope(|scope| -> Result<Vec<Duration>> {
+            let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(|| worker(client))).collect();
+            let mut all = Vec::new();
+            for thread in threads {
+                match thread.join() {
+                    Ok(times) => all.extend(times?),
+                    Err(_) => bail!("a worker panicked"),
+                }
+            }
+            Ok(all)
+        })?;
+        times.sort_unstable();
+        let (half, last) = (times[times.len() / 2], times[times.len() - 1]);
+        println!(
+            "{pods} pods, {SOAK_WIDTH} at a time, in {:?}; RunPodSandbox median {half:?}, longest {last:?}",
+            begun.elapsed()
+        );
+        ensure!(ground.held().is_empty(), "{:?}", ground.held());
+        before.expect_same(&ground.snapshot()?)
+    })
+}
