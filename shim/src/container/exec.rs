@@ -31,22 +31,35 @@ pub struct Output {
     pub exit_code: i32,
 }
 
-static WAITING: LazyLock<Mutex<HashMap<String, oneshot::Sender<Exit>>>> = LazyLock::new(Mutex::default);
+/// Who waits for an exec's end, and the monitor that will tell it.
+type Waiter = (oneshot::Sender<Exit>, Arc<Monitor>);
+
+/// Execs that have not ended, as far as this daemon knows.
+static WAITING: LazyLock<Mutex<HashMap<String, Waiter>>> = LazyLock::new(Mutex::default);
 const POISON: &str = "never poisoned: no panic while held";
 
 /// The monitor says that an exec has ended.
 pub fn finished(exec_id: &str, exit: Exit) {
-    if let Some(waiter) = WAITING.lock().expect(POISON).remove(exec_id) {
+    if let Some((waiter, _)) = WAITING.lock().expect(POISON).remove(exec_id) {
         let _ = waiter.send(exit);
     }
 }
 
-/// Forgets the waiter however the call ends, also when the caller goes away.
+/// A monitor is gone: nobody will tell how its execs ended.
+pub fn lost() {
+    WAITING.lock().expect(POISON).retain(|_, (_, monitor)| !monitor.is_closed());
+}
+
+/// Forgets the waiter however the call ends. An exec whose caller goes away before its end has nobody to run for and is killed.
 struct Waiting(String);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        WAITING.lock().expect(POISON).remove(&self.0);
+        let left = WAITING.lock().expect(POISON).remove(&self.0);
+        if let (Some((_, monitor)), Ok(runtime)) = (left, tokio::runtime::Handle::try_current()) {
+            let id = std::mem::take(&mut self.0);
+            runtime.spawn(async move { kill(&monitor, &id).await });
+        }
     }
 }
 
@@ -64,12 +77,16 @@ pub(super) struct Started {
 impl Started {
     /// Kills everything that the exec has started and that has not left its cgroup.
     pub(super) async fn kill(&self) {
-        let kill = Body::KillExec(KillExecRequest { exec_id: self.id.clone(), signal: 0 });
-        match self.monitor.call_within(kill, KILL_LIMIT).await {
-            Ok(_) => {}
-            Err(error) if matches!(error.kind, Kind::NotFound | Kind::Unavailable) => {}
-            Err(error) => tracing::warn!(exec = %self.id, %error, "exec not killed"),
-        }
+        kill(&self.monitor, &self.id).await;
+    }
+}
+
+async fn kill(monitor: &Monitor, id: &str) {
+    let kill = Body::KillExec(KillExecRequest { exec_id: id.to_owned(), signal: 0 });
+    match monitor.call_within(kill, KILL_LIMIT).await {
+        Ok(_) => {}
+        Err(error) if matches!(error.kind, Kind::NotFound | Kind::Unavailable) => {}
+        Err(error) => tracing::warn!(exec = %id, %error, "exec not killed"),
     }
 }
 
@@ -84,7 +101,7 @@ pub(super) async fn start(node: &Node, container: &Container, command: Vec<Strin
     let monitor = node.pod(&container.pod_id)?.monitor()?;
     let id = new_id()?[..16].to_owned();
     let (sender, exit) = oneshot::channel();
-    WAITING.lock().expect(POISON).insert(id.clone(), sender);
+    WAITING.lock().expect(POISON).insert(id.clone(), (sender, monitor.clone()));
     let waiting = Waiting(id.clone());
     let first = command.first().cloned();
     let process = super::spec::exec_process(&node.container_directory(&container.id), command, wanted.tty)?;

@@ -37,6 +37,7 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
             }
         }
         drop(monitor);
+        container::exec::lost();
         if pod.phase() == Phase::Ready {
             let _turn = pod.turn.lock().await;
             if pod.phase() == Phase::Ready && pod.monitor().is_err() {

@@ -319,6 +319,11 @@ pub(super) fn exec_process(bundle: &Path, command: Vec<String>, terminal: bool) 
     let mut process = spec["process"].take();
     process["args"] = json!(command);
     process["terminal"] = json!(terminal);
+    if let Some(environment) = process["env"].as_array_mut().filter(|_| terminal)
+        && !environment.iter().any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with("TERM=")))
+    {
+        environment.push(json!("TERM=xterm"));
+    }
     Ok(process.to_string())
 }
 
