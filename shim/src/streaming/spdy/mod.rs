@@ -167,9 +167,6 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
                 open.queue = None;
             }
         }
-        if last && let Some(open) = self.open.get_mut(&stream) {
-            open.queue = None;
-        }
         if last {
             self.open.remove(&stream);
         }
