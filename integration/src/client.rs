@@ -59,6 +59,9 @@ calls! {
     runtime_service: container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
     runtime_service: pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
     runtime_service: list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
+    runtime_service: list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+    runtime_service: list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
+    runtime_service: update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest) -> UpdatePodSandboxResourcesResponse;
     image_service: list_images(ListImagesRequest) -> ListImagesResponse;
     image_service: image_status(ImageStatusRequest) -> ImageStatusResponse;
     image_service: pull_image(PullImageRequest) -> PullImageResponse;
@@ -120,6 +123,19 @@ impl Client {
     pub fn exec(&self, id: &str, command: &[&str]) -> Result<cri::ExecSyncResponse, Status> {
         let cmd = command.iter().map(|word| (*word).to_owned()).collect();
         self.exec_sync(cri::ExecSyncRequest { container_id: id.into(), cmd, timeout: 20 })
+    }
+
+    /// Metrics of all pods, by the call that streams them.
+    pub fn streamed_metrics(&self) -> Result<Vec<cri::PodSandboxMetrics>, Status> {
+        let mut client = self.runtime_service.clone();
+        self.runtime.block_on(async {
+            let mut stream = client.stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest {}).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(message) = stream.message().await? {
+                all.extend(message.pod_sandbox_metrics);
+            }
+            Ok(all)
+        })
     }
 
     /// A URL at which a command's streams are served.

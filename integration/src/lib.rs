@@ -12,6 +12,7 @@ pub mod image;
 pub mod kubelet;
 pub mod leak;
 pub mod measure;
+pub mod metrics;
 pub mod node;
 pub mod registry;
 pub mod setup;

@@ -72,3 +72,43 @@ fn events_tell_a_pods_life_in_order_and_end_with_the_daemon() {
     })
     .expect("events");
 }
+
+#[test]
+fn a_start_that_fails_is_one_end_and_no_start() {
+    node::run(|| {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        let config = pod(&daemon.path("logs"));
+        let id = client.run(&config)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let address = format!("unix://{}", daemon.socket().display());
+        let mut events = runtime.block_on(async {
+            let mut client = RuntimeServiceClient::new(Endpoint::from_shared(address)?.connect().await?);
+            anyhow::Ok(client.get_container_events(cri::GetEventsRequest {}).await?.into_inner())
+        })?;
+        let mut expected = Vec::new();
+        for number in 0..50 {
+            let created = client.create(&id, &config, &container(&config, &format!("bad-{number}"), &["/no/such/program"]))?;
+            ensure!(client.start(&created).is_err(), "it started");
+            let status = client.container(&created)?;
+            ensure!(status.reason == "StartError" && status.exit_code == 128, "{status:?}");
+            client.remove_container(cri::RemoveContainerRequest { container_id: created.clone() })?;
+            expected.extend([(created.clone(), Kind::ContainerCreatedEvent), (created.clone(), Kind::ContainerStoppedEvent)]);
+            expected.push((created, Kind::ContainerDeletedEvent));
+        }
+        let mut seen = Vec::new();
+        while seen.len() < expected.len() {
+            let event = runtime.block_on(async { tokio::time::timeout(EVENT_LIMIT, events.next()).await });
+            let event = event.context("an event in time")?.context("the stream goes on")??;
+            if event.container_event_type() == Kind::ContainerStoppedEvent {
+                let status = event.containers_statuses.iter().find(|status| status.id == event.container_id);
+                ensure!(status.is_some_and(|status| status.reason == "StartError"), "told as {status:?}");
+            }
+            seen.push((event.container_id.clone(), event.container_event_type()));
+        }
+        ensure!(seen == expected, "events: {seen:#?}");
+        client.remove(&id)?;
+        Ok(())
+    })
+    .expect("events");
+}

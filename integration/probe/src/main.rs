@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Some("lines") => lines(number(1), Duration::from_micros(number(2))),
         Some("sleep") => std::thread::sleep(Duration::from_secs(number(1))),
         Some("hold-mem") => hold(number(1)),
+        Some("load") => load([number(1), number(2), number(3), number(4)], words.get(5).map_or("", String::as_str)),
         Some("flood") => flood(number(1)),
         Some("echo") => echo(u16::try_from(number(1)).unwrap_or(0)),
         _ => println!("{}", report()),
@@ -47,6 +48,35 @@ fn hold(mebibytes: u64) {
     println!("holding {mebibytes} MiB");
     std::thread::sleep(Duration::from_secs(3600));
     std::hint::black_box(&memory);
+}
+
+/// Does what was asked, as exactly as it can: sends MiB to `address`, writes MiB to /written, touches MiB of memory, and burns the processor
+/// until the process has used so many milliseconds of it. Then it keeps the memory, an open socket and still.
+fn load([cpu_ms, touch, write, send]: [u64; 4], address: &str) {
+    let chunk = vec![7u8; 1 << 20];
+    let mut socket = std::net::TcpStream::connect(address).ok();
+    if let Some(socket) = &mut socket {
+        for _ in 0..send {
+            let _ = socket.write_all(&chunk);
+        }
+    }
+    if let Ok(mut file) = fs::File::create("/written") {
+        for _ in 0..write {
+            let _ = file.write_all(&chunk);
+        }
+        let _ = file.sync_all();
+    }
+    let mut memory = vec![0u8; usize::try_from(touch << 20).unwrap_or(0)];
+    for page in memory.iter_mut().step_by(4096) {
+        *page = 1;
+    }
+    let used = || rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    while used().tv_sec * 1000 + used().tv_nsec / 1_000_000 < i64::try_from(cpu_ms).unwrap_or(0) {
+        std::hint::black_box((0..1000).sum::<u64>());
+    }
+    println!("done");
+    std::thread::sleep(Duration::from_secs(3600));
+    std::hint::black_box((&memory, &socket));
 }
 
 fn flood(bytes: u64) {

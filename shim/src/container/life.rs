@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Kind, Result},
     events::EventKind,
     node::{Node, now_ns},
+    pod::Phase,
     store,
 };
 use std::{sync::Arc, time::Duration};
@@ -29,6 +30,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     };
     let monitor = node.pod(&container.pod_id)?.monitor()?;
     let started_at_ns = now_ns();
+    let starting = container.ending.start(|exit| container.publish_end(node, exit));
     // Published before the gate opens, so that the exit of a short program always finds a running container.
     container.change(|record| record.state = State::Running { pid, started_at_ns })?;
     match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
@@ -39,10 +41,12 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
         }
         Err(error) => {
             let error = error.during(format_args!("start container {}", container.look(|record| record.name().to_owned())));
-            let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
-            let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
-            container.change_always(|record| record.state = state.clone());
-            container.tell_stopped(node);
+            starting.failed(|| {
+                let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
+                let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
+                container.change_always(|record| record.state = state.clone());
+                container.tell_stopped(node);
+            });
             Err(error)
         }
     }
@@ -98,6 +102,10 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
         return Ok(());
     }
     stop(node, container, Duration::ZERO).await?;
+    if let Ok(pod) = node.pod(&container.pod_id) {
+        // One that an earlier daemon saw end was not read yet, and its cgroup goes now.
+        node.stats.note_ended(node, &pod, &container.id, &mut pod.ended());
+    }
     if let Ok(monitor) = node.pod(&container.pod_id).and_then(|pod| pod.monitor()) {
         match monitor.call(Body::Delete(DeleteRequest { container_id: container.id.clone() })).await {
             Ok(_) => {}
@@ -107,13 +115,31 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
     }
     let _ = std::fs::remove_file(node.run_directory(&container.pod_id).join("exits").join(format!("{}.json", container.id)));
     store::remove_tree(&node.container_directory(&container.id))?;
-    node.forget_container(&container.id);
-    node.stats.forget(&container.id);
+    forget(node, container);
     if let Ok(pod) = node.pod(&container.pod_id) {
         node.tell(&pod, &container.id, EventKind::ContainerDeletedEvent);
     }
     tracing::info!(pod = %container.pod_id, container = %container.id, "container removed");
     Ok(())
+}
+
+/// Drops it from the lists. What it used stays its pod's.
+fn forget(node: &Node, container: &Container) {
+    let Ok(pod) = node.pod(&container.pod_id) else {
+        node.forget_container(&container.id);
+        return node.stats.forget(&container.id);
+    };
+    let removed_ns = {
+        let mut ended = pod.ended();
+        node.forget_container(&container.id);
+        ended.removed(&container.id)
+    };
+    node.stats.forget(&container.id);
+    if pod.look(|record| record.phase == Phase::Ready && record.removed_cpu_ns != removed_ns)
+        && let Err(error) = pod.change(node, |record| record.removed_cpu_ns = removed_ns)
+    {
+        tracing::warn!(pod = %pod.id, %error, "processor time of a removed container not written");
+    }
 }
 
 /// Changes the limits of a created or running container, all of them or none.

@@ -8,6 +8,7 @@
 //! ```
 
 mod create;
+mod ending;
 pub mod exec;
 mod identity;
 mod image_volume;
@@ -19,6 +20,7 @@ pub use create::create;
 pub use life::{remove, reopen_log, start, stop, update};
 
 use crate::{error::Result, events::EventKind, image::Lease, node::Node, store};
+use ending::Ending;
 use serde::{Deserialize, Serialize};
 use std::{
     path::{Path, PathBuf},
@@ -115,6 +117,7 @@ pub struct Container {
     writing: Mutex<()>,
     /// Whether its start has been told; held while it is told.
     started_told: Mutex<bool>,
+    ending: Ending,
 }
 
 impl Container {
@@ -123,6 +126,7 @@ impl Container {
             id: record.id.clone(),
             pod_id: record.pod_id.clone(),
             path: node.container_directory(&record.id).join("record.json"),
+            ending: Ending::new(matches!(record.state, State::Exited { .. })),
             record: watch::Sender::new(record),
             _lease: lease,
             turn: tokio::sync::Mutex::new(()),
@@ -165,16 +169,19 @@ impl Container {
         }
     }
 
-    /// Publishes that the container has ended. A second word on the same end changes nothing.
+    /// Publishes that the container has ended. A second word on the same end changes nothing, and one that comes in the middle of a start
+    /// waits for the start's own outcome.
     pub fn exited(&self, node: &Node, exit: Exit) {
-        if self.is_exited() {
-            return;
-        }
+        self.ending.exited(exit, |exit| self.publish_end(node, exit));
+    }
+
+    fn publish_end(&self, node: &Node, exit: Exit) {
         let started_at_ns = self.look(|record| match record.state {
             State::Running { started_at_ns, .. } => started_at_ns,
             _ => 0,
         });
-        self.end(State::Exited { started_at_ns, exit, reason: exit.reason().into(), message: String::new() });
+        let state = State::Exited { started_at_ns, exit, reason: exit.reason().into(), message: String::new() };
+        self.change_always(|record| record.state = state.clone());
         tracing::info!(pod = %self.pod_id, container = %self.id, code = exit.code, oom_killed = exit.oom_killed, "container exited");
         self.tell_stopped(node);
     }
@@ -191,6 +198,9 @@ impl Container {
     /// Tells that it has ended; its start comes first, however soon the end came.
     fn tell_stopped(&self, node: &Node) {
         node.stats.ended(&self.id);
+        if let Ok(pod) = node.pod(&self.pod_id) {
+            node.stats.note_ended(node, &pod, &self.id, &mut pod.ended());
+        }
         let started = self.look(|record| matches!(record.state, State::Exited { started_at_ns, .. } if started_at_ns != 0));
         if started {
             self.tell_started(node);
@@ -198,14 +208,6 @@ impl Container {
         if let Ok(pod) = node.pod(&self.pod_id) {
             node.tell(&pod, &self.id, EventKind::ContainerStoppedEvent);
         }
-    }
-
-    fn end(&self, state: State) {
-        self.change_always(|record| {
-            if !matches!(record.state, State::Exited { .. }) {
-                record.state = state.clone();
-            }
-        });
     }
 
     /// Takes over what a monitor says of a container that has not ended.

@@ -3,6 +3,7 @@
 mod deadline;
 mod image;
 pub mod images;
+mod metrics;
 mod runtime;
 mod stats;
 mod status;

@@ -12,12 +12,10 @@ use crate::{
     pod,
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
-use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
 use windlass_proto::cri::{self, runtime_service_server::RuntimeService};
 
 type Reply<T> = Result<Response<T>, Status>;
-type NoStream<T> = Empty<Result<T, Status>>;
 
 /// Version of the kubelet's runtime API: kubelet accepts this one only.
 const KUBELET_API_VERSION: &str = "0.1.0";
@@ -333,14 +331,14 @@ impl RuntimeService for Service {
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Reply<cri::ListMetricDescriptorsResponse> {
-        Err(status::not_built("ListMetricDescriptors"))
+        Ok(Response::new(cri::ListMetricDescriptorsResponse { descriptors: super::metrics::descriptors() }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Reply<cri::ListPodSandboxMetricsResponse> {
-        Err(status::not_built("ListPodSandboxMetrics"))
+        Ok(Response::new(cri::ListPodSandboxMetricsResponse { pod_metrics: self.metrics_of_pods().await? }))
     }
 
     async fn update_pod_sandbox_resources(
@@ -393,12 +391,13 @@ impl RuntimeService for Service {
         self.events()
     }
 
-    type StreamPodSandboxMetricsStream = NoStream<cri::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = Batches<cri::StreamPodSandboxMetricsResponse>;
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Reply<Self::StreamPodSandboxMetricsStream> {
-        Err(status::not_built("StreamPodSandboxMetrics"))
+        let items = self.metrics_of_pods().await?;
+        Ok(batches(items, |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }))
     }
 }

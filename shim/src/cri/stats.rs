@@ -12,7 +12,7 @@ use tonic::Status;
 use windlass_proto::cri;
 
 /// Files of writable layers that one request looks at itself; what is more is counted in the background.
-const LAYER_BUDGET: usize = 2048;
+pub(super) const LAYER_BUDGET: usize = 2048;
 
 /// What one request reads once for all pods.
 struct Look {
@@ -67,7 +67,7 @@ fn io(sample: &Sample) -> Option<cri::IoUsage> {
 }
 
 /// When the container began to run; nothing unless it runs.
-fn running(record: &container::Record) -> Option<(i32, i64)> {
+pub(super) fn running(record: &container::Record) -> Option<(i32, i64)> {
     match record.state {
         State::Running { pid, started_at_ns } => Some((pid, started_at_ns)),
         State::Created { .. } | State::Exited { .. } => None,
@@ -119,29 +119,40 @@ fn interface((name, traffic): &(String, network::Traffic)) -> cri::NetworkInterf
     }
 }
 
+/// Use of a pod without a cgroup of its own: its living containers', its init's, and the time of containers that have ended.
+fn sum(node: &Node, pod: &Pod, living: &[Arc<Container>], mut samples: Vec<Sample>, ended: &mut stats::Ended) -> Sample {
+    let exited = node.containers_of(&pod.id).into_iter().filter(|container| container.is_exited());
+    exited.for_each(|container| node.stats.note_ended(node, pod, &container.id, ended));
+    samples.extend(node.stats.init(node, pod));
+    let living: Vec<&str> = living.iter().map(|container| container.id.as_str()).collect();
+    stats::sum(&samples, ended.sum_ns(&living))
+}
+
 fn of_pod(node: &Node, pod: &Pod, look: &mut Look) -> cri::PodSandboxStats {
-    let running_ones: Vec<(Arc<Container>, i32)> = node
+    // From before the living are listed, so that each container is counted once.
+    let mut ended = pod.look(|record| !record.owns_parent()).then(|| pod.ended());
+    let (living, pids): (Vec<Arc<Container>>, Vec<i32>) = node
         .containers_of(&pod.id)
         .into_iter()
         .filter_map(|container| container.look(running).map(|(pid, _)| (container.clone(), pid)))
-        .collect();
+        .unzip();
     let (mut containers, mut samples) = (Vec::new(), Vec::new());
-    for (container, _) in &running_ones {
+    for container in &living {
         let (stats, sample) = of_container(node, pod, container, look);
         containers.push(stats);
         samples.extend(sample);
     }
     let live = pod.phase() == Phase::Ready;
-    let whole = live.then(|| {
-        node.stats.pod(node, pod).unwrap_or_else(|| {
-            samples.extend(node.stats.init(node, pod));
-            stats::sum(&samples)
+    let whole = live
+        .then(|| match &mut ended {
+            Some(ended) => Some(sum(node, pod, &living, samples, ended)),
+            None => node.stats.pod(node, pod),
         })
-    });
+        .flatten();
+    drop(ended);
     if pod.phase() != Phase::Ready {
         node.stats.ended(&pod.id);
     }
-    let pids: Vec<i32> = running_ones.iter().map(|(_, pid)| *pid).collect();
     let record = pod.record();
     let interfaces = if live { network::of(&record, &pids, &look.host) } else { Vec::new() };
     let at_ns = now_ns();
@@ -170,7 +181,7 @@ fn of_pod(node: &Node, pod: &Pod, look: &mut Look) -> cri::PodSandboxStats {
     }
 }
 
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+pub(super) async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(format!("read statistics: {error}")))
 }
 

@@ -23,12 +23,13 @@ use crate::{
     monitor::Monitor,
     network::{Kind, PodNetwork},
     node::Node,
+    stats::Ended,
     store,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, MutexGuard, RwLock},
 };
 use windlass_proto::cri::{NamespaceMode, PodSandboxConfig};
 
@@ -53,6 +54,9 @@ pub struct Record {
     /// SELinux categories of the pod, `c1,c2`; empty where there are none.
     #[serde(default)]
     pub selinux_categories: String,
+    /// Processor time of removed containers, where the pod has no cgroup that counts it.
+    #[serde(default)]
+    pub removed_cpu_ns: u64,
 }
 
 /// Where a pod is in its life.
@@ -69,6 +73,7 @@ pub struct Pod {
     pub id: String,
     record: RwLock<Record>,
     monitor: Mutex<Option<Arc<Monitor>>>,
+    ended: Mutex<Ended>,
     /// Held by the one transition of this pod that is under way.
     pub turn: tokio::sync::Mutex<()>,
 }
@@ -77,7 +82,13 @@ const POISON: &str = "never poisoned: no panic while held";
 
 impl Pod {
     pub fn new(record: Record) -> Pod {
-        Pod { id: record.id.clone(), record: RwLock::new(record), monitor: Mutex::new(None), turn: tokio::sync::Mutex::new(()) }
+        Pod {
+            id: record.id.clone(),
+            ended: Mutex::new(Ended::since(record.removed_cpu_ns)),
+            record: RwLock::new(record),
+            monitor: Mutex::new(None),
+            turn: tokio::sync::Mutex::new(()),
+        }
     }
 
     /// A copy of the record as it is now.
@@ -122,6 +133,11 @@ impl Pod {
 
     pub fn set_monitor(&self, monitor: Option<Arc<Monitor>>) {
         *self.monitor.lock().expect(POISON) = monitor;
+    }
+
+    /// What its ended containers used, for as long as it is held.
+    pub fn ended(&self) -> MutexGuard<'_, Ended> {
+        self.ended.lock().expect(POISON)
     }
 
     /// True when the pod uses the host's network.

@@ -122,6 +122,7 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         network_attached: false,
         network_kind: node.network.kind(),
         network: None,
+        removed_cpu_ns: 0,
     };
     let pod = Arc::new(Pod::new(record));
     let _turn = pod.turn.lock().await;

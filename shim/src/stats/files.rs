@@ -5,7 +5,7 @@ use rustix::fs::{Mode, OFlags};
 use std::{
     collections::HashMap,
     fs::File,
-    io,
+    io::{self, Read},
     os::{fd::OwnedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     sync::{
@@ -84,6 +84,14 @@ impl Files {
         };
         std::str::from_utf8(self.buffer.get(..length?)?).ok()
     }
+
+    /// The text of a file that is seldom asked for, and so not kept open.
+    pub(super) fn glance(&self, name: &str) -> Option<String> {
+        let file = rustix::fs::openat(&self.directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        let mut text = String::new();
+        File::from(file).take(FILE_LIMIT_BYTES as u64).read_to_string(&mut text).ok()?;
+        Some(text)
+    }
 }
 
 fn read_all(file: &File, buffer: &mut Vec<u8>) -> Option<usize> {
@@ -116,5 +124,7 @@ mod tests {
         std::fs::write(&path, "x".repeat(20_000)).expect("write");
         assert_eq!(files.read("cpu.stat").map(str::len), Some(20_000));
         assert_eq!(files.read("memory.stat"), None);
+        assert_eq!(files.glance("memory.stat"), None);
+        assert_eq!(files.glance("cpu.stat").map(|text| text.len()), Some(20_000));
     }
 }

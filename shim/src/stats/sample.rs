@@ -74,8 +74,7 @@ impl Window {
 /// Reads the group; nothing when it is gone.
 pub(super) fn take(files: &mut Files, window: &mut Window) -> Option<Sample> {
     let at_ns = now_ns();
-    let usage_usec = files.read("cpu.stat").and_then(|text| parse::keyed(text).find(|(key, _)| *key == "usage_usec"));
-    let usage_ns = usage_usec?.1 * 1000;
+    let usage_ns = files.read("cpu.stat").and_then(usage_ns)?;
     let cpu = Cpu { usage_ns, nano_cores: window.rate(at_ns, usage_ns) };
     let memory = memory(files).or_else(|| resident(files.path()));
     Some(Sample {
@@ -88,6 +87,11 @@ pub(super) fn take(files: &mut Files, window: &mut Window) -> Option<Sample> {
         io_psi: files.read("io.pressure").and_then(parse::pressure),
         processes: files.read("pids.current").and_then(parse::number).or_else(|| processes(files.path())),
     })
+}
+
+/// The processor's time in cpu.stat.
+pub(super) fn usage_ns(text: &str) -> Option<u64> {
+    parse::keyed(text).find(|(key, _)| *key == "usage_usec").map(|(_, usage_usec)| usage_usec * 1000)
 }
 
 fn memory(files: &mut Files) -> Option<Memory> {
@@ -115,7 +119,7 @@ fn swap(files: &mut Files) -> Option<Swap> {
 }
 
 /// The processes of the group and of the groups of its execs.
-fn members(directory: &Path) -> Option<Vec<u32>> {
+pub(super) fn members(directory: &Path) -> Option<Vec<u32>> {
     let mut found: Vec<u32> = Vec::new();
     let read = |directory: &Path, found: &mut Vec<u32>| {
         let text = fs::read_to_string(directory.join("cgroup.procs")).ok()?;
@@ -146,8 +150,9 @@ fn resident(directory: &Path) -> Option<Memory> {
     Some(Memory { working_set_bytes: rss_bytes, rss_bytes, ..Memory::default() })
 }
 
-/// Use of a pod that has no group of its own, from that of its parts. Pressure has no sum.
-pub fn sum(parts: &[Sample]) -> Sample {
+/// Use of a pod that has no group of its own, from that of its parts and from the processor's time of parts that have ended. Pressure has no
+/// sum: two halves that wait at once are not two waits, so it is absent.
+pub fn sum(parts: &[Sample], ended_ns: u64) -> Sample {
     let add = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
     let mut whole = Sample { at_ns: now_ns(), cpu: Some(Cpu::default()), processes: Some(0), ..Sample::default() };
     for (position, part) in parts.iter().enumerate() {
@@ -159,6 +164,9 @@ pub fn sum(parts: &[Sample]) -> Sample {
         whole.processes = add(whole.processes, part.processes);
         whole.memory = if first { part.memory } else { whole.memory.zip(part.memory).map(|(a, b)| plus(a, b)) };
         whole.swap = if first { part.swap } else { whole.swap.zip(part.swap).map(|(a, b)| swap_plus(a, b)) };
+    }
+    if let Some(cpu) = &mut whole.cpu {
+        cpu.usage_ns += ended_ns;
     }
     whole
 }
@@ -203,11 +211,12 @@ mod tests {
             processes: Some(2),
             ..Sample::default()
         };
-        let whole = sum(&[part(1, Some(10)), part(2, Some(20))]);
-        assert_eq!(whole.cpu, Some(Cpu { usage_ns: 3, nano_cores: Some(3) }));
+        let whole = sum(&[part(1, Some(10)), part(2, Some(20))], 7);
+        assert_eq!(whole.cpu, Some(Cpu { usage_ns: 10, nano_cores: Some(3) }), "what has ended used time, and has no rate");
+        assert!(whole.cpu_psi.is_none());
         assert_eq!((whole.processes, whole.memory.and_then(|m| m.usage_bytes)), (Some(4), Some(30)));
-        let whole = sum(&[part(1, Some(10)), part(2, None)]);
+        let whole = sum(&[part(1, Some(10)), part(2, None)], 0);
         assert_eq!(whole.memory.map(|m| (m.usage_bytes, m.rss_bytes)), Some((None, 10)));
-        assert!(sum(&[]).memory.is_none());
+        assert!(sum(&[], 0).memory.is_none());
     }
 }
