@@ -16,6 +16,8 @@ use windlass_integration::{daemon::Daemon, guest, image, node, setup};
 
 /// Set inside the guest: the directory that is shared with the host.
 const SHARED: &str = "WINDLASS_POWER_CUT";
+/// Set inside the guest: how layers are kept that are made now. The others stay as they are.
+const FORM: &str = "WINDLASS_POWER_CUT_FORM";
 /// Set inside the guest at the last boot, which only checks.
 const LAST: &str = "WINDLASS_POWER_CUT_LAST";
 const CUTS: u32 = 20;
@@ -51,15 +53,16 @@ fn on_the_host() -> Result<()> {
     let (program, programs) = (program.to_string_lossy(), programs.to_string_lossy());
     let (text, word) = (shared.to_string_lossy(), format!("ubda={}", disk.display()));
     let words = [program.as_ref(), "--test-threads", "1"];
-    let environment = [(SHARED, text.as_ref()), ("WINDLASS_BIN_DIR", programs.as_ref())];
+    let environment = |form: &'static str| [(SHARED, text.as_ref()), ("WINDLASS_BIN_DIR", programs.as_ref()), (FORM, form)];
     let ready = shared.join("ready");
     let said = || fs::read_to_string(shared.join("output")).unwrap_or_default();
     for cut in 0..CUTS {
         let _ = fs::remove_file(&ready);
+        let environment = environment(if cut % 2 == 0 { "erofs" } else { "directory" });
         let was_cut = guest::cut_power(shared, &words, &environment, &[&word], &ready, LONGEST * (cut * 7 % CUTS) / CUTS)?;
         ensure!(was_cut, "boot {cut}: {}", said());
     }
-    let environment = [environment.as_slice(), &[(LAST, "1")]].concat();
+    let environment = [environment("erofs").as_slice(), &[(LAST, "1")]].concat();
     let last = guest::run_with(shared, &words, &environment, Duration::from_secs(60), &[&word])?;
     ensure!(last.code == 0, "after the last cut: {}", last.output);
     let found = fs::read_to_string(shared.join("found"))?;
@@ -71,6 +74,8 @@ fn on_the_host() -> Result<()> {
 /// Checks what the last boot has left, then imports and removes until the power is cut.
 fn in_the_guest(shared: &Path) -> Result<()> {
     let mut daemon = Daemon::prepare(&[])?;
+    let (config, form) = (daemon.path("config.toml"), env::var(FORM)?);
+    fs::write(&config, fs::read_to_string(&config)? + &format!("[images]\nlayers = {form:?}\n"))?;
     fs::create_dir_all(daemon.root())?;
     node::run_command("mount", &["-t", "ext4", "/dev/ubda", &daemon.root().to_string_lossy()])?;
     daemon.serve()?;

@@ -214,7 +214,10 @@ fn verify(store: &Store, names: &[String], repair: bool, events: &VerifySender) 
             let (state, why) = match verdict {
                 Verdict::Sound => (api::verify_event::Verdict::Sound, String::new()),
                 Verdict::Damaged(why) => (api::verify_event::Verdict::Damaged, why.clone()),
-                Verdict::Unknown => (api::verify_event::Verdict::Unknown, "kept as a directory".to_owned()),
+                Verdict::Unknown => (
+                    api::verify_event::Verdict::Unknown,
+                    "unpacked by an earlier version, which kept nothing to check it by".to_owned(),
+                ),
             };
             let (image, chain_id) = (name.clone(), chain_id.to_owned());
             let event = api::VerifyEvent { image, chain_id, verdict: state.into(), why, given_up: Vec::new() };

@@ -4,6 +4,7 @@
 use super::error::ImageError;
 use super::split::Recorder;
 use std::io::{self, Read};
+use std::path::Path;
 use tar::{EntryType, Header};
 
 const BLOCK: usize = 512;
@@ -65,12 +66,18 @@ impl<R: Read> Archive<R> {
         (self.inner, self.recorder)
     }
 
-    /// Where the image keeps the content that was read last; to be told piece by piece, all of it.
-    pub(super) fn kept(&mut self, at: u64, length: u64) -> io::Result<()> {
-        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.content(at, length))
+    /// Where the image, or the file of this path, keeps the content that was read last; to be told piece by piece, all of it.
+    pub(super) fn kept(&mut self, path: Option<&Path>, at: u64, length: u64) -> io::Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.content(path, at, length))
     }
 
-    fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// How many times content was told; `None` if nothing is recorded.
+    pub(super) fn contents(&self) -> Option<u64> {
+        self.recorder.as_ref().map(Recorder::contents)
+    }
+
+    /// Bytes that were read and are kept nowhere.
+    pub(super) fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.raw(bytes))
     }
 

@@ -5,7 +5,7 @@ use super::digest::{HashingReader, hex_of};
 use super::error::ImageError;
 use super::object::Layer;
 use super::record::ImageRecord;
-use super::split::Joined;
+use super::split::{Joined, Kept};
 use super::store::Store;
 use super::{digest, reference::Reference};
 use serde_json::json;
@@ -21,17 +21,17 @@ impl Store {
     /// Writes an image as an OCI layout in a tar, with `manifest.json` for docker. Blocks.
     ///
     /// # Errors
-    /// `NotFound`, `Io`; `Corrupt` if a layer is damaged or was kept as a directory, which no archive can be made of again.
+    /// `NotFound`, `Io`; `Corrupt` if a layer is damaged, or is a directory of which no archive can be made again.
     pub fn export(&self, name: &str, to: impl Write) -> Result<(), ImageError> {
         let missing = || ImageError::NotFound(format!("image {name}"));
         let image = self.get(name).ok_or_else(missing)?;
         let _lease = self.lease(&image);
         let record = self.0.record_of(&image.id).ok_or_else(missing)?;
         let part = |(layer, diff_id): (&Layer, &String)| match self.0.layers.files(&layer.chain_id)? {
-            Some((split, image)) => Ok(Part { diff_id: diff_id.clone(), split, image }),
+            Some((split, kept)) => Ok(Part { diff_id: diff_id.clone(), split, kept }),
             None => Err(ImageError::Corrupt(format!(
-                "export {name}: layer {diff_id} is kept as a directory, of which its archive cannot be made again; \
-                 remove the image and pull it where layers are kept as images"
+                "export {name}: layer {diff_id} was unpacked by an earlier version, and its archive cannot be made again; \
+                 remove the image and pull it anew"
             ))),
         };
         let parts = image.layers.iter().zip(image.config.rootfs().diff_ids()).map(part).collect::<Result<_, _>>()?;
@@ -39,11 +39,11 @@ impl Store {
     }
 }
 
-/// A layer's archive: its digest, what is kept of it, and the image.
+/// A layer's archive: its digest, what is kept of it, and the layer.
 struct Part {
     diff_id: String,
     split: File,
-    image: File,
+    kept: Kept,
 }
 
 /// Writes the layout. Errors: a layer that is damaged is `Corrupt`, and what was written is of no use.
@@ -54,7 +54,7 @@ fn write(record: &ImageRecord, parts: Vec<Part>, to: impl Write) -> Result<(), I
     document(&mut archive, &blob(&record.id), &record.config).map_err(failed)?;
     let mut layers = Vec::new();
     for mut part in parts {
-        let length = Joined::length(part.split.try_clone().map_err(failed)?).map_err(failed)?;
+        let length = Joined::length(part.split.try_clone().map_err(failed)?, &part.kept).map_err(failed)?;
         part.split.rewind().map_err(failed)?;
         // One file may be several layers of an image.
         let written = layers.iter().any(|layer: &serde_json::Value| layer["digest"] == part.diff_id.as_str());
@@ -62,7 +62,7 @@ fn write(record: &ImageRecord, parts: Vec<Part>, to: impl Write) -> Result<(), I
         if written {
             continue;
         }
-        let mut reader = HashingReader::new(Joined::new(part.split, part.image).map_err(failed)?);
+        let mut reader = HashingReader::new(Joined::new(part.split, part.kept).map_err(failed)?);
         let mut header = header(length);
         archive.append_data(&mut header, blob(&part.diff_id), &mut reader).map_err(failed)?;
         let found = reader.finish();

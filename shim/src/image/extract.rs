@@ -7,12 +7,15 @@
 use super::archive::{Archive, Entry};
 use super::error::ImageError;
 use super::layers::LayerFormat;
+use super::replaced::Replaced;
+use super::split::Recorder;
 use rustix::fs::{self, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tar::EntryType;
 
@@ -40,15 +43,24 @@ pub(super) struct Written {
     pub(super) format: LayerFormat,
 }
 
-/// Unpacks the archive into the existing directory `dir`; gives back the reader behind the archive's end.
-pub(super) fn extract<R: Read>(reader: R, dir: &Path, limits: Limits) -> Result<(Written, R), ImageError> {
-    let root = fs::openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| ImageError::io(format!("unpack: open {}", dir.display()), e))?;
-    let mut archive = Archive::new(reader);
+/// Unpacks the archive into the existing directory `dir`; gives back the reader behind the archive's end. The recorder gets what the
+/// directory has not of the archive so far.
+pub(super) fn extract<R: Read>(
+    reader: R,
+    dir: &Path,
+    limits: Limits,
+    recorder: Option<Recorder>,
+) -> Result<(Written, R, Option<Recorder>), ImageError> {
+    let failed = |e: Errno| ImageError::io(format!("unpack: open {}", dir.display()), e);
+    let root = fs::openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let copy = || rustix::io::fcntl_dupfd_cloexec(&root, 0).map_err(failed);
+    let replaced = recorder.is_some().then(|| copy().map(Replaced::new)).transpose()?;
+    let mut archive = Archive::recorded(reader, recorder);
     let mut extractor = Extractor {
         root,
         parent: None,
-        dir_times: Vec::new(),
+        replaced,
+        dir_times: vec![(PathBuf::from("."), NEVER)],
         written: Written::default(),
         logical_bytes: 0,
         limits,
@@ -64,19 +76,36 @@ pub(super) fn extract<R: Read>(reader: R, dir: &Path, limits: Limits) -> Result<
         extractor.entry(&mut archive, &entry).map_err(|e| ImageError::io(format!("unpack {name:?}"), e))?;
     }
     extractor.set_dir_times();
-    Ok((extractor.written, archive.into_inner().0))
+    let (reader, mut recorder) = archive.into_inner();
+    if let (Some(recorder), Some(replaced)) = (&mut recorder, extractor.replaced) {
+        recorder.set_replaced(replaced);
+    }
+    Ok((extractor.written, reader, recorder))
 }
+
+/// The time of what no entry describes, as in an image: the same archive always becomes the same directory.
+const NEVER: Timestamps =
+    Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: 0 }, last_modification: Timespec { tv_sec: 0, tv_nsec: 0 } };
 
 struct Extractor {
     root: OwnedFd,
     /// The last entry's directory: most entries share it with the one before.
-    parent: Option<(PathBuf, OwnedFd)>,
-    /// Set last, since each child's creation changes its directory's time.
+    parent: Option<(PathBuf, Parent)>,
+    /// While the archive is recorded.
+    replaced: Option<Replaced>,
+    /// Set last, since each child's creation changes its directory's time; of two for one directory the later one holds.
     dir_times: Vec<(PathBuf, Timestamps)>,
     written: Written,
     logical_bytes: u64,
     limits: Limits,
     buffer: Vec<u8>,
+}
+
+/// A directory that was opened.
+struct Parent {
+    fd: OwnedFd,
+    /// No symlink was on the way: its files are found by the same path when the layer is done.
+    real: bool,
 }
 
 impl Extractor {
@@ -91,9 +120,9 @@ impl Extractor {
         }
         let parent = self.open_parent(&parent_path)?;
         let result = if name.as_bytes() == OPAQUE {
-            fs::setxattr(proc_path(&parent, None), "trusted.overlay.opaque", b"y", XattrFlags::empty()).map_err(Into::into)
+            fs::setxattr(proc_path(&parent.fd, None), "trusted.overlay.opaque", b"y", XattrFlags::empty()).map_err(Into::into)
         } else if let Some(hidden) = name.as_bytes().strip_prefix(WHITEOUT) {
-            self.whiteout(&parent, hidden)
+            self.whiteout(&parent.fd, hidden)
         } else {
             self.object(archive, entry, &path, &parent, &name)
         };
@@ -113,39 +142,50 @@ impl Extractor {
     }
 
     /// Opens the directory, making what is missing of it.
-    fn open_parent(&mut self, path: &Path) -> io::Result<OwnedFd> {
-        if let Some((cached, fd)) = self.parent.take()
+    fn open_parent(&mut self, path: &Path) -> io::Result<Parent> {
+        if let Some((cached, parent)) = self.parent.take()
             && cached == path
         {
-            return Ok(fd);
+            return Ok(parent);
         }
         self.open_dir(path)
     }
 
-    fn open_dir(&mut self, path: &Path) -> io::Result<OwnedFd> {
-        match self.resolve(path, OFlags::PATH | OFlags::DIRECTORY) {
+    fn open_dir(&mut self, path: &Path) -> io::Result<Parent> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let direct = self.resolve_with(path, flags, ResolveFlags::NO_SYMLINKS);
+        let (opened, real) = match direct {
+            Err(Errno::LOOP) => (self.resolve(path, flags), false),
+            other => (other, true),
+        };
+        match opened {
             Err(Errno::NOENT) => {}
             Err(Errno::NOTDIR | Errno::LOOP) => return Err(invalid("its directory is no directory")),
-            other => return Ok(other?),
+            other => return Ok(Parent { fd: other?, real }),
         }
         let (Some(name), Some(above)) = (path.file_name(), path.parent()) else {
             return Err(invalid("has no directory"));
         };
         let above = self.open_dir(above)?;
-        match fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
+        match fs::mkdirat(&above.fd, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => self.written.add(0),
             Err(Errno::EXIST) => return Err(invalid("its directory is a symlink to nowhere")),
             Err(e) => return Err(e.into()),
         }
         let made =
-            fs::openat(&above, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+            fs::openat(&above.fd, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
         fs::chmod(proc_path(&made, None), Mode::from_raw_mode(0o755))?;
-        Ok(made)
+        self.dir_times.push((path.to_path_buf(), NEVER));
+        Ok(Parent { fd: made, real: above.real })
     }
 
     fn resolve(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+        self.resolve_with(path, flags, ResolveFlags::empty())
+    }
+
+    fn resolve_with(&self, path: &Path, flags: OFlags, more: ResolveFlags) -> Result<OwnedFd, Errno> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | more;
         fs::openat2(&self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
     }
 
@@ -158,9 +198,9 @@ impl Extractor {
             return Err(invalid("a whiteout without a name"));
         }
         let hidden = OsStr::from_bytes(hidden);
-        make(parent, hidden, || fs::mknodat(parent, hidden, FileType::CharacterDevice, Mode::empty(), 0))?;
+        self.make(parent, hidden, || fs::mknodat(parent, hidden, FileType::CharacterDevice, Mode::empty(), 0))?;
         self.written.add(0);
-        Ok(())
+        Ok(fs::utimensat(parent, hidden, &NEVER, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     fn object<R: Read>(
@@ -168,13 +208,14 @@ impl Extractor {
         archive: &mut Archive<R>,
         entry: &Entry,
         path: &Path,
-        parent: &OwnedFd,
+        parent: &Parent,
         name: &OsStr,
     ) -> io::Result<()> {
         let mode = Mode::from_raw_mode(0o600);
+        let Parent { fd: parent, real } = parent;
         match entry.kind {
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                return self.file(archive, entry, parent, name);
+                return self.file(archive, entry, Some(path).filter(|_| *real), parent, name);
             }
             EntryType::Directory => return self.directory(entry, path, parent, name),
             EntryType::Link => return self.hard_link(entry, parent, name),
@@ -185,14 +226,14 @@ impl Extractor {
                 if entry.link.len() > PATH_MAX {
                     return Err(invalid("a symlink's target of more than 4095 bytes"));
                 }
-                make(parent, name, || fs::symlinkat(OsStr::from_bytes(&entry.link), parent, name))?;
+                self.make(parent, name, || fs::symlinkat(OsStr::from_bytes(&entry.link), parent, name))?;
             }
             EntryType::Char | EntryType::Block => {
                 let kind = if entry.kind == EntryType::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
                 let device = fs::makedev(entry.device.0, entry.device.1);
-                make(parent, name, || fs::mknodat(parent, name, kind, mode, device))?;
+                self.make(parent, name, || fs::mknodat(parent, name, kind, mode, device))?;
             }
-            EntryType::Fifo => make(parent, name, || fs::mknodat(parent, name, FileType::Fifo, mode, 0))?,
+            EntryType::Fifo => self.make(parent, name, || fs::mknodat(parent, name, FileType::Fifo, mode, 0))?,
             other => return Err(invalid(&format!("an entry of unknown type {:?}", other.as_byte() as char))),
         }
         self.written.add(0);
@@ -210,7 +251,7 @@ impl Extractor {
         let exists = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
             .is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Directory);
         if !exists {
-            make(parent, name, || fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)))?;
+            self.make(parent, name, || fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)))?;
             self.written.add(0);
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -239,15 +280,24 @@ impl Extractor {
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             return Err(invalid("a hard link to a directory"));
         }
+        // The file itself, once more.
         if let Ok(old) = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
             && (old.st_dev, old.st_ino) == (found.st_dev, found.st_ino)
         {
             return Ok(());
         }
-        make(parent, name, || fs::linkat(&target_dir, target_name, parent, name, AtFlags::empty()))
+        self.make(parent, name, || fs::linkat(&target_dir, target_name, parent, name, AtFlags::empty()))
     }
 
-    fn file<R: Read>(&mut self, archive: &mut Archive<R>, entry: &Entry, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    /// `path` is where the file is found again; without one, the record of the archive has its content.
+    fn file<R: Read>(
+        &mut self,
+        archive: &mut Archive<R>,
+        entry: &Entry,
+        path: Option<&Path>,
+        parent: &OwnedFd,
+        name: &OsStr,
+    ) -> io::Result<()> {
         self.logical_bytes = self.logical_bytes.saturating_add(entry.size);
         if self.logical_bytes > self.limits.bytes {
             let message = format!("unpack: more than the limit of {} bytes", self.limits.bytes);
@@ -255,7 +305,7 @@ impl Extractor {
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut made = None;
-        make(parent, name, || {
+        self.make(parent, name, || {
             made = Some(fs::openat(parent, name, flags, Mode::from_raw_mode(0o600))?);
             Ok(())
         })?;
@@ -263,8 +313,15 @@ impl Extractor {
         let mut file = std::fs::File::from(fd);
         let whole = [(0, entry.size)];
         let mut stored = 0;
+        let first = archive.contents();
         for (offset, length) in entry.sparse.as_deref().unwrap_or(&whole) {
-            stored += self.copy(archive, &mut file, *offset, *length)?;
+            stored += self.copy(archive, &mut file, *offset, *length, path.is_none())?;
+            if path.is_some() {
+                archive.kept(path, *offset, *length)?;
+            }
+        }
+        if let (Some(first), Some(behind), Some(replaced)) = (first, archive.contents(), &mut self.replaced) {
+            replaced.note(file.metadata()?.ino(), first, behind);
         }
         if stored < entry.size {
             fs::ftruncate(&file, entry.size)?;
@@ -276,8 +333,16 @@ impl Extractor {
         Ok(())
     }
 
-    /// Copies `length` bytes to `offset`; blocks of zeros stay holes. Returns the bytes written.
-    fn copy<R: Read>(&mut self, archive: &mut Archive<R>, file: &mut std::fs::File, offset: u64, length: u64) -> io::Result<u64> {
+    /// Copies `length` bytes to `offset`; blocks of zeros stay holes. Returns the bytes written. With `record` the record of the archive
+    /// gets them too.
+    fn copy<R: Read>(
+        &mut self,
+        archive: &mut Archive<R>,
+        file: &mut std::fs::File,
+        offset: u64,
+        length: u64,
+        record: bool,
+    ) -> io::Result<u64> {
         let mut position = offset;
         let end = offset + length;
         let mut stored = 0;
@@ -295,6 +360,9 @@ impl Extractor {
             }
             let block = &self.buffer[..want];
             position += want as u64;
+            if record {
+                archive.record(block)?;
+            }
             if want == COPY_BYTES && block.iter().all(|b| *b == 0) {
                 fs::seek(&*file, fs::SeekFrom::Start(position))?;
             } else {
@@ -306,12 +374,24 @@ impl Extractor {
     }
 
     fn set_dir_times(&mut self) {
-        for (path, times) in std::mem::take(&mut self.dir_times).into_iter().rev() {
+        for (path, times) in std::mem::take(&mut self.dir_times).into_iter() {
             // Replaced by a later entry: its time went with it.
             let Ok(dir) = self.resolve(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW) else {
                 continue;
             };
             let _ = fs::futimens(&dir, &times);
+        }
+    }
+
+    /// Runs `create`; if the name is taken, removes what has it and runs it again.
+    fn make(&mut self, parent: &OwnedFd, name: &OsStr, mut create: impl FnMut() -> Result<(), Errno>) -> io::Result<()> {
+        match create() {
+            Err(Errno::EXIST) => {
+                self.replaced.as_mut().map_or(Ok(()), |replaced| replaced.goes(parent, name))?;
+                remove_tree(parent, name)?;
+                Ok(create()?)
+            }
+            other => Ok(other?),
         }
     }
 }
@@ -345,17 +425,6 @@ pub(super) fn confine(raw: &[u8]) -> io::Result<PathBuf> {
         return Err(invalid("a path of more than 4095 bytes"));
     }
     Ok(path)
-}
-
-/// Runs `create`; if the name is taken, removes what has it and runs it again.
-fn make(parent: &OwnedFd, name: &OsStr, mut create: impl FnMut() -> Result<(), Errno>) -> io::Result<()> {
-    match create() {
-        Err(Errno::EXIST) => {
-            remove_tree(parent, name)?;
-            Ok(create()?)
-        }
-        other => Ok(other?),
-    }
 }
 
 fn remove_tree(parent: &OwnedFd, name: &OsStr) -> io::Result<()> {

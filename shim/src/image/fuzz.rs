@@ -29,7 +29,7 @@ pub fn fuzz_layer(stored: &[u8]) -> Result<(), String> {
     unpack(stored, &diff_id, Place::Erofs(&image, &split), LIMITS).map_err(|error| error.to_string())?;
     let mut split_again = split;
     split_again.rewind().expect("a file in memory");
-    let verdict = verify::layer(split_again, &image, &diff_id, &again, LIMITS);
+    let verdict = verify::image_layer(split_again, image, &diff_id, &again, LIMITS);
     assert!(matches!(verdict, Ok(Verdict::Sound)), "{verdict:?}");
     Ok(())
 }

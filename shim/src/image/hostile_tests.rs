@@ -65,7 +65,7 @@ fn check(stored: &[u8], outcome: Outcome) {
     let (hosts, passwd) = (outside(Path::new("/etc")), fs::read("/etc/passwd").unwrap());
     let plain = plain(stored);
     let diff_id = digest::of(&plain);
-    let by_directory = unpack(stored, &diff_id, Place::Directory(&layer), LIMITS).map(drop).map_err(|e| e.to_string());
+    let by_directory = unpack(stored, &diff_id, Place::Directory(&layer, None), LIMITS).map(drop).map_err(|e| e.to_string());
     let (image, split) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     let by_image = unpack(stored, &diff_id, Place::Erofs(&image, &split), LIMITS).map(drop).map_err(|e| e.to_string());
     assert_eq!(by_directory, by_image, "a directory and an image differ");

@@ -41,7 +41,7 @@ pub(super) fn scan(path: &Path, layers: &Layers, platform: &Platform, limits: Li
     let temp = layers.temp_dir()?;
     let mut raw = BufReader::with_capacity(128 << 10, File::open(path).map_err(failed)?);
     let plain = decompress(&mut raw).map_err(failed)?;
-    extract::extract(plain, temp.path(), limits).map_err(|e| e.within(what()))?;
+    extract::extract(plain, temp.path(), limits, None).map_err(|e| e.within(what()))?;
     let plans = scan_dir(temp.path(), platform).map_err(|e| e.within(what()))?;
     Ok(Found { plans, _temp: Some(temp) })
 }

@@ -6,6 +6,7 @@ use super::error::ImageError;
 use super::extract::Written;
 use super::mounts::Mounts;
 use super::record::{self, LayerRecord};
+use super::split::Kept;
 use super::unpack::Place;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -185,14 +186,18 @@ impl Layers {
         lock.lock_owned().await
     }
 
-    /// What is kept of a layer's archive, and its image; `None` for a directory.
-    pub(super) fn files(&self, chain_id: &str) -> Result<Option<(fs::File, fs::File)>, ImageError> {
+    /// What is kept of a layer's archive, and what has the content of its files; `None` for a directory that was made before archives
+    /// of directories were recorded.
+    pub(super) fn files(&self, chain_id: &str) -> Result<Option<(fs::File, Kept)>, ImageError> {
         let (path, format) = self.place(chain_id);
-        if format == LayerFormat::Directory {
+        let open = |path: &Path| fs::File::open(path).map_err(|e| ImageError::io(format!("open {}", path.display()), e));
+        let split = split_path(&path);
+        if format == LayerFormat::Directory && !split.exists() {
             return Ok(None);
         }
-        let open = |path: &Path| fs::File::open(path).map_err(|e| ImageError::io(format!("open {}", path.display()), e));
-        Ok(Some((open(&split_path(&path))?, open(&path)?)))
+        let kept = open(&path)?;
+        let kept = if format == LayerFormat::Directory { Kept::Directory(kept.into()) } else { Kept::Image(kept) };
+        Ok(Some((open(&split)?, kept)))
     }
 
     /// An empty file without a name, beside the layers.
@@ -214,26 +219,29 @@ impl Layers {
 
     /// What to unpack into, in the form of new layers; gone when dropped unless published.
     pub(super) fn temp(&self) -> Result<TempLayer, ImageError> {
-        if self.format == LayerFormat::Directory {
-            return self.temp_dir();
+        let mut temp = match self.format {
+            LayerFormat::Directory => self.temp_dir()?,
+            LayerFormat::Erofs => TempLayer::new(&self.dir),
+        };
+        let failed = |path: &Path, e| ImageError::io(format!("make layer {}", path.display()), e);
+        let open = |path: &Path| {
+            let opened = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+            opened.map_err(|e| failed(path, e))
+        };
+        if self.format == LayerFormat::Erofs {
+            temp.image = Some(open(&temp.path)?);
         }
-        let path = random_name(&self.dir, "tmp");
-        let failed = |e| ImageError::io(format!("make layer {}", path.display()), e);
-        let open = |path: &Path| fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
-        let mut temp = TempLayer { path: path.clone(), files: None, published: false };
-        let image = open(&path).map_err(failed)?;
-        temp.files = Some((image, open(&split_path(&path)).map_err(failed)?));
+        temp.split = Some(open(&split_path(&temp.path))?);
         Ok(temp)
     }
 
     /// A directory to unpack into, gone when dropped unless published.
     pub(super) fn temp_dir(&self) -> Result<TempLayer, ImageError> {
-        let path = random_name(&self.dir, "tmp");
-        let failed = |e| ImageError::io(format!("make layer directory {}", path.display()), e);
-        fs::create_dir(&path).map_err(failed)?;
-        let temp = TempLayer { path: path.clone(), files: None, published: false };
+        let temp = TempLayer::new(&self.dir);
+        let failed = |e| ImageError::io(format!("make layer directory {}", temp.path.display()), e);
+        fs::create_dir(&temp.path).map_err(failed)?;
         // A layer without an entry for its root has the usual one, whatever the umask.
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(failed)?;
+        fs::set_permissions(&temp.path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(failed)?;
         Ok(temp)
     }
 
@@ -242,7 +250,7 @@ impl Layers {
         let path = self.path(chain_id, written.format);
         let mut held = self.lock();
         let named = |e| ImageError::io(format!("name layer {chain_id}"), e);
-        if written.format == LayerFormat::Erofs {
+        if temp.split.is_some() {
             fs::rename(split_path(&temp.path), split_path(&path)).map_err(named)?;
         }
         fs::rename(&temp.path, &path).map_err(named)?;
@@ -319,8 +327,8 @@ impl Layers {
         if let Some(written) = held.remove(chain_id).and_then(|h| h.on_disk) {
             if written.format == LayerFormat::Erofs {
                 self.mounts.forget(hex_of(chain_id));
-                let _ = fs::remove_file(split_path(&self.path(chain_id, written.format)));
             }
+            let _ = fs::remove_file(split_path(&self.path(chain_id, written.format)));
             if let Err(error) = record::remove(&record_path(&self.dir, chain_id)) {
                 tracing::warn!(%error, "removing a layer");
             }
@@ -356,40 +364,48 @@ impl Drop for Lease {
 /// A layer being unpacked.
 pub(super) struct TempLayer {
     path: PathBuf,
-    /// The image, and what it has not of its archive.
-    files: Option<(fs::File, fs::File)>,
+    /// The image, if it is to be one.
+    image: Option<fs::File>,
+    /// For what the layer has not of its archive.
+    split: Option<fs::File>,
     published: bool,
 }
 
 impl TempLayer {
+    fn new(dir: &Path) -> TempLayer {
+        TempLayer { path: random_name(dir, "tmp"), image: None, split: None, published: false }
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
     pub(super) fn place(&self) -> Place<'_> {
-        match &self.files {
-            Some((image, split)) => Place::Erofs(image, split),
-            None => Place::Directory(&self.path),
+        match (&self.image, &self.split) {
+            (Some(image), Some(split)) => Place::Erofs(image, split),
+            (_, split) => Place::Directory(&self.path, split.as_ref()),
         }
     }
 }
 
 impl Drop for TempLayer {
     fn drop(&mut self) {
-        if !self.published
-            && let Err(error) = remove(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
+        if self.published {
+            return;
         }
-        if !self.published && self.files.is_some() {
-            let _ = fs::remove_file(split_path(&self.path));
+        match remove(&self.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
+            }
+            _ => {}
         }
+        let _ = fs::remove_file(split_path(&self.path));
     }
 }
 
-/// Beside an image, what it has not of its archive.
-fn split_path(image: &Path) -> PathBuf {
-    image.with_extension("split")
+/// Beside a layer, what it has not of its archive.
+fn split_path(layer: &Path) -> PathBuf {
+    layer.with_extension("split")
 }
 
 /// Removes a layer of either form.

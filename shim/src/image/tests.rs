@@ -23,6 +23,13 @@ fn open(root: &Path) -> Store {
     Store::open(config).unwrap()
 }
 
+fn open_as(root: &Path, format: LayerFormat) -> Store {
+    let mut config = StoreConfig::new(root.join("images"), files(root));
+    config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+    config.layer_format = Some(format);
+    Store::open(config).unwrap()
+}
+
 /// The layer's files, while the process has the descriptor.
 fn root_of(layer: &Layer) -> PathBuf {
     let root = layer.root().unwrap();
@@ -44,9 +51,8 @@ fn assert_layers(root: &Path, expected: usize) {
         let layers = names.iter().filter(|n| n.trim_end_matches(".erofs").len() == 64).count();
         let strays = names.iter().filter(|n| n.starts_with("tmp-") || n.starts_with("trash-")).count();
         let splits = names.iter().filter(|n| n.ends_with(".split") && !n.starts_with("t")).count();
-        let images = names.iter().filter(|n| n.ends_with(".erofs")).count();
         let records = names.len() - layers - strays - splits;
-        if layers == expected && strays == 0 && records == layers && splits == images {
+        if layers == expected && strays == 0 && records == layers && splits == layers {
             return;
         }
         assert!(Instant::now() < deadline, "wanted {expected} layers, found {names:?}");
@@ -346,7 +352,7 @@ fn unpack(plain: Vec<u8>) -> (tempfile::TempDir, Result<extract::Written, ImageE
     fs::create_dir(dir.path().join("layer")).unwrap();
     let limits = extract::Limits { bytes: 100 << 20, entries: 10_000 };
     let place = dir.path().join("layer");
-    let result = unpack::unpack(&plain[..], &digest::of(&plain), unpack::Place::Directory(&place), limits);
+    let result = unpack::unpack(&plain[..], &digest::of(&plain), unpack::Place::Directory(&place, None), limits);
     // An image has the same content, or fails for the same reason.
     match &result {
         Ok(_) => super::erofs::tests::same_as_a_directory(&plain),
@@ -626,12 +632,7 @@ async fn both_forms_of_layers_live_side_by_side() {
     let both = [layer("lower"), layer("upper")].map(|plain| (plain.clone(), gzip(&plain)));
     registry.push("a/one", "t", &image(&both[..1], false));
     registry.push("a/two", "t", &image(&both, false));
-    let open_as = |format| {
-        let mut config = StoreConfig::new(root.path().join("images"), files(root.path()));
-        config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
-        config.layer_format = Some(format);
-        Store::open(config).unwrap()
-    };
+    let open_as = |format| open_as(root.path(), format);
     let store = open_as(LayerFormat::Directory);
     let one = store.pull(&registry.name("a/one:t"), None).await.unwrap();
     assert!(one.layers[0].path.is_dir());
@@ -658,17 +659,34 @@ async fn both_forms_of_layers_live_side_by_side() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exported_images_come_back_the_same() {
+    for format in [LayerFormat::Erofs, LayerFormat::Directory] {
+        exported_as(format).await;
+    }
+}
+
+async fn exported_as(format: LayerFormat) {
     let (root, other, registry) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Registry::start());
+    let plain = Tar::new().dir("d", 0o755).file("d/f", 0o4755, &noise(1, 70_000)).symlink("l", "d/f").hard_link("h", "d/f");
+    // What the directory has no more: a file that a later one replaces, one below a directory that goes, one behind a link that goes.
+    let plain = plain.file("twice", 0o600, &noise(2, 100_000)).file("twice", 0o600, &noise(3, 10));
+    let plain = plain.file("e/sub/in", 0o600, b"lost").hard_link("still", "e/sub/in").file("e", 0o600, b"no directory");
     let plain =
-        Tar::new().dir("d", 0o755).file("d/f", 0o4755, &noise(1, 70_000)).symlink("l", "d/f").hard_link("h", "d/f").finish();
+        plain.symlink("way", "d").file("way/g", 0o600, b"by a link").file("way/f2", 0o600, b"x").file("d/f2", 0o600, b"y");
+    let plain = plain.file("way", 0o600, b"no link").finish();
     let second = Tar::new().file(".wh.d", 0o600, b"").finish();
     registry.push(
         "a/b",
         "t",
         &image(&[(plain.clone(), gzip(&plain)), (second.clone(), zstd(&second)), (plain.clone(), plain)], false),
     );
-    let store = open(root.path());
+    let store = open_as(root.path(), format);
     let pulled = store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    assert!(pulled.layers.iter().all(|layer| layer.format() == format));
+    let verified = store.verify(&pulled.id, &mut std::collections::HashMap::new(), |_, found| {
+        assert_eq!(*found, Verdict::Sound);
+        true
+    });
+    verified.unwrap();
     let file = other.path().join("image.tar");
     store.export(&pulled.repo_tags[0], fs::File::create(&file).unwrap()).unwrap();
     let mut again = Vec::new();
@@ -700,6 +718,66 @@ fn verdict(store: &Store, name: &str) -> Verdict {
         .unwrap();
     assert_eq!((count, checked.len()), (1, 1));
     checked.into_values().next().unwrap()
+}
+
+/// What is said of it, and how it is done.
+type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_of_a_directory_is_found_whatever_it_is_and_repaired_by_a_pull() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let plain = Tar::new().dir("d", 0o755).file("d/f", 0o644, &noise(1, 9000)).symlink("l", "d/f").hard_link("h", "d/f");
+    let plain = plain.pax(&[("SCHILY.xattr.user.a", b"1")]).file("a/x", 0o644, b"x").file("d/.wh.gone", 0o600, b"");
+    registry.push("a/b", "t", &one(plain.file("twice", 0o600, b"1").file("twice", 0o600, b"2").finish()));
+    let (name, store) = (registry.name("a/b:t"), open_as(root.path(), LayerFormat::Directory));
+    let as_it_was = |directory: &Path| {
+        let then = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        fs::File::open(directory).unwrap().set_modified(then).unwrap();
+    };
+    let damages: [Damage<'_>; 12] = [
+        ("content has digest", &|at| {
+            let mut bytes = fs::read(at.join("d/f")).unwrap();
+            bytes[7000] ^= 1;
+            fs::write(at.join("d/f"), bytes).unwrap();
+        }),
+        ("put together", &|at| fs::remove_file(at.join("twice")).unwrap()),
+        ("put together", &|at| fs::write(at.join("a/x"), b"").unwrap()),
+        ("names", &|at| {
+            fs::write(at.join("d/more"), b"").unwrap();
+            as_it_was(&at.join("d"));
+        }),
+        ("names", &|at| {
+            fs::remove_file(at.join("d/gone")).unwrap();
+            as_it_was(&at.join("d"));
+        }),
+        ("kind, mode or owner", &|at| std::os::unix::fs::lchown(at.join("l"), Some(7), None).unwrap()),
+        ("kind, mode or owner", &|at| rfs::chmod(at.join("a"), rfs::Mode::from_raw_mode(0o777)).unwrap()),
+        ("attributes", &|at| rfs::lsetxattr(at.join("a/x"), "user.a", b"2", rfs::XattrFlags::empty()).unwrap()),
+        ("time", &|at| fs::File::open(at.join("d")).unwrap().set_modified(std::time::SystemTime::now()).unwrap()),
+        ("what is kept of its archive|put together|end of its archive|content has digest", &|at| {
+            let split = at.with_extension("split");
+            let length = fs::metadata(&split).unwrap().len();
+            fs::File::options().write(true).open(split).unwrap().set_len(length / 2).unwrap();
+        }),
+        ("what is kept of its archive|put together", &|at| fs::write(at.with_extension("split"), b"nonsense").unwrap()),
+        ("content has digest", &|at| fs::write(at.with_extension("split"), b"").unwrap()),
+    ];
+    for (why, damage) in damages {
+        let pulled = store.pull(&name, None).await.unwrap();
+        assert_eq!(verdict(&store, &name), Verdict::Sound);
+        let layer = &pulled.layers[0];
+        damage(&layer.path);
+        let Verdict::Damaged(found) = verdict(&store, &name) else { panic!("{why}: it is sound") };
+        assert!(why.split('|').any(|one| found.contains(one)), "{why}: {found}");
+        assert_eq!(store.give_up(std::slice::from_ref(&layer.chain_id)).unwrap(), std::slice::from_ref(&name));
+    }
+    let pulled = store.pull(&name, None).await.unwrap();
+    fs::remove_file(pulled.layers[0].path.with_extension("split")).unwrap();
+    assert_eq!(verdict(&store, &name), Verdict::Unknown, "as a layer of an earlier version");
+    drop(pulled);
+    store.remove(&name).unwrap();
+    assert_layers(root.path(), 0);
+    assert_eq!(fs::read_dir(root.path().join("images/layers")).unwrap().count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -62,8 +62,8 @@ impl Read for ChannelReader {
 /// What a layer is unpacked into.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place<'a> {
-    /// A directory that is there.
-    Directory(&'a Path),
+    /// A directory that is there, and an empty file for what it has not of the archive.
+    Directory(&'a Path, Option<&'a File>),
     /// Two empty files: for the image, and for what it has not of the archive.
     Erofs(&'a File, &'a File),
 }
@@ -73,15 +73,14 @@ pub(super) fn unpack(reader: impl Read, diff_id: &str, place: Place<'_>, limits:
     let mut raw = BufReader::with_capacity(BUFFER_BYTES, reader);
     let plain = decompress(&mut raw).map_err(|e| ImageError::io("unpack", e))?;
     let plain = HashingReader::new(BufReader::with_capacity(BUFFER_BYTES, plain));
+    let split = match place {
+        Place::Directory(_, split) => split,
+        Place::Erofs(_, split) => Some(split),
+    };
+    let recorder = split.map(|split| split.try_clone().and_then(Recorder::new)).transpose().map_err(split::failed)?;
     let (mut written, rest, mut recorder) = match place {
-        Place::Directory(dir) => {
-            let (written, rest) = extract::extract(plain, dir, limits)?;
-            (written, rest, None)
-        }
-        Place::Erofs(image, split) => {
-            let recorder = split.try_clone().and_then(Recorder::new).map_err(split::failed)?;
-            erofs::build(plain, image, limits, Some(recorder))?
-        }
+        Place::Directory(dir, _) => extract::extract(plain, dir, limits, recorder)?,
+        Place::Erofs(image, _) => erofs::build(plain, image, limits, recorder)?,
     };
     let mut rest = rest.take(MAX_TRAILER_BYTES);
     let mut trailer = vec![0; BUFFER_BYTES];
@@ -100,7 +99,7 @@ pub(super) fn unpack(reader: impl Read, diff_id: &str, place: Place<'_>, limits:
     if found != diff_id {
         return Err(ImageError::Corrupt(format!("unpack: the layer's diff id is {found}, the image's config says {diff_id}")));
     }
-    if let (Some(recorder), Place::Erofs(_, split)) = (recorder, place) {
+    if let (Some(recorder), Some(split)) = (recorder, split) {
         recorder.finish().map_err(split::failed)?;
         written.bytes += split.metadata().map_err(split::failed)?.blocks() * 512;
         written.inodes += 1;
@@ -143,7 +142,7 @@ mod tests {
         for (what, stored) in [("plain", plain.clone()), ("gzip", gzip(&plain)), ("zstd", zstd(&plain))] {
             let dir = tempfile::tempdir().unwrap();
             let started = Instant::now();
-            let written = unpack(&stored[..], &id, super::Place::Directory(dir.path()), limits).unwrap();
+            let written = unpack(&stored[..], &id, super::Place::Directory(dir.path(), None), limits).unwrap();
             let rate = plain.len() as f64 / 1e6 / started.elapsed().as_secs_f64();
             println!("{what}: {} MB stored, {} MB on disk, {rate:.0} MB/s", stored.len() / 1_000_000, written.bytes / 1_000_000);
             assert_eq!(fs::metadata(dir.path().join("dir0/file0")).unwrap().permissions().mode() & 0o7777, 0o644);

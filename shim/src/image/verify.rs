@@ -1,16 +1,18 @@
-//! Checks layers that are kept as images: the archive that they were made from is put together again and must have the layer's diff id,
-//! and must become the same image once more. So a bit that turned is found wherever it lies.
+//! Checks layers: the archive that one was made from is put together again and must have the layer's diff id, and must become the same
+//! image, or the same directory, once more. So a bit that turned is found wherever it lies.
 
 use super::digest::HashingReader;
-use super::erofs;
 use super::error::ImageError;
-use super::extract::Limits;
+use super::extract::{self, Limits};
+use super::layers::Layers;
 use super::object::Image;
-use super::split::Joined;
+use super::split::{Joined, Kept};
 use super::store::Store;
+use super::{erofs, tree};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 
 const COMPARE_BYTES: usize = 1 << 20;
 
@@ -21,7 +23,7 @@ pub enum Verdict {
     Sound,
     /// Not what was pulled, and why.
     Damaged(String),
-    /// A directory: nothing is kept that it could be checked by.
+    /// A directory of an earlier version of the store: nothing is kept that it could be checked by.
     Unknown,
 }
 
@@ -44,7 +46,12 @@ impl Store {
                 Some(verdict) => verdict.clone(),
                 None => match self.0.layers.files(&one.chain_id) {
                     Ok(None) => Verdict::Unknown,
-                    Ok(Some((split, file))) => layer(split, &file, diff_id, &self.0.layers.scratch()?, self.0.limits())?,
+                    Ok(Some((split, Kept::Image(file)))) => {
+                        image_layer(split, file, diff_id, &self.0.layers.scratch()?, self.0.limits())?
+                    }
+                    Ok(Some((split, Kept::Directory(root)))) => {
+                        directory_layer(split, root, diff_id, &self.0.layers, self.0.limits())?
+                    }
                     Err(error) => Verdict::Damaged(error.to_string()),
                 },
             };
@@ -73,33 +80,60 @@ impl Store {
     }
 }
 
+fn failed(error: io::Error) -> ImageError {
+    ImageError::io("verify", error)
+}
+
 /// Checks one layer. `again` is an empty file, which takes as much room as the image. Errors: those of the disk, which say nothing about
 /// the layer.
-pub(super) fn layer(split: File, image: &File, diff_id: &str, again: &File, limits: Limits) -> Result<Verdict, ImageError> {
-    let failed = |e: io::Error| ImageError::io("verify", e);
-    let damaged = |why: &str| Ok(Verdict::Damaged(why.to_owned()));
-    let copy = image.try_clone().map_err(failed)?;
-    let joined = match Joined::new(split, copy) {
-        Ok(joined) => HashingReader::new(joined),
-        Err(_) => return damaged("what is kept of its archive cannot be read"),
-    };
-    let mut rest = match erofs::build(joined, again, limits, None) {
-        Ok((_, rest, _)) => rest,
-        Err(error @ ImageError::NoSpace(_)) => return Err(error),
-        Err(error) => return damaged(&format!("its archive cannot be put together: {error}")),
-    };
-    if io::copy(&mut rest, &mut io::sink()).is_err() {
-        return damaged("the end of its archive cannot be read");
+pub(super) fn image_layer(split: File, image: File, diff_id: &str, again: &File, limits: Limits) -> Result<Verdict, ImageError> {
+    let kept = Kept::Image(image.try_clone().map_err(failed)?);
+    let build = |archive| erofs::build(archive, again, limits, None).map(|(_, rest, _)| rest);
+    if let Some(why) = archive_differs(split, kept, diff_id, build)? {
+        return Ok(Verdict::Damaged(why));
     }
-    let found = rest.finish();
-    if found != diff_id {
-        return damaged(&format!("its content has digest {found}, not {diff_id}"));
-    }
-    if same(image, again).map_err(failed)? {
+    if same(&image, again).map_err(failed)? {
         Ok(Verdict::Sound)
     } else {
-        damaged("its directories and attributes are not those of its archive")
+        Ok(Verdict::Damaged("its directories and attributes are not those of its archive".into()))
     }
+}
+
+/// As [`image_layer`], by unpacking the layer once more beside the others.
+fn directory_layer(split: File, root: OwnedFd, diff_id: &str, layers: &Layers, limits: Limits) -> Result<Verdict, ImageError> {
+    let again = layers.temp_dir()?;
+    let kept = Kept::Directory(root.try_clone().map_err(failed)?);
+    let unpack = |archive| extract::extract(archive, again.path(), limits, None).map(|(_, rest, _)| rest);
+    if let Some(why) = archive_differs(split, kept, diff_id, unpack)? {
+        return Ok(Verdict::Damaged(why));
+    }
+    let again = File::open(again.path()).map_err(failed)?.into();
+    Ok(match tree::difference(&root, &again).map_err(failed)? {
+        None => Verdict::Sound,
+        Some((path, how)) => Verdict::Damaged(format!("{path:?} is not what its archive says: {how}")),
+    })
+}
+
+/// Puts the archive together and makes the layer of it once more; says why it is not the archive that it was.
+fn archive_differs(
+    split: File,
+    kept: Kept,
+    diff_id: &str,
+    make: impl FnOnce(HashingReader<Joined>) -> Result<HashingReader<Joined>, ImageError>,
+) -> Result<Option<String>, ImageError> {
+    let Ok(joined) = Joined::new(split, kept) else {
+        return Ok(Some("what is kept of its archive cannot be read".into()));
+    };
+    let mut rest = match make(HashingReader::new(joined)) {
+        Ok(rest) => rest,
+        Err(error @ ImageError::NoSpace(_)) => return Err(error),
+        Err(error) => return Ok(Some(format!("its archive cannot be put together: {error}"))),
+    };
+    if io::copy(&mut rest, &mut io::sink()).is_err() {
+        return Ok(Some("the end of its archive cannot be read".into()));
+    }
+    let found = rest.finish();
+    Ok(Some(format!("its content has digest {found}, not {diff_id}")).filter(|_| found != diff_id))
 }
 
 fn same(mut one: &File, mut other: &File) -> io::Result<bool> {

@@ -209,8 +209,8 @@ impl Builder<'_> {
         for (offset, length) in entry.sparse.as_deref().unwrap_or(&whole) {
             let end = offset + length;
             let split = end.min(whole_end).max(*offset);
-            archive.kept(block_at + offset, split - offset)?;
-            archive.kept(tail_at + split.saturating_sub(whole_end), end - split)?;
+            archive.kept(None, block_at + offset, split - offset)?;
+            archive.kept(None, tail_at + split.saturating_sub(whole_end), end - split)?;
         }
         Ok(made)
     }

@@ -1,7 +1,7 @@
 //! Images that are written here, read by the kernel.
 
 use super::super::extract::{self, Limits};
-use super::super::split::{Joined, Recorder};
+use super::super::split::{Joined, Kept, Recorder};
 use super::super::test_images::{Tar, noise};
 use super::build;
 use rustix::fs::{Mode, OFlags};
@@ -38,7 +38,7 @@ impl Mounted {
         recorder.finish().unwrap();
         let open = |name: &str| fs::File::open(directory.path().join(name)).unwrap();
         let mut again = Vec::new();
-        Joined::new(open("split"), open("image")).unwrap().read_to_end(&mut again).unwrap();
+        Joined::new(open("split"), Kept::Image(open("image"))).unwrap().read_to_end(&mut again).unwrap();
         assert!(again == archive, "the archive comes back: {} of {} bytes", again.len(), archive.len());
         let context = rustix::mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
         rustix::mount::fsconfig_set_string(&context, "source", &path).unwrap();
@@ -121,9 +121,26 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Seen> {
 pub(in super::super) fn same_as_a_directory(archive: &[u8]) {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    extract::extract(archive, directory.path(), LIMITS).unwrap();
+    comes_back_of_a_directory(archive, directory.path());
     let image = Mounted::of(archive);
     same_trees(directory.path(), &image.path());
+}
+
+/// Unpacks the archive into the directory, of which it can be put together again.
+fn comes_back_of_a_directory(archive: &[u8], directory: &Path) {
+    let mut split = tempfile::tempfile().unwrap();
+    let recorder = Recorder::new(split.try_clone().unwrap()).unwrap();
+    let (_, mut rest, recorder) = extract::extract(archive, directory, LIMITS, Some(recorder)).unwrap();
+    let mut recorder = recorder.unwrap();
+    let mut trailer = Vec::new();
+    rest.read_to_end(&mut trailer).unwrap();
+    recorder.raw(&trailer).unwrap();
+    recorder.finish().unwrap();
+    std::io::Seek::rewind(&mut split).unwrap();
+    let mut again = Vec::new();
+    let root = Kept::Directory(fs::File::open(directory).unwrap().into());
+    Joined::new(split, root).unwrap().read_to_end(&mut again).unwrap();
+    assert!(again == archive, "the archive comes back of a directory: {} of {} bytes", again.len(), archive.len());
 }
 
 /// The trees show the same.
@@ -131,7 +148,7 @@ pub(in super::super) fn same_trees(expected: &Path, found: &Path) {
     let (mut expected, mut found) = (walk(expected), walk(found));
     let made_now: Vec<PathBuf> =
         expected.iter().filter(|(_, seen)| seen.mtime.0 > 1_700_000_000).map(|(path, _)| path.clone()).collect();
-    // What no entry describes was made just now, there, and never, here.
+    // What no entry describes was made just now by other programs, and never, here.
     for path in made_now {
         for all in [&mut expected, &mut found] {
             if let Some(seen) = all.get_mut(&path) {
