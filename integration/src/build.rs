@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("curl", "/usr/bin/curl"),
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
@@ -28,6 +28,7 @@ const PACKAGES: [(&str, &str); 14] = [
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
     ("containernetworking-plugins", "/usr/lib/cni/bridge"),
     ("iptables", "/usr/sbin/iptables"),
+    ("docker-registry", "/usr/bin/docker-registry"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.

@@ -16,6 +16,9 @@ const VALIDATION_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/oci");
 /// The one that builds the client of streams.
 const STREAMS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/streams");
 
+/// The one that builds a registry server.
+const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry");
+
 /// The one that builds Kubernetes' own programs.
 const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 
@@ -124,6 +127,18 @@ pub fn streams() -> Result<PathBuf> {
     let module = Path::new(STREAMS_MODULE);
     unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
         println!("building the client of streams from Go modules into {} (about a minute)", dir.display());
+        go_build(module, &["build", "-trimpath"], &program, &["."])
+    })?;
+    Ok(program)
+}
+
+/// Builds go-containerregistry's registry server unless `<target>/windlass-tools/registry` holds the one of this recipe. Prints what it does.
+pub fn registry() -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/registry");
+    let program = dir.join("registry");
+    let module = Path::new(REGISTRY_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
+        println!("building a registry server from Go modules into {} (about a minute)", dir.display());
         go_build(module, &["build", "-trimpath"], &program, &["."])
     })?;
     Ok(program)

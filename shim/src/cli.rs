@@ -150,6 +150,8 @@ fn open_store(config: &Config) -> Result<Store> {
     let mut store = StoreConfig::new(config.root.join("images"), registries);
     store.trust = TrustFiles { policy: config.images.policy.clone(), by_namespace: config.images.policy_dir.clone() };
     store.pinned = config.images.pinned.clone();
+    store.parallel_layers = config.images.max_parallel_layers;
+    store.progress_timeout = std::time::Duration::from_secs(config.images.progress_timeout_seconds);
     store.layer_format = match config.images.layers {
         LayerChoice::Auto => None,
         LayerChoice::Erofs => Some(LayerFormat::Erofs),

@@ -187,6 +187,10 @@ pub struct ImageConfig {
     pub pinned: Vec<String>,
     /// How layers are kept from now on.
     pub layers: LayerChoice,
+    /// Layers that are fetched and unpacked at the same time, over all pulls and imports.
+    pub max_parallel_layers: usize,
+    /// Longest wait for the next bytes of a registry; then the connection is given up, and taken up again where it broke off.
+    pub progress_timeout_seconds: u64,
 }
 
 /// `images.layers`
@@ -275,6 +279,8 @@ impl Default for ImageConfig {
             policy_dir: PathBuf::new(),
             pinned: Vec::new(),
             layers: LayerChoice::Auto,
+            max_parallel_layers: 4,
+            progress_timeout_seconds: 30,
         }
     }
 }
@@ -291,6 +297,18 @@ impl ContainerConfig {
         }
         if self.shm_size_bytes == 0 {
             return Err("containers.shm_size_bytes: 0 bytes of /dev/shm".into());
+        }
+        Ok(())
+    }
+}
+
+impl ImageConfig {
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.max_parallel_layers == 0 {
+            return Err("images.max_parallel_layers: no layer at all".into());
+        }
+        if self.progress_timeout_seconds == 0 {
+            return Err("images.progress_timeout_seconds: 0 seconds for an answer".into());
         }
         Ok(())
     }
@@ -316,6 +334,7 @@ impl Config {
         let invalid = |why: String| Error::invalid(format!("configuration {}: {why}", file.display()));
         let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
         config.containers.check().map_err(invalid)?;
+        config.images.check().map_err(invalid)?;
         if config.network.cni_timeout_seconds == 0 {
             return Err(invalid("network.cni_timeout_seconds: 0 seconds for a plugin".into()));
         }
@@ -365,12 +384,14 @@ mod tests {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("config.toml");
         for (text, named) in [
-            ("default_ulimits = { files = { soft = 1, hard = 2 } }", "\"files\""),
-            ("default_ulimits = { nofile = { soft = 3, hard = 2 } }", "nofile: soft 3"),
-            ("default_ulimits = { nofile = { soft = 3 } }", "hard"),
-            ("shm_size_bytes = 0", "shm_size_bytes"),
+            ("[containers]\ndefault_ulimits = { files = { soft = 1, hard = 2 } }", "\"files\""),
+            ("[containers]\ndefault_ulimits = { nofile = { soft = 3, hard = 2 } }", "nofile: soft 3"),
+            ("[containers]\ndefault_ulimits = { nofile = { soft = 3 } }", "hard"),
+            ("[containers]\nshm_size_bytes = 0", "shm_size_bytes"),
+            ("[images]\nmax_parallel_layers = 0", "max_parallel_layers"),
+            ("[images]\nprogress_timeout_seconds = 0", "progress_timeout_seconds"),
         ] {
-            std::fs::write(&path, format!("[containers]\n{text}\n")).expect("write");
+            std::fs::write(&path, format!("{text}\n")).expect("write");
             let error = Config::load(Some(&path)).expect_err(text);
             assert!(error.message.contains(named), "{error}");
         }

@@ -33,6 +33,7 @@ pub(super) fn of_image(error: ImageError) -> Status {
         ImageError::RegistryUnavailable(..) => Status::unknown(format!("RegistryUnavailable: {message}")),
         ImageError::Untrusted(..) => Status::unknown(format!("SignatureValidationFailed: {message}")),
         ImageError::Corrupt(..) => Status::data_loss(message),
+        ImageError::Unsupported(..) | ImageError::NoPlatform { .. } => Status::failed_precondition(message),
         ImageError::NoSpace(..) => Status::resource_exhausted(message),
         _ => Status::internal(message),
     }

@@ -37,6 +37,9 @@ pub enum ImageError {
         /// As `os/architecture`.
         platform: String,
     },
+    /// An image of a kind that this store does not take.
+    #[error("{0}")]
+    Unsupported(String),
     /// The disk, or its inodes, ran out.
     #[error("{0}: no space left on device")]
     NoSpace(String),
@@ -76,6 +79,7 @@ impl ImageError {
             RegistryUnavailable(text) => RegistryUnavailable(put(text)),
             Corrupt(text) => Corrupt(put(text)),
             NoPlatform { object, platform } => NoPlatform { object: put(object), platform },
+            Unsupported(text) => Unsupported(put(text)),
             NoSpace(text) => NoSpace(put(text)),
             TooMany(text) => TooMany(put(text)),
             Io(text) => Io(put(text)),

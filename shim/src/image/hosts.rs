@@ -11,6 +11,9 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// The directory for registries that have none.
+const DEFAULT: &str = "_default";
+
 /// Where it is written how registries are reached.
 #[derive(Debug, Clone)]
 pub struct RegistryFiles {
@@ -70,7 +73,7 @@ pub(super) fn hosts_for(files: &RegistryFiles, reference: &Reference) -> Result<
             .collect::<Result<Vec<_>, _>>()
             .map(|all| all.concat());
     }
-    match from_directory(&files.hosts.join("_default"), registry)? {
+    match from_directory(&files.hosts.join(DEFAULT), registry)? {
         Some(hosts) => Ok(hosts),
         None => Ok(vec![upstream(registry)?]),
     }
@@ -99,7 +102,12 @@ fn from_directory(directory: &Path, registry: &str) -> Result<Option<Vec<Host>>,
         let key = file.with_extension("key");
         host.transport.prove(file, key.exists().then_some(key.as_path()))?;
     }
-    Ok((host.transport != Transport::default()).then(|| vec![host]))
+    if host.transport == Transport::default() {
+        return Ok(None);
+    }
+    // A certificate says that it speaks TLS, on loopback too.
+    host.base = base(registry, "https")?;
+    Ok(Some(vec![host]))
 }
 
 /// The hosts of one line of `registries.conf`. An insecure one is asked over TLS with whatever certificate, then without.
@@ -120,12 +128,15 @@ fn from_place(place: Place, registry: &str) -> Result<Vec<Host>, ImageError> {
 
 /// The registry itself.
 fn upstream(registry: &str) -> Result<Host, ImageError> {
-    let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
-    let scheme = if is_loopback(host) { "http" } else { "https" };
-    let base = Url::parse(&format!("{scheme}://{host}/v2"))
-        .map_err(|e| ImageError::InvalidReference { reference: registry.to_owned(), cause: e.to_string() })?;
+    let base = base(registry, if is_loopback(registry) { "http" } else { "https" })?;
     let (transport, headers) = (Transport::default(), HeaderMap::new());
     Ok(Host { base, transport, headers, pull: true, resolve: true, mirror: false, namespace: None, repository: None })
+}
+
+fn base(registry: &str, scheme: &str) -> Result<Url, ImageError> {
+    let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    Url::parse(&format!("{scheme}://{host}/v2"))
+        .map_err(|e| ImageError::InvalidReference { reference: registry.to_owned(), cause: e.to_string() })
 }
 
 /// Such a host is spoken to without TLS unless configured otherwise.
@@ -155,7 +166,9 @@ fn parse(text: &str, registry: &str, directory: &Path) -> Result<Vec<Host>, Imag
         Some(server) => server.as_str().ok_or_else(|| wrong("server is not a string".into()))?.to_owned(),
         None => upstream(registry)?.base.to_string(),
     };
-    hosts.push(host(&server, &table, registry, directory).map_err(|e| e.within("server"))?);
+    // Whoever writes this for one registry says where it itself is.
+    let last = host(&server, &table, registry, directory).map_err(|e| e.within("server"))?;
+    hosts.push(Host { mirror: last.mirror && directory.ends_with(DEFAULT), ..last });
     Ok(hosts)
 }
 
@@ -295,6 +308,10 @@ mod tests {
             ["http://z.example:5000/v2", "https://a.example/mirror/v2", "https://b.example/raw", "https://up.example/v2"]
         );
         assert!(hosts[0].pull && !hosts[0].resolve);
+        let mirrors: Vec<bool> = hosts.iter().map(|host| host.mirror).collect();
+        assert_eq!(mirrors, [true, true, true, false], "the server is the registry itself");
+        let hosts_of_any = parse(text, "docker.io", Path::new("/certs.d/_default")).unwrap();
+        assert!(hosts_of_any[3].mirror, "one server for every registry is none of them");
         assert!(hosts[1].resolve && hosts[1].transport.skip_verify && hosts[1].namespace.as_deref() == Some("docker.io"));
         for (text, why) in [
             ("host = 3", "host is not a table"),
@@ -343,6 +360,8 @@ mod tests {
         write("registries.conf", "[[registry]]\nlocation = \"q.example\"\ninsecure = true\n");
         assert_eq!(bases(dir.path(), "q.example"), ["https://q.example/v2", "http://q.example/v2"]);
         assert_eq!(bases(dir.path(), "other.example").len(), 2);
+        write("certs.d/localhost:80/ca.crt", "pem");
+        assert_eq!(bases(dir.path(), "localhost:80"), ["https://localhost:80/v2"]);
         write("certs.d/q.example/ca.crt", "pem");
         write("certs.d/q.example/client.cert", "certificate");
         write("certs.d/q.example/client.key", "key");

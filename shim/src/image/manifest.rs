@@ -8,6 +8,8 @@ use serde::Deserialize;
 pub(super) const MEDIA_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 const MAX_LAYERS: usize = 500;
+/// Annotation of what describes another entry of the index.
+const ATTESTATION: &str = "vnd.docker.reference.type";
 
 /// An operating system and architecture, as Go names them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,13 +52,19 @@ pub(super) struct Descriptor {
     #[serde(default)]
     platform: Option<DescriptorPlatform>,
     #[serde(default)]
+    artifact_type: String,
+    #[serde(default)]
     pub(super) annotations: std::collections::HashMap<String, String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 struct DescriptorPlatform {
+    #[serde(default)]
     os: String,
+    #[serde(default)]
     architecture: String,
+    #[serde(default)]
+    variant: String,
 }
 
 /// An image's manifest.
@@ -85,8 +93,9 @@ struct Raw {
 pub(super) fn parse(bytes: &[u8], object: &str) -> Result<Document, ImageError> {
     let corrupt = |cause: String| ImageError::Corrupt(format!("{object}: {cause}"));
     let raw: Raw = serde_json::from_slice(bytes).map_err(|e| corrupt(format!("is no image manifest: {e}")))?;
+    let unsupported = |cause: String| ImageError::Unsupported(format!("{object}: {cause}"));
     if raw.schema_version != 2 {
-        return Err(corrupt(format!("manifest schema version {} is not supported", raw.schema_version)));
+        return Err(unsupported(format!("manifest schema version {} is not supported", raw.schema_version)));
     }
     match (raw.manifests, raw.config, raw.layers) {
         (Some(manifests), None, None) => {
@@ -101,7 +110,8 @@ pub(super) fn parse(bytes: &[u8], object: &str) -> Result<Document, ImageError> 
             if let Some(layer) =
                 layers.iter().find(|l| l.media_type.contains("foreign") || l.media_type.contains("nondistributable"))
             {
-                return Err(corrupt(format!("layer {} is foreign ({}), which is not supported", layer.digest, layer.media_type)));
+                let (digest, kind) = (&layer.digest, &layer.media_type);
+                return Err(unsupported(format!("layer {digest} is foreign ({kind}): such a layer is not in the registry")));
             }
             Ok(Document::Manifest(Manifest { config, layers }))
         }
@@ -116,11 +126,110 @@ fn check<'a>(descriptors: impl IntoIterator<Item = &'a Descriptor>) -> Result<()
     }
 }
 
-/// The first entry for the platform; one that names none is taken if nothing fits better. Attestations name `unknown`.
+/// The entry for the platform: of several, the one that wants no special processor; one that names none if nothing fits better. Attestations
+/// name `unknown`, or say what they are.
 pub(super) fn select<'a>(index: &'a [Descriptor], platform: &Platform, object: &str) -> Result<&'a Descriptor, ImageError> {
-    let exact = index
-        .iter()
-        .find(|d| d.platform.as_ref().is_some_and(|p| p.os == platform.os && p.architecture == platform.architecture));
-    let unnamed = || index.iter().find(|d| d.platform.is_none());
-    exact.or_else(unnamed).ok_or_else(|| ImageError::NoPlatform { object: object.to_owned(), platform: platform.to_string() })
+    let runs = |d: &&Descriptor| {
+        d.platform.as_ref().is_some_and(|p| p.os == platform.os && p.architecture == platform.architecture) && d.is_manifest()
+    };
+    let baseline = || index.iter().filter(runs).find(|d| d.platform.as_ref().is_some_and(DescriptorPlatform::is_baseline));
+    let unnamed = || index.iter().find(|d| d.platform.is_none() && d.is_manifest());
+    baseline()
+        .or_else(|| index.iter().find(runs))
+        .or_else(unnamed)
+        .ok_or_else(|| ImageError::NoPlatform { object: object.to_owned(), platform: platform.to_string() })
+}
+
+impl Descriptor {
+    /// Whether it may be an image's manifest, or an index of such.
+    fn is_manifest(&self) -> bool {
+        (self.media_type.is_empty() || MEDIA_TYPES.split(", ").any(|one| one == self.media_type))
+            && self.artifact_type.is_empty()
+            && !self.annotations.contains_key(ATTESTATION)
+    }
+}
+
+impl DescriptorPlatform {
+    /// Whether every processor of the architecture will do.
+    fn is_baseline(&self) -> bool {
+        match self.architecture.as_str() {
+            "amd64" => matches!(self.variant.as_str(), "" | "v1"),
+            "arm64" => matches!(self.variant.as_str(), "" | "v8" | "v8.0"),
+            _ => self.variant.is_empty(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn chosen(entries: &[Value]) -> Option<usize> {
+        let manifests: Vec<Value> = entries
+            .iter()
+            .enumerate()
+            .map(|(number, entry)| {
+                let mut entry = entry.clone();
+                entry["digest"] = json!(format!("sha256:{number:064x}"));
+                entry
+            })
+            .collect();
+        let bytes = json!({ "schemaVersion": 2, "manifests": manifests }).to_string();
+        let Document::Index(index) = parse(bytes.as_bytes(), "index").unwrap() else { panic!("an index") };
+        let platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+        let digest = &select(&index, &platform, "index").ok()?.digest;
+        index.iter().position(|entry| entry.digest == *digest)
+    }
+
+    #[test]
+    fn the_entry_that_runs_here() {
+        let on = |os: &str, architecture: &str| json!({ "platform": { "os": os, "architecture": architecture } });
+        let variant = |name: &str| json!({ "platform": { "os": "linux", "architecture": "amd64", "variant": name } });
+        let attestation = json!({
+            "platform": { "os": "unknown", "architecture": "unknown" }, "annotations": { ATTESTATION: "attestation-manifest" }
+        });
+        let unnamed_attestation = json!({ "annotations": { ATTESTATION: "attestation-manifest" } });
+        let artifact = json!({ "artifactType": "application/spdx+json" });
+        let other = json!({ "mediaType": "application/vnd.example.thing" });
+        for (entries, expected) in [
+            (vec![attestation.clone(), on("linux", "s390x"), on("linux", "amd64")], Some(2)),
+            (vec![on("windows", "amd64"), on("darwin", "amd64"), on("linux", "amd64")], Some(2)),
+            (vec![variant("v3"), variant("v2"), on("linux", "amd64")], Some(2)),
+            (vec![variant("v3"), variant("v1")], Some(1)),
+            (vec![variant("v2")], Some(0)),
+            (vec![on("plan9", "mips"), json!({})], Some(1)),
+            (vec![json!({}), on("linux", "amd64")], Some(1)),
+            (vec![unnamed_attestation, artifact, other, json!({})], Some(3)),
+            (vec![attestation, on("linux", "arm64")], None),
+            (vec![], None),
+        ] {
+            assert_eq!(chosen(&entries), expected, "{entries:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_by_name() {
+        let layer = |kind: &str| json!({ "mediaType": kind, "digest": format!("sha256:{:064x}", 1), "size": 3 });
+        let manifest = |kind: &str| json!({ "schemaVersion": 2, "config": layer(""), "layers": [layer(kind)] });
+        for (document, why) in [
+            (json!({ "schemaVersion": 1, "fsLayers": [] }), "schema version 1"),
+            (manifest("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), "is foreign"),
+            (manifest("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"), "is foreign"),
+        ] {
+            let error = parse(document.to_string().as_bytes(), "manifest m").unwrap_err();
+            assert!(
+                matches!(&error, ImageError::Unsupported(text) if text.contains(why) && text.starts_with("manifest m")),
+                "{error}"
+            );
+        }
+        for (document, why) in [
+            (json!({ "schemaVersion": 2 }), "neither"),
+            (json!({ "schemaVersion": 2, "config": { "digest": "sha256:1" }, "layers": [] }), "no sha256 digest"),
+            (json!([]), "is no image manifest"),
+        ] {
+            let error = parse(document.to_string().as_bytes(), "manifest m").unwrap_err();
+            assert!(matches!(&error, ImageError::Corrupt(text) if text.contains(why)), "{error}");
+        }
+    }
 }

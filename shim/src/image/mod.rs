@@ -23,6 +23,7 @@ mod mounts;
 mod object;
 mod partial;
 mod progress;
+mod proxies;
 mod read;
 mod record;
 pub mod reference;

@@ -8,7 +8,7 @@ use super::error::ImageError;
 use super::hosts::{self, Host, RegistryFiles};
 use super::manifest::{Descriptor, MEDIA_TYPES};
 use super::reference::Reference;
-use super::tls::{Clients, cause};
+use super::tls::{Clients, authority, cause};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
 use reqwest::{Response, StatusCode, Url};
 use std::collections::HashMap;
@@ -146,8 +146,8 @@ impl Session {
                     (error, wait)
                 }
                 // Nobody listens: the caller retries pulls, and another host may be next.
-                Err(error) if error.is_connect() => return Err(unavailable(host, &error)),
-                Err(error) => (unavailable(host, &error), None),
+                Err(error) if error.is_connect() => return Err(self.unavailable(host, &error)),
+                Err(error) => (self.unavailable(host, &error), None),
             };
             if tries >= TRIES {
                 return Err(error);
@@ -158,7 +158,7 @@ impl Session {
     }
 
     async fn send(&self, index: usize, host: &Host, url: &Url, accept: Option<&str>, offset: u64) -> Result<Response, SendError> {
-        let client = self.clients.of(&host.transport, host.base.scheme() == "https").map_err(SendError::Setup)?;
+        let client = self.clients.of(&host.transport, url).map_err(SendError::Setup)?;
         let mut request = client.get(url.clone()).headers(host.headers.clone());
         if let Some(accept) = accept {
             request = request.header(ACCEPT, accept);
@@ -173,6 +173,15 @@ impl Session {
         request.send().await.map_err(SendError::Http)
     }
 
+    fn unavailable(&self, host: &Host, error: &SendError) -> ImageError {
+        match error {
+            SendError::Setup(error) => error.clone(),
+            SendError::Http(error) => {
+                ImageError::RegistryUnavailable(format!("{}: {}", self.clients.place(&host.base), cause(error)))
+            }
+        }
+    }
+
     fn repository_at<'a>(&'a self, host: &'a Host) -> &'a str {
         host.repository.as_deref().unwrap_or(&self.repository)
     }
@@ -182,8 +191,12 @@ impl Session {
         if !host.mirror && self.auth.is_some() {
             return Ok(self.auth.clone());
         }
-        let name = if host.mirror { authority(&host.base) } else { self.registry.clone() };
-        self.credentials.find(&name, self.repository_at(host))
+        let repository = self.repository_at(host);
+        let named = match host.mirror {
+            true => None,
+            false => self.credentials.find(&self.registry, repository)?,
+        };
+        named.map_or_else(|| self.credentials.find(&authority(&host.base), repository), |auth| Ok(Some(auth)))
     }
 
     /// Gets what a 401 asks for.
@@ -227,7 +240,8 @@ impl Session {
         if host.base.scheme() == "https" && url.scheme() != "https" && !host.transport.skip_verify {
             return Err(refused("is not reached by TLS, while its registry is".into()));
         }
-        let client = self.clients.of(&host.transport, url.scheme() == "https")?;
+        let client = self.clients.of(&host.transport, &url)?;
+        let place = self.clients.place(&url);
         let mut fields: Vec<(&str, &str)> = service.iter().map(|service| ("service", *service)).collect();
         fields.push(("scope", scope));
         let request = match auth {
@@ -249,7 +263,7 @@ impl Session {
             }
         };
         let mut response =
-            request.send().await.map_err(|e| ImageError::RegistryUnavailable(format!("token service {realm}: {}", cause(&e))))?;
+            request.send().await.map_err(|e| ImageError::RegistryUnavailable(format!("token service {place}: {}", cause(&e))))?;
         match response.status() {
             status if status.is_success() => {}
             status if is_transient(status) => {
@@ -274,13 +288,6 @@ impl SendError {
             SendError::Setup(_) => true,
             SendError::Http(error) => error.is_connect(),
         }
-    }
-}
-
-fn unavailable(host: &Host, error: &SendError) -> ImageError {
-    match error {
-        SendError::Setup(error) => error.clone(),
-        SendError::Http(error) => ImageError::RegistryUnavailable(format!("{}: {}", authority(&host.base), cause(error))),
     }
 }
 
@@ -315,11 +322,6 @@ fn wait_of(value: &str, now: time::OffsetDateTime) -> Option<Duration> {
 fn basic(username: &str, password: &str) -> String {
     use base64::Engine as _;
     format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}")))
-}
-
-fn authority(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 async fn read_all(response: &mut Response, limit_bytes: u64, object: &str) -> Result<Vec<u8>, ImageError> {

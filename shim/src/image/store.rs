@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_blocking};
 
@@ -46,6 +47,8 @@ pub struct StoreConfig {
     pub platform: Platform,
     /// Layers fetched and unpacked at the same time, over all pulls.
     pub parallel_layers: usize,
+    /// Longest wait for the next bytes of a registry's answer.
+    pub progress_timeout: Duration,
     /// Most bytes of files in one layer, holes included.
     pub layer_limit_bytes: u64,
     /// Most entries in one layer.
@@ -64,6 +67,7 @@ impl StoreConfig {
             pinned: Vec::new(),
             platform: Platform::default(),
             parallel_layers: 4,
+            progress_timeout: Duration::from_secs(30),
             layer_limit_bytes: 256 << 30,
             layer_limit_entries: 10_000_000,
             layer_format: None,
@@ -170,6 +174,7 @@ impl Store {
             index.insert(record.id.clone(), indexed(&layers, record, parsed));
         }
         let partials = Partials::open(config.root.join("partial"))?;
+        let clients = Arc::new(Clients::new(config.progress_timeout));
         let slots = Arc::new(Semaphore::new(config.parallel_layers.max(1)));
         Ok(Store(Arc::new(Inner {
             config,
@@ -177,7 +182,7 @@ impl Store {
             index: RwLock::new(index),
             commit: Mutex::default(),
             pulls: Mutex::default(),
-            clients: Arc::default(),
+            clients,
             slots,
             partials,
         })))

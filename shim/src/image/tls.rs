@@ -1,15 +1,14 @@
-//! HTTP clients: what a registry's host needs of TLS and time-outs, and one client for all hosts that need the same.
+//! HTTP clients: what a registry's host needs of TLS, time-outs and proxies, and one client for all hosts that need the same.
 
 use super::error::ImageError;
-use reqwest::{Certificate, Client, Identity, redirect};
+use super::proxies::Proxies;
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Proxy, Url, redirect};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the next bytes of an answer.
-const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_REDIRECTS: usize = 10;
 /// Clients that are kept.
 const MAX_CLIENTS: usize = 64;
@@ -52,20 +51,31 @@ fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
 }
 
 /// Shared by all pulls, so that connections are kept.
-#[derive(Default)]
-pub(super) struct Clients(Mutex<HashMap<(Transport, bool), Client>>);
+pub(super) struct Clients {
+    kept: Mutex<HashMap<(Transport, bool), Client>>,
+    proxies: Proxies,
+    /// Longest wait for the next bytes of an answer.
+    progress_timeout: Duration,
+}
 
 impl Clients {
-    /// The client for a host that is spoken to over TLS or not.
-    pub(super) fn of(&self, transport: &Transport, https: bool) -> Result<Client, ImageError> {
+    /// With the proxies of the environment.
+    pub(super) fn new(progress_timeout: Duration) -> Clients {
+        Clients { kept: Mutex::default(), proxies: Proxies::of_environment(), progress_timeout }
+    }
+
+    /// The client for a URL.
+    pub(super) fn of(&self, transport: &Transport, url: &Url) -> Result<Client, ImageError> {
+        self.proxies.of(url)?;
+        let https = url.scheme() == "https";
         let key = (transport.clone(), https);
-        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let built = build(transport, transport.skip_verify, false);
+        let built = self.build(transport, transport.skip_verify, false);
         // Without any CA certificate on the machine there is no verified client; plain http needs none.
-        let client = if https { built } else { built.or_else(|_| build(transport, true, true)) };
+        let client = if https { built } else { built.or_else(|_| self.build(transport, true, true)) };
         let client = client.map_err(|e| ImageError::Io(format!("set up TLS: {e}")))?;
         if clients.len() >= MAX_CLIENTS {
             clients.clear();
@@ -73,10 +83,36 @@ impl Clients {
         clients.insert(key, client.clone());
         Ok(client)
     }
+
+    /// The host that is spoken to for a URL, as an error names it: a proxy too, without its password.
+    pub(super) fn place(&self, url: &Url) -> String {
+        match self.proxies.of(url) {
+            Ok(Some(proxy)) => format!("{} by way of the proxy {}", authority(url), authority(proxy)),
+            _ => authority(url),
+        }
+    }
+
+    fn build(&self, transport: &Transport, accept_any: bool, only_http: bool) -> Result<Client, String> {
+        let proxies = self.proxies.clone();
+        let builder = Client::builder()
+            .user_agent(concat!("windlass/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(transport.dial_timeout.unwrap_or(CONNECT_TIMEOUT))
+            .read_timeout(self.progress_timeout)
+            .redirect(redirects(only_http))
+            .proxy(Proxy::custom(move |url| proxies.of(url).ok().flatten().cloned()))
+            .tls_danger_accept_invalid_certs(accept_any);
+        with_certificates(builder, transport)?.build().map_err(|e| cause(&e))
+    }
 }
 
-fn build(transport: &Transport, accept_any: bool, only_http: bool) -> Result<Client, String> {
-    let policy = redirect::Policy::custom(move |attempt| {
+/// Host and port.
+pub(super) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+fn redirects(only_http: bool) -> redirect::Policy {
+    redirect::Policy::custom(move |attempt| {
         if attempt.previous().len() > MAX_REDIRECTS {
             attempt.error("too many redirects")
         } else if only_http && attempt.url().scheme() != "http" {
@@ -84,13 +120,10 @@ fn build(transport: &Transport, accept_any: bool, only_http: bool) -> Result<Cli
         } else {
             attempt.follow()
         }
-    });
-    let mut builder = Client::builder()
-        .user_agent(concat!("windlass/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(transport.dial_timeout.unwrap_or(CONNECT_TIMEOUT))
-        .read_timeout(PROGRESS_TIMEOUT)
-        .redirect(policy)
-        .tls_danger_accept_invalid_certs(accept_any);
+    })
+}
+
+fn with_certificates(mut builder: ClientBuilder, transport: &Transport) -> Result<ClientBuilder, String> {
     for pem in &transport.ca {
         let certificates = Certificate::from_pem_bundle(pem).map_err(|e| format!("CA certificate: {}", cause(&e)))?;
         if certificates.is_empty() {
@@ -101,7 +134,7 @@ fn build(transport: &Transport, accept_any: bool, only_http: bool) -> Result<Cli
     if let Some(pem) = &transport.client {
         builder = builder.identity(Identity::from_pem(pem).map_err(|e| format!("client certificate: {}", cause(&e)))?);
     }
-    builder.build().map_err(|e| cause(&e))
+    Ok(builder)
 }
 
 /// The innermost cause: the outer ones only say that a request failed, which the caller says better.

@@ -229,7 +229,9 @@ async fn fetch(session: &Session, sink: &mut Sink<'_>) -> Result<(), ImageError>
     while size == 0 || sink.offset < size {
         let start = sink.offset;
         let cut = match fetch_once(session, sink).await? {
-            None if size == 0 || sink.offset >= size => break,
+            None if size == 0 => break,
+            // All of it is here, however the connection ended.
+            _ if size > 0 && sink.offset >= size => break,
             None => format!("the connection ended after {} of {size} bytes", sink.offset),
             Some(cut) => cut,
         };
