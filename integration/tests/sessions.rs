@@ -1,9 +1,10 @@
-//! Sessions with the real `crictl`: a shell on a terminal, and execs whose caller goes away.
+//! Sessions with the real `crictl`: a shell on a terminal, execs whose caller goes away, attached clients, forwarded ports.
 
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     io::{Read, Write},
+    net::{Shutdown, TcpStream},
     path::Path,
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, Mutex},
@@ -70,6 +71,36 @@ impl Ground {
         Ok(format!("{program} --config {config} --runtime-endpoint {endpoint} --image-endpoint {endpoint} {words}"))
     }
 
+    /// A container whose input is open.
+    fn with_input(&self, name: &str, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
+        self.container(name, command, |config| {
+            config.stdin = true;
+            change(config);
+        })
+    }
+
+    fn attach(&self, transport: &str, flags: &str, id: &str) -> Result<Talk> {
+        Talk::piped(&self.crictl(&format!("attach --transport {transport} {flags} {id}"))?)
+    }
+
+    /// Lines of a stream in a container's log.
+    fn logged(&self, name: &str, stream: &str) -> Result<Vec<String>> {
+        let path = Path::new(&self.config.log_directory).join(format!("{name}.log"));
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let lines = text.lines().filter_map(|line| {
+            let mut words = line.splitn(4, ' ').skip(1);
+            (words.next()? == stream).then(|| words.nth(1).map(str::to_owned))?
+        });
+        Ok(lines.collect())
+    }
+
+    fn exit_code(&self, id: &str) -> Result<i32> {
+        wait_for("the container's end", || {
+            Ok(self.client.container(id)?.state() == cri::ContainerState::ContainerExited)
+        })?;
+        Ok(self.client.container(id)?.exit_code)
+    }
+
     fn end(self) -> Result<()> {
         self.client.remove(&self.pod)?;
         self.before.expect_same(&Snapshot::take(&self.daemon)?)
@@ -125,6 +156,30 @@ impl Talk {
         Talk::start(script)
     }
 
+    /// Its errors are heard as well.
+    fn piped(command: &str) -> Result<Talk> {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("exec {command} 2>&1")]);
+        Talk::start(shell)
+    }
+
+    /// Says the words again and again until `part` is heard; how often they were said.
+    fn say_until(&mut self, bytes: &str, part: &str) -> Result<usize> {
+        let deadline = Instant::now() + LIMIT;
+        for count in 1.. {
+            self.say(bytes)?;
+            let again = Instant::now() + Duration::from_millis(200);
+            while Instant::now() < again {
+                if self.heard.lock().expect("a result").contains(part) {
+                    return Ok(count);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            ensure!(Instant::now() < deadline, "{part} is not heard: {:?}", self.heard.lock().expect("a result"));
+        }
+        unreachable!("counted without an end")
+    }
+
     fn say(&mut self, bytes: &str) -> Result<()> {
         let input = self.input.as_mut().context("input is closed")?;
         input.write_all(bytes.as_bytes())?;
@@ -152,7 +207,7 @@ fn crictl_exec_on_a_terminal_has_its_size_its_signals_and_its_end() -> Result<()
     node::run(move || {
         let ground = ground(tools)?;
         let id = ground.container("shell", &["sleep", "1000"], |_| {})?;
-        for transport in ["spdy", "websocket"] {
+        for transport in TRANSPORTS {
             let resize = ground.daemon.path(transport);
             let command = ground.crictl(&format!("exec --transport {transport} -it {id} sh"))?;
             let mut talk = Talk::on_terminal(&command, &resize)?;
@@ -198,6 +253,210 @@ fn an_exec_whose_caller_goes_away_is_killed_with_all_it_started() -> Result<()> 
                 Ok(!found.contains("sleep 777") && !found.contains("sleep 778"))
             })
             .with_context(|| words.clone())?;
+        }
+        ground.end()
+    })
+}
+
+const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
+
+/// Answers each line on both streams until it is told to quit.
+const ANSWERS: &str = "while read line; do [ \"$line\" = quit ] && exit 5; echo \"got $line\"; echo \"saw $line\" >&2; done; exit 6";
+
+fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
+    let id = ground.with_input(transport, &["sh", "-c", ANSWERS], |_| {})?;
+    let mut said = Vec::new();
+    let mut one = ground.attach(transport, "-i", &id)?;
+    let count = one.say_until("one\n", "saw one")?;
+    said.extend(vec!["one"; count]);
+    let mut two = ground.attach(transport, "-i", &id)?;
+    let count = two.say_until("two\n", "saw two")?;
+    said.extend(vec!["two"; count]);
+    one.hear("saw two")?;
+    // One that only listens.
+    let mut three = ground.attach(transport, "", &id)?;
+    while !three.heard.lock().expect("a result").contains("saw three") {
+        one.say_until("three\n", "saw three")?;
+        said.push("three");
+        ensure!(said.len() < 1000, "the third client hears nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // What is said last arrives, though its client has gone when it does.
+    let four = ground.crictl(&format!("attach --transport {transport} -i {id}"))?;
+    Talk::piped(&format!("printf 'last words\\n' | {four}"))?.code()?;
+    said.push("last words");
+    for client in [&one, &two, &three] {
+        client.hear("got last words")?;
+        client.hear("saw last words")?;
+    }
+    two.child.kill()?;
+    two.child.wait()?;
+    one.say("after\n")?;
+    said.push("after");
+    for client in [&one, &three] {
+        client.hear("got after")?;
+        client.hear("saw after")?;
+    }
+    one.say("quit\n")?;
+    ensure!(one.code()? == 0 && three.code()? == 0, "{transport}: the clients end well");
+    ensure!(ground.exit_code(&id)? == 5);
+    for (stream, word) in [("stdout", "got"), ("stderr", "saw")] {
+        let logged = ground.logged(transport, stream)?;
+        let expected: Vec<String> = said.iter().map(|line| format!("{word} {line}")).collect();
+        ensure!(logged == expected, "{transport} {stream}: {logged:?} instead of {expected:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn several_clients_are_attached_and_the_log_has_everything() -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let ground = ground(tools)?;
+        for transport in TRANSPORTS {
+            several_attached(&ground, transport)?;
+        }
+        ground.end()
+    })
+}
+
+/// The first client that ends its input, or is cut, ends the program's, whoever else is attached.
+fn one_input(ground: &Ground, transport: &str, cut: bool) -> Result<()> {
+    let name = format!("{transport}-{cut}");
+    let id = ground.with_input(&name, &["sh", "-c", "cat; echo end of input"], |config| config.stdin_once = true)?;
+    let mut first = ground.attach(transport, "-i", &id)?;
+    let firsts = first.say_until("first\n", "first")?;
+    let mut second = ground.attach(transport, "-i", &id)?;
+    let seconds = second.say_until("second\n", "second")?;
+    first.say("the end\n")?;
+    second.hear("the end")?;
+    if cut {
+        first.child.kill()?;
+        first.child.wait()?;
+    } else {
+        drop(first.input.take());
+        first.hear("end of input")?;
+        ensure!(first.code()? == 0, "{name}");
+    }
+    second.hear("end of input")?;
+    ensure!(second.code()? == 0, "{name}");
+    ensure!(ground.exit_code(&id)? == 0);
+    let logged = ground.logged(&name, "stdout")?;
+    let expected = [vec!["first"; firsts], vec!["second"; seconds], vec!["the end", "end of input"]].concat();
+    ensure!(logged == expected, "{name}: {logged:?} instead of {expected:?}");
+    Ok(())
+}
+
+#[test]
+fn an_input_for_one_client_ends_with_it() -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let ground = ground(tools)?;
+        for transport in TRANSPORTS {
+            for cut in [false, true] {
+                one_input(&ground, transport, cut).with_context(|| format!("{transport}, cut: {cut}"))?;
+            }
+        }
+        ground.end()
+    })
+}
+
+fn attached_terminal(ground: &Ground, transport: &str) -> Result<()> {
+    let id = ground.with_input(transport, &["sh"], |config| config.tty = true)?;
+    let command = ground.crictl(&format!("attach --transport {transport} -it {id}"))?;
+    let resize = ground.daemon.path(&format!("attach-{transport}"));
+    let mut talk = Talk::on_terminal(&command, &resize)?;
+    talk.say("until [ \"$(stty size)\" = '40 100' ]; do sleep 0.05; done; echo si''zed\n")?;
+    talk.hear("sized")?;
+    let mut other = Talk::on_terminal(&command, &ground.daemon.path("never"))?;
+    other.say_until("echo o''ther\n", "other")?;
+    talk.hear("other")?;
+    fs::write(&resize, "")?;
+    talk.say("until [ \"$(stty size)\" = '50 120' ]; do sleep 0.05; done; echo resi''zed\n")?;
+    talk.hear("resized")?;
+    other.hear("resized")?;
+    talk.say("echo sleep''ing; sleep 777\n")?;
+    talk.hear("sleeping")?;
+    wait_for("the sleep", || Ok(ground.processes(&id)?.contains("sleep 777")))?;
+    talk.say("\x03")?;
+    talk.say("echo interrupted $?\n")?;
+    talk.hear("interrupted 130")?;
+    // Ctrl-P Ctrl-Q, by which crictl lets go of a terminal.
+    talk.say("\x10\x11")?;
+    ensure!(talk.code()? == 0, "{transport}: detached");
+    other.say("echo still the''re\n")?;
+    other.hear("still there")?;
+    let mut third = Talk::on_terminal(&command, &resize)?;
+    third.say_until("echo on''ce more\n", "once more")?;
+    other.hear("once more")?;
+    third.say("exit 3\n")?;
+    ensure!(third.code()? == 0 && other.code()? == 0, "{transport}: the clients end well");
+    ensure!(ground.exit_code(&id)? == 3);
+    let logged = ground.logged(transport, "stdout")?.join("\n");
+    for part in ["sized", "other", "resized", "interrupted 130", "still there", "once more"] {
+        ensure!(logged.contains(part), "{transport}: {part} is not in the log: {logged}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_terminal_is_attached_resized_let_go_and_taken_up_again() -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let ground = ground(tools)?;
+        for transport in TRANSPORTS {
+            attached_terminal(&ground, transport)?;
+        }
+        ground.end()
+    })
+}
+
+/// Sends bytes, ends that half, and gets them back.
+fn exchange(port: u16, seed: u8) -> Result<()> {
+    let sent: Vec<u8> = (0u32..1 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed).collect();
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).context("connect to crictl")?;
+    connection.set_read_timeout(Some(LIMIT))?;
+    let mut up = connection.try_clone()?;
+    let bytes = sent.clone();
+    let sending = std::thread::spawn(move || up.write_all(&bytes).and_then(|()| up.shutdown(Shutdown::Write)));
+    let mut back = Vec::new();
+    connection.read_to_end(&mut back).context("read what comes back")?;
+    sending.join().expect("no panic")?;
+    ensure!(back == sent, "{} of {} bytes came back, or others", back.len(), sent.len());
+    Ok(())
+}
+
+#[test]
+fn crictl_forwards_ports_of_a_pod() -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let ground = ground(tools)?;
+        ground.container("server", &["/probe", "echo", "80"], |_| {})?;
+        wait_for("the server", || Ok(ground.logged("server", "stdout")? == ["listening"]))?;
+        for transport in TRANSPORTS {
+            let pod = &ground.pod;
+            let mut talk = Talk::piped(&ground.crictl(&format!("port-forward --transport {transport} {pod} 0:80 0:81"))?)?;
+            let local = |remote: u16| -> Result<u16> {
+                let end = format!(" -> {remote}\n");
+                talk.hear(&end)?;
+                let heard = talk.heard.lock().expect("a result").clone();
+                let line = heard.lines().find(|line| line.starts_with("Forwarding from 127.0.0.1:") && line.ends_with(end.trim_end()));
+                let port = line.and_then(|line| line.split([':', ' ']).nth(3)).context("a local port")?;
+                Ok(port.parse()?)
+            };
+            let (served, closed) = (local(80)?, local(81)?);
+            std::thread::scope(|scope| {
+                let both = [1, 2].map(|seed| scope.spawn(move || exchange(served, seed)));
+                both.into_iter().try_for_each(|one| one.join().expect("no panic"))
+            })
+            .with_context(|| transport.to_owned())?;
+            let mut refused = TcpStream::connect(("127.0.0.1", closed))?;
+            refused.set_read_timeout(Some(LIMIT))?;
+            // Ended or reset, without a byte.
+            ensure!(refused.read(&mut [0; 16]).unwrap_or(0) == 0, "{transport}: nobody listens there");
+            talk.hear("refused")?;
+            // client-go ends with the first connection that fails.
+            ensure!(talk.code()? == 1, "{transport}: {:?}", talk.heard.lock().expect("a result"));
         }
         ground.end()
     })

@@ -27,6 +27,7 @@ use std::{
     sync::Mutex,
 };
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use windlass_proto::{
     cri::{ContainerConfig, LinuxContainerUser},
     monitor::{self, ContainerState},
@@ -118,6 +119,8 @@ pub struct Container {
     /// Whether its start has been told; held while it is told.
     started_told: Mutex<bool>,
     ending: Ending,
+    /// Cancelled when the one client that its input was for has ended it.
+    input_ended: CancellationToken,
 }
 
 impl Container {
@@ -132,6 +135,7 @@ impl Container {
             turn: tokio::sync::Mutex::new(()),
             writing: Mutex::new(()),
             started_told: Mutex::new(false),
+            input_ended: CancellationToken::new(),
         }
     }
 

@@ -2,7 +2,7 @@
 //! descriptors that the monitor gave; the monitor never sees an exec's.
 //!
 //! An exec whose client goes away is killed with everything in its cgroup; one that ends by itself leaves what it put into the background. An
-//! attached client that goes away, or does not read, changes nothing for the container.
+//! attached client that goes away, or does not read, changes nothing for the container, but for the end of an input that is for one client.
 
 use super::{Container, State, exec};
 use crate::{
@@ -36,6 +36,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 const DRAIN_LIMIT: Duration = Duration::from_millis(300);
 /// Most output that is taken after the process has ended; a pipe holds 64 KiB.
 const DRAIN_LIMIT_BYTES: usize = 1 << 20;
+/// How long what an attached client sent before it went away may take to reach the program.
+const LAST_INPUT_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for a terminal's first size before its program starts.
 const FIRST_SIZE_LIMIT: Duration = Duration::from_millis(50);
 /// Longest wait for a connection within the node.
@@ -104,16 +106,19 @@ async fn follow_size(master: OwnedFd, sizes: Option<mpsc::Receiver<TerminalSize>
     }
 }
 
-/// Copies the client's input until it ends, then closes the process's.
-async fn copy_in(input: Option<Input>, sink: Option<pipe::Sender>) {
-    if let (Some(mut input), Some(mut sink)) = (input, sink) {
-        let mut buffer = vec![0; BUFFER_BYTES];
-        while let Ok(count) = input.read(&mut buffer).await {
-            if count == 0 || sink.write_all(buffer.get(..count).unwrap_or_default()).await.is_err() {
-                break;
-            }
+/// Copies the client's input until it ends, then closes the process's. False if it was the process that ended it.
+async fn copy_in(input: Option<Input>, sink: Option<pipe::Sender>) -> bool {
+    let (Some(mut input), Some(mut sink)) = (input, sink) else { return false };
+    let mut buffer = vec![0; BUFFER_BYTES];
+    while let Ok(count) = input.read(&mut buffer).await {
+        if count == 0 {
+            break;
+        }
+        if sink.write_all(buffer.get(..count).unwrap_or_default()).await.is_err() {
+            return false;
         }
     }
+    true
 }
 
 /// Copies output until it ends. Once `ended`, only what is there already is waited for.
@@ -212,9 +217,9 @@ async fn run(node: &Node, container: &Container, command: Vec<String>, tty: bool
     Ok(Ending::Exited(exit.code))
 }
 
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
 
-impl Drop for AbortOnDrop {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -270,12 +275,14 @@ async fn serve_attached(
     let err = streams.stderr.is_some().then(|| descriptors.next()).flatten().map(source).transpose()?;
     let has_output = out.is_some() || err.is_some();
     let client_input = streams.stdin.take();
-    let once = reply.stdin_once && client_input.is_some();
-    let (closing, id) = (monitor.clone(), container.id.clone());
+    let has_input = reply.stdin && client_input.is_some();
+    let once = reply.stdin_once && client_input.is_some() && !reply.terminal;
+    let ended = container.input_ended.clone();
     let mut copying_in = AbortOnDrop(tokio::spawn(async move {
-        copy_in(client_input, input).await;
-        if once {
-            close_stdin(&closing, &id).await;
+        tokio::select! {
+            by_client = copy_in(client_input, input) => by_client,
+            // Another client had the last word; its end is the program's when nobody holds the pipe any more.
+            () = ended.cancelled() => false,
         }
     }));
     // Output has no end of the process's here: the monitor ends it when everything has been given.
@@ -283,18 +290,41 @@ async fn serve_attached(
     let copying_out = async {
         tokio::join!(copy_out(out, streams.stdout.take(), never.clone()), copy_out(err, streams.stderr.take(), never.clone()))
     };
-    tokio::select! {
-        _ = copying_out, if has_output => {}
-        () = container.wait_exited(), if !has_output => {}
-        _ = &mut copying_in.0, if !has_output => {}
-        () = streams.gone.cancelled() => {
-            if once {
-                close_stdin(monitor, &container.id).await;
+    tokio::pin!(copying_out);
+    let mut reads = has_input;
+    loop {
+        tokio::select! {
+            _ = &mut copying_out, if has_output => break,
+            () = container.wait_exited(), if !has_output => break,
+            by_client = &mut copying_in.0, if reads => {
+                reads = false;
+                if once {
+                    end_input(container, monitor).await;
+                }
+                // A client that ends its input has seen enough, but for one that ends the program's.
+                if matches!(by_client, Ok(true)) && !(once && has_output) {
+                    break;
+                }
+            }
+            () = streams.gone.cancelled() => {
+                if reads {
+                    let _ = timeout(LAST_INPUT_LIMIT, &mut copying_in.0).await;
+                }
+                if once {
+                    end_input(container, monitor).await;
+                }
+                break;
             }
         }
     }
     drop(sizing);
     Ok(())
+}
+
+/// The input of a program that reads one client's is at its end, whoever else is attached.
+async fn end_input(container: &Container, monitor: &Monitor) {
+    container.input_ended.cancel();
+    close_stdin(monitor, &container.id).await;
 }
 
 async fn close_stdin(monitor: &Monitor, container_id: &str) {
