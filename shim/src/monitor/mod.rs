@@ -43,7 +43,7 @@ pub struct Monitor {
     pending: Pending,
     next_id: AtomicU64,
     /// One writer at a time, so that frames do not mix.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The opened monitor program. Pods of one daemon all run the same one, whatever a package upgrade does to the path.
@@ -102,7 +102,7 @@ impl Monitor {
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         tokio::spawn(read_frames(stream.clone(), pending.clone(), events));
-        let monitor = Monitor { stream, pending, next_id: AtomicU64::new(1), writing: tokio::sync::Mutex::new(()) };
+        let monitor = Monitor { stream, pending, next_id: AtomicU64::new(1), writing: Arc::default() };
         (Arc::new(monitor), receiver)
     }
 
@@ -116,10 +116,7 @@ impl Monitor {
         };
         let bytes = frame::encode(&Frame { id, body: Some(body) }).map_err(|error| Error::invalid(error.to_string()))?;
         let exchange = async {
-            {
-                let _turn = self.writing.lock().await;
-                socket::write_all(&self.stream, &bytes).await.map_err(|_| lost())?;
-            }
+            self.send(bytes).await.map_err(|_| lost())?;
             receiver.await.map_err(|_| lost())
         };
         let outcome = tokio::time::timeout(limit, exchange).await;
@@ -131,6 +128,22 @@ impl Monitor {
             Ok(reply) => reply,
             Err(_) => Err(Error::new(Kind::Deadline, format!("the pod's monitor gave no answer in {} s", limit.as_secs()))),
         }
+    }
+
+    /// Writes a frame. Once begun it is written to its end, even if the caller goes away: half a frame would spoil those after it.
+    async fn send(&self, mut bytes: Vec<u8>) -> std::io::Result<()> {
+        let turn = self.writing.clone().lock_owned().await;
+        let written = socket::write_some(&self.stream, &bytes)?;
+        if written == bytes.len() {
+            return Ok(());
+        }
+        bytes.drain(..written);
+        let stream = self.stream.clone();
+        let rest = tokio::spawn(async move {
+            let _turn = turn;
+            socket::write_all(&stream, &bytes).await
+        });
+        rest.await.map_err(std::io::Error::other)?
     }
 
     /// Sends a request and waits for its reply, at most [`CALL_LIMIT`].
@@ -196,4 +209,28 @@ async fn read_frames(stream: Arc<UnixStream>, pending: Pending, events: mpsc::Se
     }
     // Dropping the senders fails every call that still waits.
     pending.lock().expect("never poisoned: no panic while held").take();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use windlass_proto::monitor::{Empty, ExecRequest, StateRequest};
+
+    #[tokio::test]
+    async fn a_call_that_is_given_up_half_written_spoils_no_other() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let (monitor, _events) = Monitor::over(ours);
+        let large = Body::Exec(ExecRequest { process: "x".repeat(4 << 20), ..ExecRequest::default() });
+        // Nobody reads: it is given up when the socket is full.
+        let given_up = monitor.call_within(large, Duration::from_millis(50)).await;
+        assert_eq!(given_up.expect_err("no answer").kind, Kind::Deadline);
+        let next = tokio::spawn(async move { monitor.call_within(Body::State(StateRequest {}), Duration::from_secs(10)).await });
+        let mut reader = socket::Reader::default();
+        for _ in 0..2 {
+            let (frame, _) = reader.next(&theirs).await.expect("in step").expect("a frame");
+            let answer = frame::encode(&Frame { id: frame.id, body: Some(Body::Done(Empty {})) }).expect("fits");
+            socket::write_all(&theirs, &answer).await.expect("written");
+        }
+        assert!(matches!(next.await.expect("no panic"), Ok((Body::Done(_), _))));
+    }
 }

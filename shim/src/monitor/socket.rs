@@ -67,6 +67,14 @@ impl Reader {
     }
 }
 
+/// Writes what the socket takes at once.
+pub(super) fn write_some(stream: &UnixStream, bytes: &[u8]) -> io::Result<usize> {
+    match stream.try_write(bytes) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        written => written,
+    }
+}
+
 /// Writes all of `bytes`.
 pub(super) async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
