@@ -95,9 +95,7 @@ impl Ground {
     }
 
     fn exit_code(&self, id: &str) -> Result<i32> {
-        wait_for("the container's end", || {
-            Ok(self.client.container(id)?.state() == cri::ContainerState::ContainerExited)
-        })?;
+        wait_for("the container's end", || Ok(self.client.container(id)?.state() == cri::ContainerState::ContainerExited))?;
         Ok(self.client.container(id)?.exit_code)
     }
 
@@ -261,7 +259,8 @@ fn an_exec_whose_caller_goes_away_is_killed_with_all_it_started() -> Result<()> 
 const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
 /// Answers each line on both streams until it is told to quit.
-const ANSWERS: &str = "while read line; do [ \"$line\" = quit ] && exit 5; echo \"got $line\"; echo \"saw $line\" >&2; done; exit 6";
+const ANSWERS: &str =
+    "while read line; do [ \"$line\" = quit ] && exit 5; echo \"got $line\"; echo \"saw $line\" >&2; done; exit 6";
 
 fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
     let id = ground.with_input(transport, &["sh", "-c", ANSWERS], |_| {})?;
@@ -440,7 +439,8 @@ fn crictl_forwards_ports_of_a_pod() -> Result<()> {
                 let end = format!(" -> {remote}\n");
                 talk.hear(&end)?;
                 let heard = talk.heard.lock().expect("a result").clone();
-                let line = heard.lines().find(|line| line.starts_with("Forwarding from 127.0.0.1:") && line.ends_with(end.trim_end()));
+                let line =
+                    heard.lines().find(|line| line.starts_with("Forwarding from 127.0.0.1:") && line.ends_with(end.trim_end()));
                 let port = line.and_then(|line| line.split([':', ' ']).nth(3)).context("a local port")?;
                 Ok(port.parse()?)
             };

@@ -105,21 +105,13 @@ async fn serve(protocol: &'static str, kind: Kinds, said: Vec<u8>, output: Outpu
     // Half of it is there with the request's head, as a client that does not wait might have it.
     let later = std::io::Cursor::new(said[said.len() / 2..].to_vec()).chain(Waiting(WAIT_TURNS));
     let first = said[..said.len() / 2].to_vec();
+    let wire = Wire { first, input: Box::new(later), output, peer: Peer::unseen() };
     match kind {
-        Kinds::Exec => {
-            remote_command::over_spdy(handler, target, protocol, spdy::Connection::start(first, later, output)).await;
-        }
-        Kinds::Forward => port_forward::over_spdy(handler, pod, spdy::Connection::start(first, later, output)).await,
-        Kinds::WebSocketExec => {
-            remote_command::over_websocket(handler, target, protocol, first, Box::new(later), output).await;
-        }
-        Kinds::WebSocketForward => {
-            port_forward::over_websocket(handler, pod, vec![80, 81], protocol, first, Box::new(later), output).await;
-        }
-        Kinds::Tunnel => {
-            let (reader, writer) = websocket::tunnel(first, later, output);
-            port_forward::over_spdy(handler, pod, spdy::Connection::start(Vec::new(), reader, writer)).await;
-        }
+        Kinds::Exec => remote_command::over_spdy(handler, target, protocol, spdy::Connection::start(wire)).await,
+        Kinds::Forward => port_forward::over_spdy(handler, pod, spdy::Connection::start(wire)).await,
+        Kinds::WebSocketExec => remote_command::over_websocket(handler, target, protocol, wire).await,
+        Kinds::WebSocketForward => port_forward::over_websocket(handler, pod, vec![80, 81], protocol, wire).await,
+        Kinds::Tunnel => port_forward::over_spdy(handler, pod, spdy::Connection::start(websocket::tunnel(wire))).await,
     }
 }
 

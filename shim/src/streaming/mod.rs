@@ -13,6 +13,7 @@ mod spdy;
 mod status;
 mod tls;
 mod websocket;
+mod wire;
 
 #[doc(hidden)]
 pub use fuzz::fuzz_client;
@@ -36,6 +37,7 @@ use tokio::{
     sync::Semaphore,
     time::timeout,
 };
+use wire::{Peer, Wire};
 
 /// How long a URL may be used.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
@@ -150,22 +152,23 @@ enum Upgrade {
 impl Shared {
     async fn connection(&self, socket: TcpStream) -> io::Result<()> {
         socket.set_nodelay(true)?;
+        let peer = Peer::of(&socket)?;
         match &self.tls {
             None => {
                 let (input, output) = socket.into_split();
-                self.request(Box::new(input), Box::new(output)).await
+                self.request(Box::new(input), Box::new(output), peer).await
             }
             Some(tls) => {
                 let secured = timeout(HEAD_LIMIT, tls.accept(socket)).await.map_err(|_| io::ErrorKind::TimedOut)??;
                 let (input, output) = tokio::io::split(secured);
-                self.request(Box::new(input), Box::new(output)).await
+                self.request(Box::new(input), Box::new(output), peer).await
             }
         }
     }
 
-    async fn request(&self, mut input: Input, mut output: Output) -> io::Result<()> {
+    async fn request(&self, mut input: Input, mut output: Output, peer: Peer) -> io::Result<()> {
         let read = timeout(HEAD_LIMIT, http::read(&mut input)).await.map_err(|_| io::ErrorKind::TimedOut)?;
-        let request = match read {
+        let mut request = match read {
             Ok(request) => request,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 return http::refuse(&mut output, "400 Bad Request", &[], &error.to_string()).await;
@@ -182,7 +185,10 @@ impl Shared {
             return http::refuse(&mut output, "404 Not Found", &[("Cache-Control", "no-store")], message).await;
         };
         match upgrade(&request, matches!(target, Target::PortForward { .. })) {
-            Ok(upgrade) => self.upgraded(upgrade, target, request, input, output).await,
+            Ok(upgrade) => {
+                let wire = Wire { first: std::mem::take(&mut request.rest), input, output, peer };
+                self.upgraded(upgrade, target, request, wire).await
+            }
             Err(Refusal::NoUpgrade) => {
                 let message = "an upgrade to SPDY/3.1 or to websocket is needed: Connection: Upgrade, Upgrade: SPDY/3.1";
                 http::refuse(&mut output, "400 Bad Request", &[], message).await
@@ -195,14 +201,7 @@ impl Shared {
         }
     }
 
-    async fn upgraded(
-        &self,
-        upgrade: Upgrade,
-        target: Target,
-        request: http::Request,
-        input: Input,
-        mut output: Output,
-    ) -> io::Result<()> {
+    async fn upgraded(&self, upgrade: Upgrade, target: Target, request: http::Request, mut wire: Wire) -> io::Result<()> {
         let handler = self.handler.clone();
         match upgrade {
             Upgrade::Spdy(protocol) => {
@@ -210,8 +209,8 @@ impl Shared {
                 if !protocol.is_empty() {
                     headers.push(("X-Stream-Protocol-Version", protocol));
                 }
-                http::switch(&mut output, &headers).await?;
-                let connection = spdy::Connection::start(request.rest, input, output);
+                http::switch(&mut wire.output, &headers).await?;
+                let connection = spdy::Connection::start(wire);
                 match target {
                     Target::PortForward { pod_id, .. } => port_forward::over_spdy(handler, pod_id, connection).await,
                     target => remote_command::over_spdy(handler, target, protocol, connection).await,
@@ -221,12 +220,11 @@ impl Shared {
                 let accept = websocket::accept_key(&key);
                 let mut headers = vec![("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Accept", &accept)];
                 headers.push(("Sec-WebSocket-Protocol", protocol));
-                http::switch(&mut output, &headers).await?;
-                output.flush().await?;
+                http::switch(&mut wire.output, &headers).await?;
+                wire.output.flush().await?;
                 match target {
                     Target::PortForward { pod_id, .. } if protocol == port_forward::TUNNEL_PROTOCOL => {
-                        let (reader, writer) = websocket::tunnel(request.rest, input, output);
-                        let connection = spdy::Connection::start(Vec::new(), reader, writer);
+                        let connection = spdy::Connection::start(websocket::tunnel(wire));
                         port_forward::over_spdy(handler, pod_id, connection).await;
                     }
                     Target::PortForward { pod_id, mut ports } => {
@@ -237,9 +235,9 @@ impl Shared {
                                 .filter_map(|port| port.parse().ok())
                                 .collect();
                         }
-                        port_forward::over_websocket(handler, pod_id, ports, protocol, request.rest, input, output).await;
+                        port_forward::over_websocket(handler, pod_id, ports, protocol, wire).await;
                     }
-                    target => remote_command::over_websocket(handler, target, protocol, request.rest, input, output).await,
+                    target => remote_command::over_websocket(handler, target, protocol, wire).await,
                 }
             }
         }

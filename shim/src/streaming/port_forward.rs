@@ -3,9 +3,10 @@
 
 use super::{
     channel::{MESSAGE_BYTES, Outgoing, Reader, Writer},
-    session::{Handler, Input, Output},
+    session::Handler,
     spdy,
     websocket::{self, Form},
+    wire::Wire,
 };
 use std::{
     collections::HashMap,
@@ -148,15 +149,7 @@ async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + U
 }
 
 /// Serves the old form: for port number n of the query, data on channel 2n and errors on 2n+1, each beginning with the port.
-pub(super) async fn over_websocket(
-    handler: Arc<dyn Handler>,
-    pod_id: String,
-    ports: Vec<u16>,
-    protocol: &str,
-    first: Vec<u8>,
-    input: Input,
-    output: Output,
-) {
+pub(super) async fn over_websocket(handler: Arc<dyn Handler>, pod_id: String, ports: Vec<u16>, protocol: &str, wire: Wire) {
     let form = if protocol.contains("base64") { Form::Base64 } else { Form::Binary };
     let mut queues = Vec::new();
     let mut readers = Vec::new();
@@ -165,7 +158,7 @@ pub(super) async fn over_websocket(
         queues.push((channel, queue));
         readers.push((channel, port, reader));
     }
-    let connection = websocket::Connection::start(form, queues, first, input, output);
+    let connection = websocket::Connection::start(form, queues, wire);
     let mut running = JoinSet::new();
     for (channel, port, reader) in readers {
         let (mut data, mut error) = (connection.writer(channel), connection.writer(channel + 1));

@@ -5,6 +5,7 @@ use super::{
     session::{Ending, Handler, Input, Output, Streams, Target, TerminalSize, Wanted},
     spdy, status,
     websocket::{self, Form},
+    wire::Wire,
 };
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
@@ -135,14 +136,7 @@ async fn find(connection: &mut spdy::Connection, wanted: Wanted, resizes: bool) 
 }
 
 /// Serves a WebSocket connection to its end.
-pub(super) async fn over_websocket(
-    handler: Arc<dyn Handler>,
-    target: Target,
-    protocol: &str,
-    first: Vec<u8>,
-    input: Input,
-    output: Output,
-) {
+pub(super) async fn over_websocket(handler: Arc<dyn Handler>, target: Target, protocol: &str, wire: Wire) {
     let form = if protocol.contains("base64") { Form::Base64 } else { Form::Binary };
     let wanted = wanted(&target);
     let mut queues = Vec::new();
@@ -155,7 +149,7 @@ pub(super) async fn over_websocket(
     };
     let stdin = reader(STDIN, wanted.stdin);
     let resize = reader(RESIZE, wanted.tty);
-    let connection = websocket::Connection::start(form, queues, first, input, output);
+    let connection = websocket::Connection::start(form, queues, wire);
     let lowest = if wanted.stdout {
         STDOUT
     } else if wanted.stderr {

@@ -8,12 +8,15 @@ mod headers;
 
 pub(super) use headers::{Headers, value};
 
-use super::channel::{MESSAGE_BYTES, OUTGOING_MAX, Outgoing, Reader, Writer};
+use super::{
+    channel::{MESSAGE_BYTES, OUTGOING_MAX, Outgoing, Reader, Writer},
+    wire::{Peer, Wire},
+};
 use bytes::{Bytes, BytesMut};
 use frame::{CONTROL_LIMIT_BYTES, Control, HEAD_BYTES, Head};
 use std::{collections::HashMap, io, time::Duration};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     time::timeout,
 };
@@ -25,8 +28,6 @@ const STREAMS_MAX: usize = 2048;
 const WAITING_MAX: usize = 64;
 /// Longest wait for the client to end a connection that has been said farewell to.
 const LINGER: Duration = Duration::from_secs(2);
-/// A connection on which nothing comes for so long is ended.
-const IDLE_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// A stream that the client has opened.
 pub(super) struct Stream {
@@ -47,12 +48,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Serves `input` and `output`, of which the first bytes were read already.
-    pub(super) fn start(
-        first: Vec<u8>,
-        input: impl AsyncRead + Send + Unpin + 'static,
-        output: impl AsyncWrite + Send + Unpin + 'static,
-    ) -> Connection {
+    /// Serves a connection.
+    pub(super) fn start(wire: Wire) -> Connection {
+        let Wire { first, input, output, peer } = wire;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let (opened, streams) = mpsc::channel(WAITING_MAX);
         let gone = CancellationToken::new();
@@ -63,6 +61,7 @@ impl Connection {
             open: HashMap::new(),
             opened: Some(opened),
             outgoing: outgoing.clone(),
+            peer: peer.clone(),
         };
         let read = tokio::spawn({
             let gone = gone.clone();
@@ -76,7 +75,7 @@ impl Connection {
         let written = tokio::spawn({
             let gone = gone.clone();
             async move {
-                if let Err(error) = write(output, queue).await {
+                if let Err(error) = write(output, queue, &peer).await {
                     tracing::debug!(%error, "SPDY connection not written");
                     gone.cancel();
                 }
@@ -122,6 +121,7 @@ struct Incoming<R> {
     open: HashMap<u32, Open>,
     opened: Option<mpsc::Sender<Stream>>,
     outgoing: mpsc::Sender<Outgoing>,
+    peer: Peer,
 }
 
 fn broken(why: String) -> io::Error {
@@ -144,8 +144,7 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
     async fn fill(&mut self, length: usize) -> io::Result<bool> {
         while self.buffer.len() < length {
             self.buffer.reserve(MESSAGE_BYTES);
-            let read = timeout(IDLE_LIMIT, self.input.read_buf(&mut self.buffer)).await.map_err(|_| io::ErrorKind::TimedOut)?;
-            if read? == 0 {
+            if self.peer.read(&mut self.input, &mut self.buffer).await? == 0 {
                 return if self.buffer.is_empty() { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
         }
@@ -161,7 +160,7 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
             left -= piece.len();
             if let Some(open) = self.open.get_mut(&stream)
                 && let Some(queue) = &open.queue
-                && queue.send(piece).await.is_err()
+                && !self.peer.give(queue, piece).await?
             {
                 // Nobody reads it: what comes is thrown away.
                 open.queue = None;
@@ -182,7 +181,7 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
         match Control::read(kind, last, &body).map_err(broken)? {
             Control::Open { stream, last, block } => {
                 let headers = self.headers.read(block).map_err(broken)?;
-                self.opened(stream, last, headers).await
+                self.opened(stream, last, headers).await?;
             }
             Control::Reset { stream } => {
                 self.open.remove(&stream);
@@ -196,7 +195,7 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
         Ok(())
     }
 
-    async fn opened(&mut self, id: u32, last: bool, headers: Headers) {
+    async fn opened(&mut self, id: u32, last: bool, headers: Headers) -> io::Result<()> {
         // Senders whose reader is gone belong to streams that have ended here.
         if self.open.len() >= STREAMS_MAX {
             self.open.retain(|_, open| open.queue.as_ref().is_some_and(|queue| !queue.is_closed()));
@@ -204,18 +203,19 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
         let room = self.open.len() < STREAMS_MAX && !self.open.contains_key(&id) && id % 2 == 1;
         let Some(opened) = self.opened.as_ref().filter(|_| room) else {
             let _ = self.outgoing.send(Outgoing::Reset { id }).await;
-            return;
+            return Ok(());
         };
         let (queue, reader) = Reader::new();
         let writer = Writer::new(id, self.outgoing.clone());
-        if opened.send(Stream { id, headers, reader, writer }).await.is_ok() && !last {
+        if self.peer.give(opened, Stream { id, headers, reader, writer }).await? && !last {
             self.open.insert(id, Open { queue: Some(queue) });
         }
+        Ok(())
     }
 }
 
 /// Writes what comes through the queue until its farewell or its end.
-async fn write(mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Outgoing>) -> io::Result<()> {
+async fn write(mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Outgoing>, peer: &Peer) -> io::Result<()> {
     let mut headers = headers::Writer::new();
     let mut last_accepted = 0;
     while let Some(message) = queue.recv().await {
@@ -238,6 +238,7 @@ async fn write(mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Ou
         }
         // TLS keeps what the socket did not take at once.
         output.flush().await?;
+        peer.moved();
     }
     output.flush().await?;
     output.shutdown().await
@@ -246,6 +247,7 @@ async fn write(mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Ou
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncReadExt;
 
     #[tokio::test]
     async fn streams_are_opened_written_half_closed_and_pings_answered() {
@@ -260,7 +262,12 @@ mod tests {
         wire.extend(frame::data(1, 0, true));
         wire.extend(frame::ping(&[0, 0, 0, 9]));
         let (first, later) = wire.split_at(7);
-        let mut connection = Connection::start(first.to_vec(), input, output);
+        let mut connection = Connection::start(Wire {
+            first: first.to_vec(),
+            input: Box::new(input),
+            output: Box::new(output),
+            peer: Peer::unseen(),
+        });
         to.write_all(later).await.expect("written");
         let mut stdin = connection.streams.recv().await.expect("a stream");
         assert_eq!((stdin.id, value(&stdin.headers, "streamtype")), (1, Some("stdin")));

@@ -3,14 +3,17 @@
 
 mod frame;
 
-use super::channel::{OUTGOING_MAX, Outgoing, Reader, Writer};
+use super::{
+    channel::{OUTGOING_MAX, Outgoing, Reader, Writer},
+    wire::{Peer, Wire},
+};
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Buf, Bytes, BytesMut};
 use frame::Kind;
 use std::{io, time::Duration};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     time::timeout,
 };
@@ -22,8 +25,6 @@ const CHANNELS_MAX: usize = 256;
 const CLOSE_CHANNEL: u8 = 255;
 /// Longest wait for the client to end a connection that has been said farewell to.
 const LINGER: Duration = Duration::from_secs(2);
-/// A connection on which nothing comes for so long is ended.
-const IDLE_LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// Status 1000, a normal end.
 const NORMAL: [u8; 2] = [0x03, 0xe8];
 
@@ -53,14 +54,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Serves `input` and `output`; what comes on a channel goes to its queue, dropping which is the channel's end.
-    pub(super) fn start(
-        form: Form,
-        queues: Vec<(u8, mpsc::Sender<Bytes>)>,
-        first: Vec<u8>,
-        input: impl AsyncRead + Send + Unpin + 'static,
-        output: impl AsyncWrite + Send + Unpin + 'static,
-    ) -> Connection {
+    /// Serves a connection; what comes on a channel goes to its queue, dropping which is the channel's end.
+    pub(super) fn start(form: Form, queues: Vec<(u8, mpsc::Sender<Bytes>)>, wire: Wire) -> Connection {
+        let Wire { first, input, output, peer } = wire;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let gone = CancellationToken::new();
         let mut channels = vec![None; CHANNELS_MAX];
@@ -68,7 +64,8 @@ impl Connection {
             channels[usize::from(channel)] = Some(queue);
         }
         let buffer = BytesMut::from(first.as_slice());
-        let incoming = Incoming { form, input, buffer, message: BytesMut::new(), channels, outgoing: outgoing.clone() };
+        let incoming =
+            Incoming { form, input, buffer, message: BytesMut::new(), channels, outgoing: outgoing.clone(), peer: peer.clone() };
         let read = tokio::spawn({
             let gone = gone.clone();
             async move {
@@ -81,7 +78,7 @@ impl Connection {
         let written = tokio::spawn({
             let gone = gone.clone();
             async move {
-                if let Err(error) = write(form, output, queue).await {
+                if let Err(error) = write(form, output, queue, &peer).await {
                     tracing::debug!(%error, "WebSocket connection not written");
                     gone.cancel();
                 }
@@ -120,6 +117,7 @@ struct Incoming<R> {
     message: BytesMut,
     channels: Vec<Option<mpsc::Sender<Bytes>>>,
     outgoing: mpsc::Sender<Outgoing>,
+    peer: Peer,
 }
 
 fn broken(why: String) -> io::Error {
@@ -166,8 +164,11 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
 
     async fn more(&mut self) -> io::Result<()> {
         self.buffer.reserve(super::channel::MESSAGE_BYTES);
-        let read = timeout(IDLE_LIMIT, self.input.read_buf(&mut self.buffer)).await.map_err(|_| io::ErrorKind::TimedOut)?;
-        if read? == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+        if self.peer.read(&mut self.input, &mut self.buffer).await? == 0 {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        } else {
+            Ok(())
+        }
     }
 
     async fn deliver(&mut self, mut message: Bytes) -> io::Result<()> {
@@ -197,7 +198,7 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
         let slot = &mut self.channels[usize::from(channel)];
         if !bytes.is_empty()
             && let Some(queue) = slot
-            && queue.send(bytes).await.is_err()
+            && !self.peer.give(queue, bytes).await?
         {
             // Nobody reads it: what comes is thrown away.
             *slot = None;
@@ -207,7 +208,12 @@ impl<R: AsyncRead + Unpin> Incoming<R> {
 }
 
 /// Writes what comes through the queue until its farewell or its end.
-async fn write(form: Form, mut output: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Outgoing>) -> io::Result<()> {
+async fn write(
+    form: Form,
+    mut output: impl AsyncWrite + Unpin,
+    mut queue: mpsc::Receiver<Outgoing>,
+    peer: &Peer,
+) -> io::Result<()> {
     while let Some(message) = queue.recv().await {
         match message {
             // These protocols cannot half-close a channel of the server's.
@@ -225,6 +231,7 @@ async fn write(form: Form, mut output: impl AsyncWrite + Unpin, mut queue: mpsc:
             Outgoing::Accept { .. } | Outgoing::Reset { .. } => {}
         }
         output.flush().await?;
+        peer.moved();
     }
     output.flush().await?;
     output.shutdown().await
@@ -250,25 +257,23 @@ async fn write_message(form: Form, output: &mut (impl AsyncWrite + Unpin), id: u
     }
 }
 
-/// The two halves of a plain stream of bytes over the connection, for a protocol that is tunnelled.
-pub(super) fn tunnel(
-    first: Vec<u8>,
-    input: impl AsyncRead + Send + Unpin + 'static,
-    output: impl AsyncWrite + Send + Unpin + 'static,
-) -> (Reader, Writer) {
+/// A plain stream of bytes within the connection, for a protocol that is tunnelled.
+pub(super) fn tunnel(wire: Wire) -> Wire {
+    let peer = wire.peer.clone();
     let (queue, reader) = Reader::new();
-    let connection = Connection::start(Form::Plain, vec![(0, queue)], first, input, output);
+    let connection = Connection::start(Form::Plain, vec![(0, queue)], wire);
     let writer = connection.writer(0);
     tokio::spawn(async move {
         connection.gone.cancelled().await;
         connection.farewell().await;
     });
-    (reader, writer)
+    Wire { first: Vec::new(), input: Box::new(reader), output: Box::new(writer), peer }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncReadExt;
 
     #[test]
     fn the_key_is_answered_as_the_rfc_says() {
@@ -284,7 +289,11 @@ mod tests {
             let (client, server) = tokio::io::duplex(1 << 16);
             let (input, output) = tokio::io::split(server);
             let (queue, mut reader) = Reader::new();
-            let connection = Connection::start(form, vec![(0, queue)], sent, input, output);
+            let connection = Connection::start(
+                form,
+                vec![(0, queue)],
+                Wire { first: sent, input: Box::new(input), output: Box::new(output), peer: Peer::unseen() },
+            );
             let mut bytes = [0; 2];
             reader.read_exact(&mut bytes).await.expect("read");
             assert_eq!(&bytes, b"in");
