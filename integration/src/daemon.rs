@@ -19,6 +19,8 @@ pub struct Daemon {
     directory: tempfile::TempDir,
     process: Option<Child>,
     extra: Vec<String>,
+    /// Variables that it is started with, besides those of the test.
+    pub environment: Vec<(&'static str, String)>,
     /// Parent of the cgroups of this daemon's pods.
     pub cgroup: String,
 }
@@ -31,6 +33,7 @@ impl Daemon {
         let daemon = Daemon {
             process: None,
             extra: extra.iter().map(|text| (*text).to_owned()).collect(),
+            environment: Vec::new(),
             cgroup: format!("/{unique}"),
             directory,
         };
@@ -125,6 +128,7 @@ impl Daemon {
         let _ = fs::remove_file(self.socket());
         let mut command = self.command(&["serve"])?;
         command.args(&self.extra).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let mut process = command.spawn().context("start windlass")?;
         let deadline = Instant::now() + START_LIMIT;
         while !self.socket().exists() {

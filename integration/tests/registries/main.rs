@@ -3,7 +3,9 @@
 
 mod authority;
 mod faults;
+mod forward;
 mod limits;
+mod names;
 mod proxy;
 mod real;
 mod resume;
@@ -32,7 +34,13 @@ struct Ground {
 impl Ground {
     /// With further lines of the configuration's `[images]`.
     fn new(lines: &str) -> Result<Ground> {
+        Ground::under(lines, &[])
+    }
+
+    /// The same, with these variables in the daemon's environment.
+    fn under(lines: &str, environment: &[(&'static str, &str)]) -> Result<Ground> {
         let mut daemon = Daemon::prepare(&[])?;
+        daemon.environment = environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
         let (config, directory) = (daemon.path("config.toml"), daemon.path(""));
         let at = |name: &str| directory.join(name).display().to_string();
         let text = fs::read_to_string(&config)?;

@@ -4,7 +4,7 @@ use super::{Container, Record, State, identity, image_volume, image_volume::Imag
 use crate::{
     error::{Error, Kind, Result},
     events::EventKind,
-    image::Image,
+    image::{Image, Reference},
     node::{Node, new_id, now_ns},
     pod::{self, Phase, Pod},
     selinux, store,
@@ -128,7 +128,7 @@ async fn assemble(
         id: id.to_owned(),
         pod_id: pod.id.clone(),
         image_id: image.id.clone(),
-        image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone()),
+        image_ref: image_ref(&config, image),
         image_name: image_name(&config, image),
         chain_ids,
         log_path,
@@ -159,12 +159,21 @@ async fn relabel(input: &spec::Input<'_>, label: String) -> Result<()> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("relabel: {error}")))?
 }
 
+/// The image as the pod names it, or as the request does.
+fn asked(config: &ContainerConfig) -> Option<&String> {
+    let spec = config.image.as_ref()?;
+    Some(if spec.user_specified_image.is_empty() { &spec.image } else { &spec.user_specified_image })
+}
+
+/// Of an image that several repositories have, the digest in the one that was asked for.
+fn image_ref(config: &ContainerConfig, image: &Image) -> String {
+    let repository = asked(config).and_then(|name| name.parse::<Reference>().ok()).map(|reference| reference.name() + "@");
+    let own = repository.and_then(|repository| image.repo_digests.iter().find(|digest| digest.starts_with(&repository)));
+    own.or(image.repo_digests.first()).unwrap_or(&image.id).clone()
+}
+
 fn image_name(config: &ContainerConfig, image: &Image) -> String {
-    let asked = config
-        .image
-        .as_ref()
-        .map(|spec| if spec.user_specified_image.is_empty() { &spec.image } else { &spec.user_specified_image });
-    match asked {
+    match asked(config) {
         Some(name) if !name.trim_start_matches("sha256:").chars().all(|c| c.is_ascii_hexdigit()) => name.clone(),
         _ => image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone(),
     }
