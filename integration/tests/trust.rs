@@ -171,6 +171,12 @@ fn an_image_that_is_here_is_judged_again() -> Result<()> {
         let name = format!("{}:v1", ground.repository());
         ground.require(json!([{ "type": "insecureAcceptAnything" }]))?;
         ensure!(ground.pull(&name)? == ground.added.config);
+        // What is imported is asked about too, here by the default.
+        let archive = text(&ground.at("archive.tar"));
+        ground.daemon.windlass(&["image", "export", &name, "--output", &archive])?;
+        fs::write(ground.at("policy.json"), r#"{"default":[{"type":"reject"}]}"#)?;
+        let error = ground.daemon.windlass(&["image", "import", &archive]).expect_err("rejected").to_string();
+        ensure!(error.contains("SignatureValidationFailed: ") && error.contains("docker-archive"), "{error}");
         ground.require(json!([{ "type": "reject" }]))?;
         let asked = ground.registry.requests().len();
         ground.refused(&name, "are rejected")?;

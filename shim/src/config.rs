@@ -178,7 +178,7 @@ pub struct ImageConfig {
     pub registries_conf: PathBuf,
     /// Credentials (containers-auth.json(5), docker's config.json) for pulls that bring none, and for mirrors.
     pub auth_file: PathBuf,
-    /// Which images may be pulled (containers-policy.json(5): accept, reject, sigstoreSigned with keys). Empty: all.
+    /// Which images may be pulled and imported (containers-policy.json(5): accept, reject, sigstoreSigned with keys). Empty: all.
     pub policy: PathBuf,
     /// Directory of `<namespace>.json`, which go over `policy` for pods of that namespace. Empty: none.
     pub policy_dir: PathBuf,

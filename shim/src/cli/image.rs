@@ -74,7 +74,8 @@ pub enum ImageCommand {
         #[arg(short, long, default_value = "-")]
         output: PathBuf,
     },
-    /// Remove all images that no container was made from, but those that `images.pinned` of the configuration names.
+    /// Remove all images that no container was made from, but those that `images.pinned` of the configuration names, and what is kept of
+    /// layers whose pull did not end.
     Prune {
         /// Only say which
         #[arg(long)]
@@ -132,6 +133,7 @@ fn told(status: Status) -> Error {
     let kind = match status.code() {
         Code::NotFound => Kind::NotFound,
         Code::InvalidArgument => Kind::Invalid,
+        Code::Unimplemented => Kind::Unimplemented,
         _ => Kind::Internal,
     };
     Error::new(kind, status.message())
@@ -315,6 +317,13 @@ async fn prune(backend: &mut Backend, dry_run: bool, look: Look) -> Result<()> {
             removed.push(image);
         } else {
             removed.extend(backend.remove(&image.id).await?);
+        }
+    }
+    if !dry_run {
+        match ask!(&mut *backend, clear, api::ClearRequest {}) {
+            // A daemon of an earlier version keeps them for its hour.
+            Err(error) if error.kind == Kind::Unimplemented => {}
+            cleared => drop(cleared?),
         }
     }
     output::removed(&removed, look)?;

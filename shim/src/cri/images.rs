@@ -173,7 +173,7 @@ impl api::images_server::Images for Images {
         };
         let usage = self.store.usage();
         let directory = usage.mountpoint.to_string_lossy().into_owned();
-        Ok(Response::new(api::ListReply { images, directory, used_bytes: usage.used_bytes }))
+        Ok(Response::new(api::ListReply { images, directory, used_bytes: usage.used_bytes, partial_bytes: usage.partial_bytes }))
     }
 
     async fn remove(&self, request: Request<api::RemoveRequest>) -> Result<Response<api::RemoveReply>, Status> {
@@ -183,6 +183,11 @@ impl api::images_server::Images for Images {
             self.store.remove(&image.id).map_err(status::of_image)?;
         }
         Ok(Response::new(api::RemoveReply { image }))
+    }
+
+    async fn clear(&self, _: Request<api::ClearRequest>) -> Result<Response<api::ClearReply>, Status> {
+        self.store.clear_partial();
+        Ok(Response::new(api::ClearReply {}))
     }
 
     type VerifyStream = Events<api::VerifyEvent>;

@@ -7,6 +7,7 @@ use super::manifest::{self, Descriptor, Document, Manifest, Platform};
 use super::reference::Reference;
 use super::store::Plan;
 use super::transfer::Source;
+use super::trust::Origin;
 use super::unpack::decompress;
 use super::{
     digest,
@@ -22,10 +23,11 @@ use std::path::Path;
 const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 const MAX_IMAGES: usize = 1000;
 const MAX_DEPTH: u32 = 3;
+const REFERENCE: &str = "org.opencontainers.image.ref.name";
 
 /// The images of an archive and, while their layers are unpacked, where it lies.
 pub(super) struct Found {
-    pub(super) plans: Vec<Plan>,
+    pub(super) plans: Vec<(Plan, Origin)>,
     /// Holds the unpacked archive; gone when dropped.
     pub(super) _temp: Option<TempLayer>,
 }
@@ -34,27 +36,34 @@ pub(super) struct Found {
 pub(super) fn scan(path: &Path, layers: &Layers, platform: &Platform, limits: Limits) -> Result<Found, ImageError> {
     let what = || format!("import {}", path.display());
     let failed = |e: std::io::Error| ImageError::io(what(), e);
-    if std::fs::metadata(path).map_err(failed)?.is_dir() {
-        let plans = scan_dir(path, platform).map_err(|e| e.within(what()))?;
+    let real = path.canonicalize().map_err(failed)?;
+    if real.is_dir() {
+        let plans = scan_dir(&real, &real, platform).map_err(|e| e.within(what()))?;
         return Ok(Found { plans, _temp: None });
     }
     let temp = layers.temp_dir()?;
     let mut raw = BufReader::with_capacity(128 << 10, File::open(path).map_err(failed)?);
     let plain = decompress(&mut raw).map_err(failed)?;
     extract::extract(plain, temp.path(), limits, None).map_err(|e| e.within(what()))?;
-    let plans = scan_dir(temp.path(), platform).map_err(|e| e.within(what()))?;
+    let plans = scan_dir(temp.path(), &real, platform).map_err(|e| e.within(what()))?;
     Ok(Found { plans, _temp: Some(temp) })
 }
 
-/// docker's `manifest.json` first: archives that have both name their tags only there in full.
-fn scan_dir(path: &Path, platform: &Platform) -> Result<Vec<Plan>, ImageError> {
+/// docker's `manifest.json` first: archives that have both name their tags only there in full. `real` is what was asked for, be it the
+/// archive of the directory.
+fn scan_dir(path: &Path, real: &Path, platform: &Platform) -> Result<Vec<(Plan, Origin)>, ImageError> {
     let root = fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| ImageError::io("open", e))?;
     if let Some(bytes) = read_document(&root, "manifest.json")? {
-        return docker_archive(&root, &bytes);
+        let origin = || Origin { transport: "docker-archive", path: real.to_path_buf(), label: None };
+        return Ok(docker_archive(&root, &bytes)?.into_iter().map(|plan| (plan, origin())).collect());
     }
+    let transport = if path == real { "oci" } else { "oci-archive" };
     match read_document(&root, "index.json")? {
-        Some(bytes) => oci_layout(&root, &bytes, platform),
+        Some(bytes) => {
+            let origin = |(plan, label)| (plan, Origin { transport, path: real.to_path_buf(), label });
+            Ok(oci_layout(&root, &bytes, platform)?.into_iter().map(origin).collect())
+        }
         None => Err(ImageError::Corrupt("is neither an OCI layout nor a docker archive: no index.json, no manifest.json".into())),
     }
 }
@@ -86,7 +95,8 @@ fn docker_archive(root: &OwnedFd, bytes: &[u8]) -> Result<Vec<Plan>, ImageError>
     Ok(plans)
 }
 
-fn oci_layout(root: &OwnedFd, bytes: &[u8], platform: &Platform) -> Result<Vec<Plan>, ImageError> {
+/// Each image, and what the layout calls it.
+fn oci_layout(root: &OwnedFd, bytes: &[u8], platform: &Platform) -> Result<Vec<(Plan, Option<String>)>, ImageError> {
     let Document::Index(index) = manifest::parse(bytes, "index.json")? else {
         return Err(ImageError::Corrupt("index.json: is no index".into()));
     };
@@ -101,7 +111,7 @@ fn oci_layout(root: &OwnedFd, bytes: &[u8], platform: &Platform) -> Result<Vec<P
         let mut plan = Plan::new(config, tags.into_iter().collect(), digests.into_iter().collect())?;
         let sources = image.layers.iter().map(|l| Ok(Source::File(open(root, &blob_path(&l.digest))?, Some(l.digest.clone()))));
         plan.set_sources(sources.collect::<Result<_, ImageError>>()?)?;
-        plans.push(plan);
+        plans.push((plan, descriptor.annotations.get(REFERENCE).cloned()));
     }
     Ok(plans)
 }
@@ -121,8 +131,7 @@ fn resolve(root: &OwnedFd, descriptor: &Descriptor, platform: &Platform, depth: 
 /// A full name in the layout's annotations; a bare tag names no image.
 fn named(descriptor: &Descriptor) -> Option<Reference> {
     let full = descriptor.annotations.get("io.containerd.image.name");
-    let name =
-        full.or_else(|| descriptor.annotations.get("org.opencontainers.image.ref.name").filter(|n| n.contains(['/', ':'])))?;
+    let name = full.or_else(|| descriptor.annotations.get(REFERENCE).filter(|n| n.contains(['/', ':'])))?;
     name.parse().ok()
 }
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 
-/// Disk used by images, from records.
+/// Disk used by images: of whole layers from their records, and of unfinished ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FsUsage {
     /// The directory the layers are in.
@@ -26,6 +26,8 @@ pub struct FsUsage {
     pub used_bytes: u64,
     /// Inodes of all layers.
     pub inodes_used: u64,
+    /// Of the bytes, what is kept of layers whose pull did not end.
+    pub partial_bytes: u64,
 }
 
 /// How a layer is kept.
@@ -161,7 +163,7 @@ impl Layers {
     }
 
     pub(super) fn usage(&self) -> FsUsage {
-        let mut usage = FsUsage { mountpoint: self.dir.clone(), used_bytes: 0, inodes_used: 0 };
+        let mut usage = FsUsage { mountpoint: self.dir.clone(), used_bytes: 0, inodes_used: 0, partial_bytes: 0 };
         for written in self.lock().values().filter_map(|h| h.on_disk) {
             usage.used_bytes += written.bytes;
             usage.inodes_used += written.inodes;

@@ -9,7 +9,7 @@ use super::error::ImageError;
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -65,6 +65,12 @@ impl Partials {
         let found_bytes = claim.file.metadata().ok()?.len();
         let length_bytes = if found_bytes > size_bytes { 0 } else { found_bytes };
         Some(Partial { claim: Arc::new(claim), path, length_bytes, batch: Vec::new(), batch_bytes: 0, stopped: false })
+    }
+
+    /// What they take on disk: bytes and inodes.
+    pub(super) fn usage(&self) -> (u64, u64) {
+        let found = fs::read_dir(&self.dir).into_iter().flatten().flatten().filter_map(|entry| entry.metadata().ok());
+        found.fold((0, 0), |(bytes, inodes), metadata| (bytes + metadata.blocks() * 512, inodes + 1))
     }
 
     /// Gives back what no pull is busy with.

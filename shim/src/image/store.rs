@@ -39,7 +39,7 @@ pub struct StoreConfig {
     pub root: PathBuf,
     /// How registries are reached.
     pub registries: RegistryFiles,
-    /// Which images may be pulled.
+    /// Which images may be pulled and imported.
     pub trust: TrustFiles,
     /// Images that kubelet's garbage collection and `prune` leave alone: names, or beginnings of names that end with `*`.
     pub pinned: Vec<String>,
@@ -299,13 +299,17 @@ impl Store {
     /// Imports every image of an OCI layout or a `docker save` archive.
     ///
     /// # Errors
-    /// `Corrupt` if it is neither, `NoSpace`, `Io`; images imported before the failing one stay.
+    /// `Corrupt` if it is neither, `Untrusted` if the policy refuses one of its images, and then none is imported; `NoSpace`, `Io`;
+    /// images imported before the failing one stay.
     pub async fn import(&self, path: &Path) -> Result<Vec<Arc<Image>>, ImageError> {
         let (inner, path) = (Arc::clone(&self.0), path.to_path_buf());
         let found = spawn_blocking(move || import::scan(&path, &inner.layers, &inner.config.platform, inner.limits()));
         let found = found.await.map_err(|e| ImageError::Io(format!("import: {e}")))??;
+        for (_, origin) in &found.plans {
+            self.0.config.trust.check_import(origin).map_err(|e| e.within("import"))?;
+        }
         let mut images = Vec::new();
-        for plan in found.plans {
+        for (plan, _) in found.plans {
             images.push(self.make(plan).await.map_err(|e| e.within("import"))?);
         }
         Ok(images)
@@ -428,9 +432,19 @@ impl Store {
         self.0.layers.mounts.adopt(tree);
     }
 
-    /// What the layers take on disk.
+    /// What the layers take on disk, and what is kept of unfinished ones.
     pub fn usage(&self) -> FsUsage {
-        self.0.layers.usage()
+        let mut usage = self.0.layers.usage();
+        let (bytes, inodes) = self.0.partials.usage();
+        usage.used_bytes += bytes;
+        usage.inodes_used += inodes;
+        usage.partial_bytes = bytes;
+        usage
+    }
+
+    /// Gives back what is kept of layers whose pull did not end, but for pulls that go on.
+    pub fn clear_partial(&self) {
+        self.0.partials.clear();
     }
 }
 

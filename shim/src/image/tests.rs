@@ -311,6 +311,8 @@ async fn a_large_layer_goes_on_where_an_earlier_store_ended() {
         let path = pull_a_part(root.path(), &name).await;
         assert!(path.ends_with(digest::hex_of(&digest::of(&made.layers[0]))));
         let there = fs::metadata(&path).unwrap().len();
+        let usage = open(root.path()).usage();
+        assert!(usage.partial_bytes >= there && usage.used_bytes == usage.partial_bytes && usage.inodes_used == 1, "{usage:?}");
         if damaged {
             rustix::io::pwrite(fs::File::options().write(true).open(&path).unwrap(), b"damage", there / 2).unwrap();
         }
@@ -322,9 +324,17 @@ async fn a_large_layer_goes_on_where_an_earlier_store_ended() {
         let (served, whole) = (served(), made.layers[0].len());
         // What had come but was not written yet, at most a batch and an answer.
         assert!(damaged || served < whole + 5_000_000, "{served} bytes for {whole}");
-        assert!(!damaged || served >= whole * 2, "{served} bytes for {whole}: damage is not kept");
+        // Damage that the decompressor sees ends the first try before the rest is asked for.
+        assert!(!damaged || served >= whole + 4_000_000, "{served} bytes for {whole}: damage is not kept");
         store.remove(&name).unwrap();
     }
+    cut_after(Some(3_000_000));
+    pull_a_part(root.path(), &name).await;
+    let store = open(root.path());
+    assert!(store.usage().partial_bytes > 0);
+    store.clear_partial();
+    assert_eq!((store.usage().used_bytes, store.usage().inodes_used), (0, 0));
+    assert_eq!(fs::read_dir(root.path().join("images/partial")).unwrap().count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -176,10 +176,11 @@ pub(super) fn usage(list: &api::ListReply, look: Look) -> Result<()> {
     let layers: HashMap<&str, u64> =
         list.images.iter().flat_map(|image| &image.layers).map(|layer| (layer.chain_id.as_str(), layer.bytes)).collect();
     let imaged: u64 = layers.values().sum();
-    let others = list.used_bytes.saturating_sub(imaged);
+    let others = list.used_bytes.saturating_sub(imaged).saturating_sub(list.partial_bytes);
     if look.format == Format::Json {
         let whole = serde_json::json!({
             "images": rows, "directory": list.directory, "used_bytes": list.used_bytes, "of_no_image_bytes": others,
+            "of_unfinished_pulls_bytes": list.partial_bytes,
         });
         return json(&whole);
     }
@@ -190,10 +191,11 @@ pub(super) fn usage(list: &api::ListReply, look: Look) -> Result<()> {
     }
     table(&table_rows)?;
     line(format_args!(
-        "{} in {}; {} of it only for containers whose image was removed",
+        "{} in {}; {} of it only for containers whose image was removed, {} of pulls that did not end",
         size(list.used_bytes),
         list.directory,
-        size(others)
+        size(others),
+        size(list.partial_bytes)
     ))
 }
 

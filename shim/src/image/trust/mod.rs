@@ -1,12 +1,14 @@
 //! Whether an image may be used: a policy (containers-policy.json(5)) that accepts, rejects, or wants signatures made with given keys,
 //! by registry and namespace. Asked at each pull, of images that are here already too: a rejection comes before any request, signatures are
-//! looked for after the manifest and before anything else is fetched. Imports are no pulls: whoever may import may write the policy.
+//! looked for after the manifest and before anything else is fetched. Imports are asked about as well, by where they come from; the files
+//! of an import have no signatures.
 //!
 //! Signatures are those of cosign and sigstore with a key of one's own: a payload that names the manifest's digest, and a signature
-//! over it, in the image's own repository under the tag `sha256-<digest>.sig`, or as an artifact that refers to the image (OCI 1.1).
-//! Sigstore bundles are not read. Certificates and transparency logs are not read: a policy
+//! over it, in the image's own repository under the tag `sha256-<digest>.sig`, or as an artifact that refers to the image (OCI 1.1);
+//! or a sigstore bundle (`bundle`) that refers to the image. Certificates and transparency logs are not read: a policy
 //! that wants them is refused. Verified by aws-lc-rs, which TLS brings along: the sigstore crates would bring a hundred others.
 
+mod bundle;
 mod policy;
 mod signature;
 #[cfg(test)]
@@ -17,12 +19,14 @@ use super::error::ImageError;
 use super::manifest::{self, Document};
 use super::reference::Reference;
 use super::registry::Session;
+pub(super) use policy::Origin;
 use policy::{Identity, Policy, Requirement};
 use serde::Deserialize;
 use std::path::PathBuf;
 
 /// Most signatures of one image that are looked at.
 const MAX_SIGNATURES: usize = 100;
+const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 
 /// Where the policies are.
 #[derive(Debug, Clone, Default)]
@@ -67,10 +71,24 @@ impl TrustFiles {
         let Some(policy) = self.load(namespace)? else { return Ok(Demand::default()) };
         let (scope, requirements) = policy.requirements(reference);
         let demand = Demand { scope, requirements };
-        if demand.requirements.iter().any(|one| matches!(one, Requirement::Reject)) {
+        if demand.rejects() {
             return Err(demand.refused(reference, "images of it are rejected"));
         }
         Ok(demand)
+    }
+
+    /// Whether an image may be imported from there. Errors: `Untrusted` if it may not, or the policy cannot be read.
+    pub(super) fn check_import(&self, from: &Origin) -> Result<(), ImageError> {
+        let Some(policy) = self.load("")? else { return Ok(()) };
+        let (scope, requirements) = policy.requirements_of_import(from);
+        let demand = Demand { scope, requirements };
+        if demand.rejects() {
+            return Err(demand.refused(from, "images of it are rejected"));
+        }
+        if demand.requirements.iter().any(|one| matches!(one, Requirement::Signed { .. })) {
+            return Err(demand.refused(from, "a signature is wanted, and files have none"));
+        }
+        Ok(())
     }
 }
 
@@ -82,8 +100,12 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    fn refused(&self, reference: &Reference, why: &str) -> ImageError {
-        ImageError::Untrusted(format!("{reference}: policy for {}: {why}", self.scope))
+    fn rejects(&self) -> bool {
+        self.requirements.iter().any(|one| matches!(one, Requirement::Reject))
+    }
+
+    fn refused(&self, what: &impl std::fmt::Display, why: &str) -> ImageError {
+        ImageError::Untrusted(format!("{what}: policy for {}: {why}", self.scope))
     }
 
     /// Whether the image may be used. `digests` are those of the manifest and of the index that it was chosen from: a signature of
@@ -113,9 +135,10 @@ impl Demand {
 }
 
 /// A signature as it came: nothing of it is true yet.
-struct Found {
-    payload: Vec<u8>,
-    signature: String,
+enum Found {
+    /// A payload, and its signature in base64.
+    Payload(Vec<u8>, String),
+    Bundle(Vec<u8>),
 }
 
 fn one_holds(
@@ -130,7 +153,10 @@ fn one_holds(
     }
     let mut last = String::new();
     for one in found {
-        let claim = signature::verify(&one.payload, &one.signature, keys);
+        let claim = match one {
+            Found::Payload(payload, signature) => signature::verify(payload, signature, keys),
+            Found::Bundle(bundle) => bundle::verify(bundle, keys),
+        };
         match claim.and_then(|claim| claim.holds(reference, digests, identity)) {
             Ok(()) => return Ok(()),
             Err(why) => last = why,
@@ -142,7 +168,7 @@ fn one_holds(
     })
 }
 
-/// All signatures that the repository has for these manifests: those under the tags, or, where there are none, those that refer to them.
+/// All signatures that the repository has for these manifests: those under the tags, and those that refer to them.
 async fn fetch(session: &Session, digests: &[&str]) -> Result<Vec<Found>, ImageError> {
     let mut found = Vec::new();
     for digest in digests {
@@ -153,21 +179,29 @@ async fn fetch(session: &Session, digests: &[&str]) -> Result<Vec<Found>, ImageE
             Err(error) => return Err(error.within("fetch signatures")),
         }
     }
-    if !found.is_empty() {
-        return Ok(found);
-    }
     for digest in digests {
         let bytes = match session.referrers(digest).await {
             Ok(bytes) => bytes,
+            Err(_) if !found.is_empty() => continue,
             Err(error @ ImageError::RegistryUnavailable(_)) => return Err(error.within("fetch signatures")),
             Err(_) => continue,
         };
         let corrupt = |e: serde_json::Error| ImageError::Corrupt(format!("referrers of {digest}: {e}"));
         let referrers: Referrers = serde_json::from_slice(&bytes).map_err(corrupt)?;
-        let signing = |one: &&Referrer| one.artifact_type == signature::ARTIFACT_TYPE && is_digest(&one.digest);
+        let signing = |one: &&Referrer| one.may_sign() && is_digest(&one.digest);
         for one in referrers.manifests.iter().filter(signing).take(MAX_SIGNATURES) {
-            let (bytes, _) = session.manifest(&one.digest).await.map_err(|e| e.within("fetch signatures"))?;
-            read_signatures(session, &bytes, &one.digest, &mut found).await?;
+            let read = match session.manifest(&one.digest).await {
+                Ok((bytes, _)) => read_signatures(session, &bytes, &one.digest, &mut found).await,
+                Err(error) => Err(error),
+            };
+            match read {
+                Err(error @ (ImageError::RegistryUnavailable(_) | ImageError::TooMany(_))) => {
+                    return Err(error.within("fetch signatures"));
+                }
+                // One that is broken does not hide another that holds.
+                Err(error) => tracing::debug!(%error, referrer = one.digest, "reading a signature"),
+                Ok(()) => {}
+            }
         }
     }
     Ok(found)
@@ -186,17 +220,31 @@ struct Referrer {
     artifact_type: String,
 }
 
+impl Referrer {
+    /// Some writers of an index leave the type out, or write that of the empty configuration: then the manifest itself says what it is.
+    fn may_sign(&self) -> bool {
+        let kind = self.artifact_type.as_str();
+        kind == signature::ARTIFACT_TYPE || kind.starts_with(bundle::TYPE) || matches!(kind, "" | EMPTY_TYPE)
+    }
+}
+
 /// Adds the signatures that are the layers of a manifest.
 async fn read_signatures(session: &Session, bytes: &[u8], object: &str, found: &mut Vec<Found>) -> Result<(), ImageError> {
     let Document::Manifest(manifest) = manifest::parse(bytes, object)? else { return Ok(()) };
     for layer in &manifest.layers {
         let signature = layer.annotations.get("dev.cosignproject.cosign/signature");
-        let Some(signature) = signature.filter(|_| layer.media_type == signature::PAYLOAD_TYPE) else { continue };
+        let signature = signature.filter(|_| layer.media_type == signature::PAYLOAD_TYPE);
+        if signature.is_none() && !layer.media_type.starts_with(bundle::TYPE) {
+            continue;
+        }
         if found.len() == MAX_SIGNATURES {
             return Err(ImageError::TooMany(format!("{object}: more than {MAX_SIGNATURES} signatures")));
         }
-        let payload = session.small_blob(layer).await.map_err(|e| e.within("fetch a signature's payload"))?;
-        found.push(Found { payload, signature: signature.clone() });
+        let content = session.small_blob(layer).await.map_err(|e| e.within("fetch a signature's payload"))?;
+        found.push(match signature {
+            Some(signature) => Found::Payload(content, signature.clone()),
+            None => Found::Bundle(content),
+        });
     }
     Ok(())
 }

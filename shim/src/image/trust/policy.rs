@@ -8,17 +8,20 @@ use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// The only transport that pulls are.
-const TRANSPORT: &str = "docker";
+/// Where images come from: pulls, and imports of the three kinds.
+const TRANSPORTS: [&str; 4] = [PULL, DOCKER_ARCHIVE, "oci", "oci-archive"];
+const PULL: &str = "docker";
+const DOCKER_ARCHIVE: &str = "docker-archive";
 /// Most bytes of a policy or key file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub(super) struct Policy {
     default: Vec<Requirement>,
-    scopes: BTreeMap<String, Vec<Requirement>>,
+    /// By transport and scope.
+    scopes: BTreeMap<(String, String), Vec<Requirement>>,
 }
 
 /// All requirements of a scope must hold.
@@ -43,6 +46,8 @@ pub(super) enum Identity {
     MatchExact,
     /// The image's repository, with any tag or none.
     MatchRepository,
+    /// Any name or none: the digest alone says what is signed. Windlass's own, for sigstore bundles, in which cosign names no image.
+    MatchDigest,
     /// This name.
     ExactReference { docker_reference: String },
     /// This repository.
@@ -57,62 +62,65 @@ pub(super) enum Identity {
 struct Raw {
     default: Vec<RawRequirement>,
     #[serde(default, deserialize_with = "transports")]
-    transports: Scopes,
+    transports: BTreeMap<String, Scopes>,
 }
 
 type Scopes = BTreeMap<String, Vec<RawRequirement>>;
 
-/// The scopes of `docker`. Other transports are no pulls, and may say what is not understood here.
-fn transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Scopes, D::Error> {
+/// The scopes of [`TRANSPORTS`]. Others are no way into the store, and may say what is not understood here.
+fn transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Scopes>, D::Error> {
     struct Transports;
     impl<'de> Visitor<'de> for Transports {
-        type Value = Scopes;
+        type Value = BTreeMap<String, Scopes>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an object of transports")
         }
 
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Scopes, A::Error> {
-            let mut scopes = None;
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut transports = BTreeMap::new();
             while let Some(name) = map.next_key::<String>()? {
-                if name != TRANSPORT {
+                if !TRANSPORTS.contains(&name.as_str()) {
                     map.next_value::<IgnoredAny>()?;
-                } else if scopes.replace(map.next_value::<Docker>()?.0).is_some() {
-                    return Err(A::Error::custom(format!("transports.{TRANSPORT} is there twice")));
+                    continue;
+                }
+                let scopes = map.next_value::<Once>().map_err(|error| A::Error::custom(format!("transports.{name}: {error}")))?;
+                if transports.insert(name.clone(), scopes.0).is_some() {
+                    return Err(A::Error::custom(format!("transports.{name} is there twice")));
                 }
             }
-            Ok(scopes.unwrap_or_default())
+            Ok(transports)
         }
     }
     deserializer.deserialize_map(Transports)
 }
 
 /// Scopes, each of them once: of two, a reader would see one and the other would hold.
-struct Docker(Scopes);
+struct Once(Scopes);
 
-impl<'de> Deserialize<'de> for Docker {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Docker, D::Error> {
-        struct Once;
-        impl<'de> Visitor<'de> for Once {
-            type Value = Docker;
+impl<'de> Deserialize<'de> for Once {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Once, D::Error> {
+        struct AsMap;
+        impl<'de> Visitor<'de> for AsMap {
+            type Value = Once;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of scopes")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Docker, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Once, A::Error> {
                 let mut scopes = Scopes::new();
                 while let Some(scope) = map.next_key::<String>()? {
-                    let place = format!("transports.{TRANSPORT}.{scope:?}");
+                    let place = format!("{scope:?}");
                     let requirements = map.next_value().map_err(|error| A::Error::custom(format!("{place}: {error}")))?;
                     if scopes.insert(scope, requirements).is_some() {
                         return Err(A::Error::custom(format!("{place} is there twice")));
                     }
                 }
-                Ok(Docker(scopes))
+                Ok(Once(scopes))
             }
         }
-        deserializer.deserialize_map(Once)
+        deserializer.deserialize_map(AsMap)
     }
 }
 
@@ -135,25 +143,74 @@ impl Policy {
         let raw: Raw = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         let default = requirements("default", raw.default)?;
         let mut scopes = BTreeMap::new();
-        for (scope, raw) in raw.transports {
-            let place = format!("transports.{TRANSPORT}.{scope:?}");
+        let all = raw.transports.into_iter();
+        let all = all.flat_map(|(transport, scopes)| scopes.into_iter().map(move |(scope, raw)| (transport.clone(), scope, raw)));
+        for (transport, scope, raw) in all {
+            let place = format!("transports.{transport}.{scope:?}");
             let wildcard = scope.strip_prefix("*.").is_some_and(|domain| !domain.is_empty() && !domain.contains('/'));
-            if scope.strip_prefix("*.").unwrap_or(&scope).contains('*') || (scope.starts_with('*') && !wildcard) {
+            if transport == DOCKER_ARCHIVE && !scope.is_empty() {
+                return Err(format!("{place}: the only scope is \"\""));
+            }
+            if transport == PULL
+                && (scope.strip_prefix("*.").unwrap_or(&scope).contains('*') || (scope.starts_with('*') && !wildcard))
+            {
                 return Err(format!("{place}: a star stands only before the domain of a registry, as in \"*.example.com\""));
             }
-            scopes.insert(scope, requirements(&place, raw)?);
+            scopes.insert((transport, scope), requirements(&place, raw)?);
         }
         Ok(Policy { default, scopes })
     }
 
     /// What is required of an image, and the scope that says so: the most specific one.
-    pub(super) fn requirements(mut self, reference: &Reference) -> (String, Vec<Requirement>) {
-        for scope in scopes(reference) {
-            if let Some(found) = self.scopes.remove(&scope) {
-                return (format!("{scope:?}"), found);
+    pub(super) fn requirements(self, reference: &Reference) -> (String, Vec<Requirement>) {
+        self.first(PULL, scopes(reference))
+    }
+
+    /// What is required of an image that is imported, and the scope that says so.
+    pub(super) fn requirements_of_import(self, from: &Origin) -> (String, Vec<Requirement>) {
+        self.first(from.transport, from.scopes())
+    }
+
+    fn first(mut self, transport: &str, scopes: Vec<String>) -> (String, Vec<Requirement>) {
+        for scope in scopes {
+            if let Some(found) = self.scopes.remove(&(transport.to_owned(), scope.clone())) {
+                let place = if transport == PULL { format!("{scope:?}") } else { format!("{transport} {scope:?}") };
+                return (place, found);
             }
         }
         ("default".into(), self.default)
+    }
+}
+
+/// Where an image is imported from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in super::super) struct Origin {
+    /// `docker-archive`, `oci` (a layout in a directory) or `oci-archive` (a layout in an archive).
+    pub(in super::super) transport: &'static str,
+    /// Without symlinks.
+    pub(in super::super) path: PathBuf,
+    /// What the layout calls the image.
+    pub(in super::super) label: Option<String>,
+}
+
+impl Origin {
+    /// From the image over its path and directories to the transport itself.
+    fn scopes(&self) -> Vec<String> {
+        let mut scopes = Vec::new();
+        if self.transport != DOCKER_ARCHIVE {
+            let path = self.path.to_string_lossy();
+            scopes.extend(self.label.as_ref().map(|label| format!("{path}:{label}")));
+            scopes.extend(self.path.ancestors().map(|above| above.to_string_lossy().into_owned()));
+        }
+        scopes.push(String::new());
+        scopes
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.transport, self.path.display())?;
+        self.label.iter().try_for_each(|label| write!(f, ":{label}"))
     }
 }
 
@@ -228,7 +285,7 @@ fn requirement(raw: RawRequirement) -> Result<Requirement, String> {
 fn check_identity(identity: &Identity) -> Result<(), String> {
     let parsed = |name: &str| name.parse::<Reference>().map(drop).map_err(|error| error.to_string());
     match identity {
-        Identity::MatchRepoDigestOrExact | Identity::MatchExact | Identity::MatchRepository => Ok(()),
+        Identity::MatchRepoDigestOrExact | Identity::MatchExact | Identity::MatchRepository | Identity::MatchDigest => Ok(()),
         Identity::ExactReference { docker_reference } if !is_whole(docker_reference) => {
             Err(format!("dockerReference {docker_reference:?} has neither tag nor digest"))
         }

@@ -48,11 +48,16 @@ pub(super) fn read_keys(pem: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     if keys.is_empty() { Err("holds no PUBLIC KEY in PEM".into()) } else { Ok(keys) }
 }
 
-/// What a signature says, once a key has vouched for it.
+/// What a signature says, once a key has vouched for it: of one of these images at least.
 #[derive(Debug)]
-pub(super) struct Claim {
-    digest: String,
-    reference: String,
+pub(super) struct Claim(pub(super) Vec<Subject>);
+
+/// An image that is signed.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) digest: String,
+    /// The name that it was signed for, if it was.
+    pub(super) name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -84,10 +89,7 @@ struct CriticalIdentity {
 pub(super) fn verify(payload: &[u8], signature: &str, keys: &[Vec<u8>]) -> Result<Claim, String> {
     let signature = base64::engine::general_purpose::STANDARD.decode(signature.trim());
     let signature = signature.map_err(|error| format!("it is not base64: {error}"))?;
-    let made_by = |key: &Vec<u8>| {
-        algorithm(key).is_some_and(|algorithm| UnparsedPublicKey::new(algorithm, key).verify(payload, &signature).is_ok())
-    };
-    if !keys.iter().any(made_by) {
+    if !made_by_one_of(keys, payload, &signature) {
         return Err("none of the policy's keys made it".into());
     }
     let payload: Payload = serde_json::from_slice(payload).map_err(|error| format!("its payload: {error}"))?;
@@ -95,18 +97,43 @@ pub(super) fn verify(payload: &[u8], signature: &str, keys: &[Vec<u8>]) -> Resul
     if critical.kind != "cosign container image signature" {
         return Err(format!("it is of type {:?}, which is none of images", critical.kind));
     }
-    Ok(Claim { digest: critical.image.digest, reference: critical.identity.reference })
+    Ok(Claim(vec![Subject { digest: critical.image.digest, name: Some(critical.identity.reference) }]))
+}
+
+/// Whether one of the keys made the signature of these bytes.
+pub(super) fn made_by_one_of(keys: &[Vec<u8>], bytes: &[u8], signature: &[u8]) -> bool {
+    let made_by = |key: &Vec<u8>| {
+        algorithm(key).is_some_and(|algorithm| UnparsedPublicKey::new(algorithm, key).verify(bytes, signature).is_ok())
+    };
+    keys.iter().any(made_by)
 }
 
 impl Claim {
     /// Whether the claim is about this image.
     pub(super) fn holds(&self, reference: &Reference, digests: &[&str], identity: &Identity) -> Result<(), String> {
+        let mut last = "it is for no image".into();
+        for subject in &self.0 {
+            match subject.holds(reference, digests, identity) {
+                Ok(()) => return Ok(()),
+                Err(why) => last = why,
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Subject {
+    fn holds(&self, reference: &Reference, digests: &[&str], identity: &Identity) -> Result<(), String> {
         if !digests.contains(&self.digest.as_str()) {
             return Err(format!("it is for {}, another image", self.digest));
         }
-        let signed: Reference = self.reference.parse().map_err(|error| format!("its name: {error}"))?;
+        if *identity == Identity::MatchDigest {
+            return Ok(());
+        }
+        let name = self.name.as_deref().ok_or("it is for no name, and signedIdentity is not matchDigest")?;
+        let signed: Reference = name.parse().map_err(|error| format!("its name: {error}"))?;
         // A name without a tag is the repository's, whatever an image of that name would be.
-        let named = is_whole(&self.reference);
+        let named = is_whole(name);
         let same_repository = |other: &str| signed.name() == other;
         let same = |other: &Reference| {
             named && signed.name() == other.name() && signed.tag() == other.tag() && signed.digest() == other.digest()
@@ -117,6 +144,7 @@ impl Claim {
         let holds = match identity {
             Identity::MatchRepoDigestOrExact => by_tag(reference),
             Identity::MatchExact => same(reference),
+            Identity::MatchDigest => true,
             Identity::MatchRepository => same_repository(&reference.name()),
             Identity::ExactReference { docker_reference } => docker_reference.parse().is_ok_and(|wanted| same(&wanted)),
             Identity::ExactRepository { docker_repository } => {
@@ -126,7 +154,7 @@ impl Claim {
                 remapped(reference, prefix, signed_prefix).is_some_and(|wanted| by_tag(&wanted))
             }
         };
-        if holds { Ok(()) } else { Err(format!("it is for the name {:?}", self.reference)) }
+        if holds { Ok(()) } else { Err(format!("it is for the name {name:?}")) }
     }
 }
 

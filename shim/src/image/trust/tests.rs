@@ -73,6 +73,7 @@ fn signatures_of_every_kind_of_key() {
     assert_eq!(keys.len(), VECTORS.len());
     for (index, (_, signature)) in VECTORS.iter().enumerate() {
         verify(PAYLOAD.as_bytes(), signature, &keys).unwrap();
+        assert!(super::bundle::verify(PAYLOAD.as_bytes(), &keys).unwrap_err().contains("its bundle"));
         verify(PAYLOAD.as_bytes(), signature, &keys[index..=index]).unwrap();
         let mut others = keys.clone();
         others.remove(index);
@@ -98,6 +99,8 @@ fn policies_are_understood_or_refused() {
                 "reg.example:5000": signed, "reg.example:5000/team": signed, "reg.example:5000/team/app": signed,
                 "reg.example:5000/team/app:1": signed, "*.example": signed, "*.sub.example": signed, "docker.io/library": signed,
             },
+            "docker-archive": { "": [{ "type": "insecureAcceptAnything" }] },
+            "oci": { "/srv": signed, "/srv/a:v1": signed },
             "docker-daemon": { "": [{ "type": "signedBy", "keyType": "GPGKeys" }] },
         },
     });
@@ -117,6 +120,21 @@ fn policies_are_understood_or_refused() {
     ] {
         let policy = Policy::parse(text.as_bytes()).unwrap();
         assert_eq!(policy.requirements(&name.parse().unwrap()).0, scope, "{name}");
+    }
+    let from = |transport, path: &str, label: Option<&str>| super::Origin {
+        transport,
+        path: path.into(),
+        label: label.map(str::to_owned),
+    };
+    for (origin, scope) in [
+        (from("docker-archive", "/srv/a.tar", None), "docker-archive \"\""),
+        (from("oci", "/srv/a", Some("v1")), "oci \"/srv/a:v1\""),
+        (from("oci", "/srv/a", Some("v2")), "oci \"/srv\""),
+        (from("oci", "/other", None), "default"),
+        (from("oci-archive", "/srv/a", Some("v1")), "default"),
+    ] {
+        let policy = Policy::parse(text.as_bytes()).unwrap();
+        assert_eq!(policy.requirements_of_import(&origin).0, scope, "{origin}");
     }
     let identity = |identity| json!({ "default": [{ "type": "sigstoreSigned", "keyData": key, "signedIdentity": identity }] });
     for (text, why) in [
@@ -148,6 +166,11 @@ fn policies_are_understood_or_refused() {
         (identity(json!({ "type": "remapIdentity", "prefix": "", "signedPrefix": "a" })), "beginning"),
         (identity(json!({ "type": "remapIdentity", "prefix": "a" })), "signedPrefix"),
         (json!({ "default": [{ "type": "reject" }], "transports": { "docker": { "*": [{ "type": "reject" }] } } }), "star"),
+        (
+            json!({ "default": [{ "type": "reject" }], "transports": { "docker-archive": { "/a": [{ "type": "reject" }] } } }),
+            "only",
+        ),
+        (json!({ "default": [{ "type": "reject" }], "transports": { "oci": { "": [{ "type": "signedBy" }] } } }), "signedBy"),
         (json!({ "default": [{ "type": "reject" }], "transports": { "docker": { "a.*.b": [{ "type": "reject" }] } } }), "star"),
     ] {
         let error = Policy::parse(text.to_string().as_bytes()).unwrap_err();
@@ -200,6 +223,20 @@ impl Signer {
         let mut content = registry.content.lock().unwrap();
         content.objects.insert(format!("{repository}/manifests/{}.sig", of.replace(':', "-")), manifest.into_bytes());
         content.objects.insert(format!("{repository}/blobs/{}", digest::of(payload.as_bytes())), payload.into_bytes());
+    }
+
+    /// A bundle as cosign writes it: a statement of this predicate, about a digest and perhaps a name.
+    fn bundle(&self, digest: &str, name: Option<&str>, predicate: &str) -> serde_json::Value {
+        let mut subject = json!({ "digest": { "sha256": digest::hex_of(digest) } });
+        name.iter().for_each(|name| subject["name"] = json!(name));
+        let statement = json!({ "_type": "https://in-toto.io/Statement/v1", "predicateType": predicate, "subject": [subject], "predicate": {} });
+        let (kind, payload) = ("application/vnd.in-toto+json", statement.to_string());
+        let signature = self.0.sign(&SystemRandom::new(), &super::bundle::encoded(kind, payload.as_bytes())).unwrap();
+        json!({
+            "mediaType": BUNDLE_TYPE,
+            "verificationMaterial": { "publicKey": { "hint": "k" }, "tlogEntries": [] },
+            "dsseEnvelope": { "payload": STANDARD.encode(payload), "payloadType": kind, "signatures": [{ "sig": STANDARD.encode(signature) }] },
+        })
     }
 }
 
@@ -362,6 +399,138 @@ async fn signatures_that_refer_to_the_image() {
         insert(index(super::signature::ARTIFACT_TYPE, &sig));
         ground.pull(&name, "").await.unwrap();
     }
+}
+
+const BUNDLE_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+const SIGNED: &str = "https://sigstore.dev/cosign/sign/v1";
+
+/// Artifacts that refer to the image, each with a bundle; the index calls them of `kind`.
+fn attach(ground: &Ground, place: &str, bundles: &[serde_json::Value], kind: &str) {
+    let mut content = ground.registry.content.lock().unwrap();
+    let mut referrers = Vec::new();
+    for bundle in bundles {
+        let bundle = bundle.to_string().into_bytes();
+        let layer = json!({ "mediaType": BUNDLE_TYPE, "digest": digest::of(&bundle), "size": bundle.len() });
+        let config = json!({ "mediaType": "application/vnd.oci.empty.v1+json", "digest": digest::of(b"{}"), "size": 2 });
+        let manifest =
+            json!({ "schemaVersion": 2, "artifactType": BUNDLE_TYPE, "config": config, "layers": [layer] }).to_string();
+        let digest = digest::of(manifest.as_bytes());
+        content.objects.insert(format!("team/app/blobs/{}", digest::of(&bundle)), bundle);
+        content.objects.insert(format!("team/app/manifests/{digest}"), manifest.into_bytes());
+        referrers.push(json!({ "artifactType": kind, "digest": digest, "size": 1 }));
+    }
+    let index = json!({ "schemaVersion": 2, "manifests": referrers }).to_string();
+    content.objects.insert(format!("team/app/{place}{}", digest::hex_of(&ground.digest())), index.into_bytes());
+}
+
+/// By the registry's own call, and by the tag that stands for it; and where the index does not say what its entries are.
+#[tokio::test(flavor = "multi_thread")]
+async fn bundles_that_refer_to_the_image() {
+    for (place, kind) in [
+        ("referrers/sha256:", BUNDLE_TYPE),
+        ("manifests/sha256-", BUNDLE_TYPE),
+        ("manifests/sha256-", "application/vnd.oci.empty.v1+json"),
+        ("manifests/sha256-", ""),
+    ] {
+        let ground = Ground::new();
+        let (signer, other, name, digest) = (Signer::new(), Signer::new(), ground.registry.name("team/app:t"), ground.digest());
+        let signed = |identity: &str| json!({ "type": "sigstoreSigned", "keyData": STANDARD.encode(signer.pem()), "signedIdentity": { "type": identity } });
+        let attach = |bundles: &[serde_json::Value]| attach(&ground, place, bundles, kind);
+        ground.require(signed("matchDigest"));
+        ground.refused(&name, "has none").await;
+        attach(&[other.bundle(&digest, None, SIGNED)]);
+        ground.refused(&name, "none of the policy's keys").await;
+        attach(&[signer.bundle(&format!("sha256:{}", "0".repeat(64)), None, SIGNED)]);
+        ground.refused(&name, "another image").await;
+        attach(&[signer.bundle(&digest, None, "https://slsa.dev/provenance/v1")]);
+        ground.refused(&name, "which is none of images").await;
+        let mut changed = signer.bundle(&format!("sha256:{}", "0".repeat(64)), None, SIGNED);
+        changed["dsseEnvelope"]["payload"] = other.bundle(&digest, None, SIGNED)["dsseEnvelope"]["payload"].clone();
+        attach(&[changed]);
+        ground.refused(&name, "none of the policy's keys").await;
+        let mut of_blob = signer.bundle(&digest, None, SIGNED);
+        of_blob["messageSignature"] = of_blob.as_object_mut().unwrap().remove("dsseEnvelope").unwrap();
+        attach(&[of_blob]);
+        ground.refused(&name, "no DSSE envelope").await;
+        let mut of_other_type = signer.bundle(&digest, None, SIGNED);
+        of_other_type["dsseEnvelope"]["payloadType"] = json!("text/plain");
+        attach(&[of_other_type, json!("no bundle")]);
+        ground.refused(&name, "none of its 2 signatures holds").await;
+        attach(&[other.bundle(&digest, None, SIGNED), signer.bundle(&digest, None, SIGNED)]);
+        ground.pull(&name, "").await.unwrap();
+        // One that is for no name is not for this one.
+        ground.require(signed("matchRepository"));
+        ground.refused(&name, "signedIdentity is not matchDigest").await;
+        attach(&[signer.bundle(&digest, Some(&ground.registry.name("team/other")), SIGNED)]);
+        ground.refused(&name, "for the name").await;
+        attach(&[signer.bundle(&digest, Some(&ground.registry.name("team/app")), SIGNED)]);
+        ground.pull(&name, "").await.unwrap();
+        // Signatures of both forms are looked at.
+        other.sign(&ground.registry, "team/app", &digest, &digest, &name);
+        ground.pull(&name, "").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn imports_are_asked_about_by_where_they_come_from() {
+    let ground = Ground::new();
+    let at = |name: &str| ground.root.path().join(name);
+    fs::write(at("policy.json"), r#"{"default":[{"type":"insecureAcceptAnything"}]}"#).unwrap();
+    let files = RegistryFiles { hosts: at("certs.d"), registries_conf: at("registries.conf"), auth_file: at("auth.json") };
+    let mut config = StoreConfig::new(at("images"), files);
+    config.platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+    config.trust = TrustFiles { policy: at("policy.json"), by_namespace: at("policies") };
+    let store = Store::open(config).unwrap();
+    let name = ground.registry.name("team/app:t");
+    store.pull(&name, None).await.unwrap();
+    // One archive is docker's and a layout at once; without its list it is a layout.
+    let (docker, layout, packed) = (at("docker.tar"), at("layout"), at("layout.tar"));
+    store.export(&name, fs::File::create(&docker).unwrap()).unwrap();
+    fs::create_dir(&layout).unwrap();
+    let tar = |words: &[&str], at: &std::path::Path| {
+        let status = std::process::Command::new("tar").args(words).current_dir(at).status();
+        assert!(status.unwrap().success());
+    };
+    tar(&["--exclude=manifest.json", "-xf", "../docker.tar"], &layout);
+    tar(&["-cf", "../layout.tar", "."], &layout);
+    let accept = json!([{ "type": "insecureAcceptAnything" }]);
+    let reject = json!([{ "type": "reject" }]);
+    let signed = json!([{ "type": "sigstoreSigned", "keyData": STANDARD.encode(Signer::new().pem()) }]);
+    let place = layout.canonicalize().unwrap();
+    let cases = [
+        (json!({ "default": accept }), [true, true, true]),
+        (json!({ "default": reject }), [false, false, false]),
+        (json!({ "default": signed }), [false, false, false]),
+        (json!({ "default": reject, "transports": { "docker": { "": accept } } }), [false, false, false]),
+        (json!({ "default": reject, "transports": { "docker-archive": { "": accept } } }), [true, false, false]),
+        (json!({ "default": reject, "transports": { "oci": { (place.to_string_lossy()): accept } } }), [false, true, false]),
+        (
+            json!({ "default": accept, "transports": { "oci": { (format!("{}:t", place.display())): reject } } }),
+            [true, false, true],
+        ),
+        (
+            json!({ "default": accept, "transports": { "oci-archive": { (ground.root.path().to_string_lossy()): signed } } }),
+            [true, true, false],
+        ),
+    ];
+    for (policy, expected) in cases {
+        fs::write(at("policy.json"), policy.to_string()).unwrap();
+        for (path, expected) in [&docker, &layout, &packed].into_iter().zip(expected) {
+            let imported = store.import(path).await;
+            match &imported {
+                Ok(images) => assert!(expected && images.len() == 1, "{policy}: {path:?}"),
+                Err(ImageError::Untrusted(why)) => assert!(!expected && why.contains("policy for"), "{policy}: {path:?}: {why}"),
+                Err(error) => panic!("{policy}: {path:?}: {error}"),
+            }
+        }
+    }
+    assert_eq!(
+        fs::read_dir(at("images/layers"))
+            .unwrap()
+            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("tmp"))
+            .count(),
+        0
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
