@@ -134,7 +134,7 @@ fn metrics_are_described_and_agree_with_the_kernel() {
         let leaf = daemon.cgroup_directory().join(&created);
         let path = format!("{}/{created}", daemon.cgroup);
         for labels in [&own[..], &mine[..], &[("id", path.as_str())]] {
-            ensure!(found.value("container_cpu_usage_seconds_total", labels)? == 1, "{labels:?}");
+            ensure!(found.value("container_cpu_usage_seconds_total", labels)? >= 1, "{labels:?}");
         }
         let stat = std::fs::read_to_string(leaf.join("cpu.stat"))?;
         for (key, name) in

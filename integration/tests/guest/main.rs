@@ -3,8 +3,10 @@
 
 mod apparmor;
 mod limits;
+mod numbers;
 mod oci;
 mod parents;
+mod updates;
 
 use anyhow::{Context, Result, bail, ensure};
 use std::{

@@ -4,6 +4,8 @@ use super::weight_of_shares;
 use crate::process::{Kind, StepError};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// Quota period where none is given, microseconds; the kernel's default.
@@ -18,11 +20,12 @@ struct Write {
 }
 
 /// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce: their files
-/// are not there. Device rules are [`super::restrict`]'s.
+/// are not there. What is not given stays as it is. A memory limit that is below what the group uses is refused, where the kernel would kill
+/// for it. Device rules are [`super::restrict`]'s.
 pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
     let mut undo: Vec<(String, String)> = Vec::new();
     let mut not_enforced: Vec<String> = Vec::new();
-    for write in plan(resources)? {
+    for write in plan(resources, &read_from(cgroup))? {
         let path = cgroup.join(&write.file);
         let controller = write.file.split('.').next().unwrap_or_default().to_owned();
         let before = match fs::read_to_string(&path) {
@@ -40,9 +43,10 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
             // Write-only files (memory.reclaim) have nothing to restore.
             Err(_) => String::new(),
         };
-        if let Err(error) = fs::write(&path, &write.value) {
+        let written = check_use(cgroup, &write).and_then(|()| set(&path, &write.value).map_err(|error| refused(&write, error)));
+        if let Err(error) = written {
             restore(cgroup, &undo);
-            return Err(refused(&write, error));
+            return Err(error);
         }
         undo.push((write.file, before));
     }
@@ -52,13 +56,46 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
 /// The controllers of `resources` whose files this cgroup does not have. Nothing is written.
 pub fn unavailable(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
     let mut missing: Vec<String> = Vec::new();
-    for write in plan(resources)?.into_iter().filter(|write| !write.strict && !cgroup.join(&write.file).exists()) {
+    for write in
+        plan(resources, &read_from(cgroup))?.into_iter().filter(|write| !write.strict && !cgroup.join(&write.file).exists())
+    {
         let controller = write.file.split('.').next().unwrap_or_default().to_owned();
         if !missing.contains(&controller) {
             missing.push(controller);
         }
     }
     Ok(missing)
+}
+
+/// A file as it is now.
+fn read_from(cgroup: &Path) -> impl Fn(&str) -> Option<String> {
+    move |file| fs::read_to_string(cgroup.join(file)).ok()
+}
+
+/// Without waiting for pages to be reclaimed (since 6.16; before, the kernel reclaims a bounded number of times first).
+fn set(path: &Path, value: &str) -> std::io::Result<()> {
+    fs::OpenOptions::new().write(true).truncate(true).custom_flags(libc::O_NONBLOCK).open(path)?.write_all(value.as_bytes())
+}
+
+/// Refuses a memory limit that could only be met by killing. Cached pages of files can be given up, the rest cannot be counted on.
+fn check_use(cgroup: &Path, write: &Write) -> Result<(), StepError> {
+    if write.file != "memory.max" {
+        return Ok(());
+    }
+    let Ok(limit) = write.value.trim().parse::<u64>() else { return Ok(()) };
+    let now = read_from(cgroup);
+    let Some(used) = now("memory.current").and_then(|text| text.trim().parse::<u64>().ok()) else { return Ok(()) };
+    let stat = now("memory.stat").unwrap_or_default();
+    let counter = |key: &str| -> u64 {
+        let line = stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or(0)
+    };
+    let kept = used.saturating_sub(counter("inactive_file") + counter("active_file"));
+    if kept <= limit {
+        return Ok(());
+    }
+    let why = format!("below the {kept} bytes that are in use and cannot be reclaimed");
+    Err(StepError::because(Kind::WrongState, "set limit", format!("{}={limit}", write.file), why))
 }
 
 /// A value that the kernel does not understand is the request's fault.
@@ -79,10 +116,11 @@ fn restore(cgroup: &Path, undo: &[(String, String)]) {
     }
 }
 
-fn plan(resources: &LinuxResources) -> Result<Vec<Write>, StepError> {
+/// What to write, in order. `now` reads a file as it is.
+fn plan(resources: &LinuxResources, now: &dyn Fn(&str) -> Option<String>) -> Result<Vec<Write>, StepError> {
     let mut writes = Vec::new();
     if let Some(cpu) = resources.cpu() {
-        plan_cpu(cpu, &mut writes);
+        plan_cpu(cpu, now, &mut writes);
     }
     if let Some(memory) = resources.memory() {
         plan_memory(memory, &mut writes)?;
@@ -105,7 +143,7 @@ fn plan(resources: &LinuxResources) -> Result<Vec<Write>, StepError> {
     Ok(writes)
 }
 
-fn plan_cpu(cpu: &LinuxCpu, writes: &mut Vec<Write>) {
+fn plan_cpu(cpu: &LinuxCpu, now: &dyn Fn(&str) -> Option<String>, writes: &mut Vec<Write>) {
     if let Some(idle) = cpu.idle() {
         push(writes, "cpu.idle", idle.to_string());
     }
@@ -115,11 +153,14 @@ fn plan_cpu(cpu: &LinuxCpu, writes: &mut Vec<Write>) {
     }
     let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
-    match (quota, period) {
-        (None, None) => {}
-        (Some(quota), period) if quota > 0 => push(writes, "cpu.max", format!("{quota} {}", period.unwrap_or(PERIOD_US))),
-        (Some(_), period) => push(writes, "cpu.max", format!("max {}", period.unwrap_or(PERIOD_US))),
-        (None, Some(period)) => push(writes, "cpu.max", format!("max {period}")),
+    if quota.is_some() || period.is_some() {
+        // One of the two alone leaves the other as it is.
+        let before = now("cpu.max").unwrap_or_default();
+        let mut before = before.split_whitespace();
+        let (quota_before, period_before) = (before.next().unwrap_or("max"), before.next());
+        let quota = quota.map_or_else(|| quota_before.to_owned(), limit_text);
+        let period = period.or_else(|| period_before?.parse().ok()).unwrap_or(PERIOD_US);
+        push(writes, "cpu.max", format!("{quota} {period}"));
     }
     if let Some(burst) = cpu.burst() {
         push(writes, "cpu.max.burst", burst.to_string());
@@ -169,7 +210,7 @@ mod tests {
     }
 
     fn check(json: &str, expected: &[(&str, &str)]) {
-        let plan = plan(&resources(json)).expect(json);
+        let plan = plan(&resources(json), &|_| None).expect(json);
         let written: Vec<_> = plan.iter().map(|write| (write.file.as_str(), write.value.as_str())).collect();
         assert_eq!(written, expected, "{json}");
     }
@@ -190,9 +231,42 @@ mod tests {
     }
 
     #[test]
+    fn a_quota_or_a_period_alone_leaves_the_other() {
+        let now = |file: &str| (file == "cpu.max").then(|| "30000 50000\n".to_owned());
+        for (json, expected) in [
+            (r#"{"cpu":{"quota":20000}}"#, "20000 50000"),
+            (r#"{"cpu":{"period":60000}}"#, "30000 60000"),
+            (r#"{"cpu":{"quota":-1}}"#, "max 50000"),
+        ] {
+            let plan = plan(&resources(json), &now).expect(json);
+            assert_eq!(plan.iter().map(|write| write.value.as_str()).collect::<Vec<_>>(), [expected], "{json}");
+        }
+    }
+
+    #[test]
+    fn a_memory_limit_below_what_is_in_use_is_refused_and_what_was_written_is_put_back() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let file = |name: &str| directory.path().join(name);
+        for (name, text) in [
+            ("cpu.weight", "100\n"),
+            ("memory.max", "max\n"),
+            ("memory.current", "1000\n"),
+            ("memory.stat", "anon 600\ninactive_file 200\nactive_file 100\n"),
+        ] {
+            fs::write(file(name), text).expect("file");
+        }
+        let error = apply(directory.path(), &resources(r#"{"cpu":{"shares":2},"memory":{"limit":699}}"#)).expect_err("in use");
+        assert_eq!((error.kind, error.object.as_str()), (Kind::WrongState, "memory.max=699"));
+        assert!(error.to_string().contains("700 bytes"), "{error}");
+        assert_eq!(fs::read_to_string(file("cpu.weight")).expect("file").trim_end(), "100");
+        assert_eq!(fs::read_to_string(file("memory.max")).expect("file"), "max\n");
+        apply(directory.path(), &resources(r#"{"memory":{"limit":700}}"#)).expect("cached pages can go");
+    }
+
+    #[test]
     fn swap_without_memory_and_escaping_files_are_refused() {
         for json in [r#"{"memory":{"swap":5}}"#, r#"{"unified":{"../x.y":"1"}}"#, r#"{"unified":{"cgroup.procs":"1"}}"#] {
-            assert_eq!(plan(&resources(json)).expect_err(json).kind, Kind::Invalid, "{json}");
+            assert_eq!(plan(&resources(json), &|_| None).expect_err(json).kind, Kind::Invalid, "{json}");
         }
     }
 

@@ -412,6 +412,14 @@ impl Monitor {
         Ok(())
     }
 
+    pub(super) fn update_pod(&mut self, to: Reply, cgroup: &str, resources: &str) -> Result<(), StepError> {
+        let resources: LinuxResources =
+            serde_json::from_str(resources).map_err(|error| StepError::because(Kind::Invalid, "update pod", cgroup, error))?;
+        crate::cgroup::apply(Path::new(cgroup), &resources)?;
+        self.done(to);
+        Ok(())
+    }
+
     pub(super) fn on_output(&mut self, key: u64, stream: Stream) {
         self.read_output(key, stream, OUTPUT_READS_MAX);
     }

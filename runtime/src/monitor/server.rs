@@ -211,6 +211,7 @@ impl Monitor {
             Some(Body::CloseStdin(request)) => self.close_stdin(to, &request.container_id),
             Some(Body::Sockets(_)) => self.sockets(to),
             Some(Body::Update(request)) => self.update(to, &request.container_id, &request.resources),
+            Some(Body::UpdatePod(request)) => self.update_pod(to, &request.cgroup, &request.resources),
             Some(Body::Shutdown(request)) => self.begin_shutdown(to, &request),
             _ => Err(StepError::because(Kind::Unsupported, "serve", "", "not a request that this monitor knows")),
         };

@@ -1,6 +1,6 @@
-//! Start, stop, removal, update and log reopening of a container that exists.
+//! Start, stop, removal and log reopening of a container that exists.
 
-use super::{Container, Exit, State, spec};
+use super::{Container, Exit, State};
 use crate::{
     error::{Error, Kind, Result},
     events::EventKind,
@@ -9,10 +9,7 @@ use crate::{
     store,
 };
 use std::{sync::Arc, time::Duration};
-use windlass_proto::{
-    cri::LinuxContainerResources,
-    monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, UpdateRequest, frame::Body},
-};
+use windlass_proto::monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, frame::Body};
 
 /// Longest wait for a killed container to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
@@ -140,47 +137,6 @@ fn forget(node: &Node, container: &Container) {
     {
         tracing::warn!(pod = %pod.id, %error, "processor time of a removed container not written");
     }
-}
-
-/// Changes the limits of a created or running container, all of them or none.
-pub async fn update(node: &Node, container: &Container, resources: LinuxContainerResources) -> Result<()> {
-    let _turn = container.turn.lock().await;
-    if container.is_exited() {
-        return Err(Error::precondition(format!("container {} has exited", container.id)));
-    }
-    let oci = spec::resources(&resources)?;
-    let json = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
-    let monitor = node.pod(&container.pod_id)?.monitor()?;
-    let request = UpdateRequest { container_id: container.id.clone(), resources: json };
-    monitor.call(Body::Update(request)).await.map_err(|error| error.during(format_args!("update container {}", container.id)))?;
-    container.change(|record| {
-        let linux = record.config.linux.get_or_insert_default();
-        merge(linux.resources.get_or_insert_default(), resources);
-    })
-}
-
-/// Lays the set fields of `new` over `old`; zero and empty mean "not given" in the CRI.
-fn merge(old: &mut LinuxContainerResources, new: LinuxContainerResources) {
-    let number = |old: &mut i64, new: i64| {
-        if new != 0 {
-            *old = new;
-        }
-    };
-    number(&mut old.cpu_period, new.cpu_period);
-    number(&mut old.cpu_quota, new.cpu_quota);
-    number(&mut old.cpu_shares, new.cpu_shares);
-    number(&mut old.memory_limit_in_bytes, new.memory_limit_in_bytes);
-    number(&mut old.oom_score_adj, new.oom_score_adj);
-    number(&mut old.memory_swap_limit_in_bytes, new.memory_swap_limit_in_bytes);
-    for (old, new) in [(&mut old.cpuset_cpus, new.cpuset_cpus), (&mut old.cpuset_mems, new.cpuset_mems)] {
-        if !new.is_empty() {
-            *old = new;
-        }
-    }
-    if !new.hugepage_limits.is_empty() {
-        old.hugepage_limits = new.hugepage_limits;
-    }
-    old.unified.extend(new.unified);
 }
 
 /// Makes the container write to a new file at its log path, after kubelet has moved the old one away.

@@ -15,9 +15,12 @@ mod image_volume;
 mod life;
 mod spec;
 pub mod stream;
+mod update;
 
 pub use create::create;
-pub use life::{remove, reopen_log, start, stop, update};
+pub use life::{remove, reopen_log, start, stop};
+pub(crate) use spec::{missing_controllers, resources as limits};
+pub use update::{merge, update};
 
 use crate::{error::Result, events::EventKind, image::Lease, node::Node, store};
 use ending::Ending;

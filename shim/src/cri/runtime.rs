@@ -343,9 +343,12 @@ impl RuntimeService for Service {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Reply<cri::UpdatePodSandboxResourcesResponse> {
-        Err(status::not_built("UpdatePodSandboxResources"))
+        let request = request.into_inner();
+        let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
+        pod::update(&self.node, &pod, request.overhead, request.resources).await.map_err(status::of)?;
+        Ok(Response::new(cri::UpdatePodSandboxResourcesResponse {}))
     }
 
     type StreamPodSandboxesStream = Batches<cri::StreamPodSandboxesResponse>;

@@ -9,12 +9,14 @@
 mod files;
 mod network;
 mod recover;
+mod resources;
 mod run;
 mod stop;
 pub mod userns;
 mod watch;
 
 pub use recover::recover;
+pub use resources::update;
 pub use run::run;
 pub use stop::{remove, stop};
 
@@ -51,6 +53,9 @@ pub struct Record {
     pub network: Option<PodNetwork>,
     /// Parent of the pod's cgroups in the v2 tree, beginning with `/`.
     pub cgroup_parent: String,
+    /// The parent is the pod's alone, and was not there before the pod.
+    #[serde(default)]
+    pub made_parent: bool,
     /// SELinux categories of the pod, `c1,c2`; empty where there are none.
     #[serde(default)]
     pub selinux_categories: String,

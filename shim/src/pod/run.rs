@@ -3,7 +3,7 @@
 //! 1. check the configuration, 2. record `Creating`, 3. start the monitor and let it make the namespaces, 4. attach the network,
 //! 5. record `Ready`. A step that fails takes back what the steps before it made, by the same code that stops and removes a pod.
 
-use super::{Phase, Pod, Record, files, namespace_modes, network, stop, userns, watch};
+use super::{Phase, Pod, Record, files, namespace_modes, network, resources, stop, userns, watch};
 use crate::{
     config::NATIVE_HANDLER,
     error::{Error, Kind, Result},
@@ -106,7 +106,7 @@ fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
 async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
     let own_network = namespace_modes(&config).network() != NamespaceMode::Node;
     let taken: Vec<String> = node.pods().iter().map(|pod| pod.look(|record| record.selinux_categories.clone())).collect();
-    let record = Record {
+    let mut record = Record {
         netns: if own_network {
             node.config.network.netns_dir.join(format!("windlass-{}", &id[..32]))
         } else {
@@ -123,7 +123,9 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         network_kind: node.network.kind(),
         network: None,
         removed_cpu_ns: 0,
+        made_parent: false,
     };
+    record.made_parent = record.owns_parent() && !node.tree.directory(&record.cgroup_parent).exists();
     let pod = Arc::new(Pod::new(record));
     let _turn = pod.turn.lock().await;
     match build(&node, &pod, own_network).await {
@@ -148,6 +150,7 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
         node.program.start(&node.run_directory(&pod.id), node.images.layer_tree().map_err(Error::of_image)?)?;
     pod.set_monitor(Some(monitor.clone()));
     let route_socket = setup(node, pod, &monitor).await?;
+    resources::enforce(node, pod, &pod.record().config).await?;
     if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
         let got = network::attach(node, pod, socket).await?;

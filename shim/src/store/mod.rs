@@ -3,7 +3,10 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 /// Version of the records that this build writes. Older ones stay readable.
 pub const RECORD_VERSION: u32 = 1;
@@ -20,6 +23,23 @@ pub fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
     let bytes = serde_json::to_vec(&Versioned { version: RECORD_VERSION, record })
         .map_err(|error| Error::internal(format!("encode record {}: {error}", path.display())))?;
     write_file(path, &bytes)
+}
+
+/// Room on the disk for a record that will be written soon; given back when dropped.
+pub struct Room(PathBuf);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Fails now if the record could not be written later.
+pub fn reserve<T: Serialize>(path: &Path, record: &T) -> Result<Room> {
+    let bytes = serde_json::to_vec(record).map_err(|error| Error::internal(format!("encode record: {error}")))?;
+    let room = Room(path.with_extension("room"));
+    fs::write(&room.0, bytes).map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
+    Ok(room)
 }
 
 /// Replaces a file by rename.

@@ -10,7 +10,7 @@ mod seccomp;
 mod seccomp_default;
 mod security;
 
-pub(super) use resources::resources;
+pub(crate) use resources::{not_enforced as missing_controllers, resources};
 
 use super::{identity::Identity, text};
 use crate::{

@@ -58,7 +58,7 @@ pub(crate) fn resources(asked: &LinuxContainerResources) -> Result<LinuxResource
 }
 
 /// Names of the requested limits whose controllers this host's tree lacks.
-pub(super) fn not_enforced(asked: &LinuxContainerResources, tree: &Tree) -> Vec<String> {
+pub(crate) fn not_enforced(asked: &LinuxContainerResources, tree: &Tree) -> Vec<String> {
     let missing = tree.missing();
     let wanted = [
         ("cpu", asked.cpu_quota > 0 || asked.cpu_shares > 0),

@@ -1,0 +1,137 @@
+//! UpdateContainerResources: all of the fields that are given or none, in the kernel and in the record.
+
+use super::{Container, spec};
+use crate::{
+    error::{Error, Result},
+    node::Node,
+    store,
+};
+use windlass_proto::{
+    cri::LinuxContainerResources,
+    monitor::{UpdateRequest, frame::Body},
+};
+
+/// Changes the limits of a created or running container, all of them or none.
+pub async fn update(node: &Node, container: &Container, mut given: LinuxContainerResources) -> Result<()> {
+    let _turn = container.turn.lock().await;
+    let during = |error: Error| error.during(format_args!("update container {}", container.id));
+    if container.is_exited() {
+        return Err(during(Error::precondition("it has exited")));
+    }
+    let before = container.look(|record| record.config.linux.as_ref().and_then(|linux| linux.resources.clone()));
+    complete(&mut given, &before.unwrap_or_default());
+    let oci = spec::resources(&given).map_err(during)?;
+    let missing = spec::missing_controllers(&given, &node.tree);
+    if node.config.cgroup.strict && !missing.is_empty() {
+        let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
+        return Err(during(Error::unimplemented(why)));
+    }
+    let json = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
+    let change = |record: &mut super::Record| {
+        merge(record.config.linux.get_or_insert_default().resources.get_or_insert_default(), given.clone());
+        for name in &missing {
+            if !record.not_enforced.contains(name) {
+                record.not_enforced.push(name.clone());
+            }
+        }
+    };
+    let mut next = container.record();
+    change(&mut next);
+    // A disk that is full must be found before the kernel is told.
+    let room = store::reserve(&container.path, &next).map_err(during)?;
+    let monitor = node.pod(&container.pod_id)?.monitor()?;
+    let request = UpdateRequest { container_id: container.id.clone(), resources: json };
+    monitor.call(Body::Update(request)).await.map_err(during)?;
+    drop(room);
+    container.change_always(change);
+    Ok(())
+}
+
+/// A limit of memory or of memory and swap together means nothing without the other: what is not given stays as it was.
+fn complete(given: &mut LinuxContainerResources, before: &LinuxContainerResources) {
+    let (limit, both) = (given.memory_limit_in_bytes, given.memory_swap_limit_in_bytes);
+    let (limit_before, both_before) = (before.memory_limit_in_bytes, before.memory_swap_limit_in_bytes);
+    if both > 0 && limit == 0 {
+        given.memory_limit_in_bytes = limit_before;
+    } else if both == 0 && limit > 0 && limit_before > 0 && both_before >= limit_before {
+        // As much swap as before.
+        given.memory_swap_limit_in_bytes = limit + (both_before - limit_before);
+    }
+}
+
+/// Lays the set fields of `new` over `old`; zero and empty mean "not given" in the CRI. The OOM score is of processes, not of the cgroup, and
+/// stays what they were started with.
+pub fn merge(old: &mut LinuxContainerResources, new: LinuxContainerResources) {
+    let number = |old: &mut i64, new: i64| {
+        if new != 0 {
+            *old = new;
+        }
+    };
+    number(&mut old.cpu_period, new.cpu_period);
+    number(&mut old.cpu_quota, new.cpu_quota);
+    number(&mut old.cpu_shares, new.cpu_shares);
+    number(&mut old.memory_limit_in_bytes, new.memory_limit_in_bytes);
+    number(&mut old.memory_swap_limit_in_bytes, new.memory_swap_limit_in_bytes);
+    for (old, new) in [(&mut old.cpuset_cpus, new.cpuset_cpus), (&mut old.cpuset_mems, new.cpuset_mems)] {
+        if !new.is_empty() {
+            *old = new;
+        }
+    }
+    for new in new.hugepage_limits {
+        match old.hugepage_limits.iter_mut().find(|old| old.page_size == new.page_size) {
+            Some(old) => *old = new,
+            None => old.hugepage_limits.push(new),
+        }
+    }
+    old.unified.extend(new.unified);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use windlass_proto::cri::HugepageLimit;
+
+    #[test]
+    fn what_is_not_given_stays() {
+        let pages = |size: &str, limit| HugepageLimit { page_size: size.into(), limit };
+        let mut old = LinuxContainerResources {
+            cpu_quota: 5000,
+            oom_score_adj: 10,
+            hugepage_limits: vec![pages("2MB", 1), pages("1GB", 2)],
+            unified: [("memory.high".to_owned(), "5".to_owned())].into(),
+            ..Default::default()
+        };
+        let new = LinuxContainerResources {
+            cpu_shares: 7,
+            oom_score_adj: 900,
+            hugepage_limits: vec![pages("1GB", 3)],
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        };
+        merge(&mut old, new);
+        assert_eq!((old.cpu_quota, old.cpu_shares, old.oom_score_adj, old.cpuset_cpus.as_str()), (5000, 7, 10, "0"));
+        assert_eq!(old.hugepage_limits, [pages("2MB", 1), pages("1GB", 3)]);
+        assert_eq!(old.unified.len(), 1);
+    }
+
+    #[test]
+    fn memory_and_swap_complete_each_other() {
+        let both = |limit, both| LinuxContainerResources {
+            memory_limit_in_bytes: limit,
+            memory_swap_limit_in_bytes: both,
+            ..Default::default()
+        };
+        for (given, before, expected) in [
+            ((0, 150), (100, 120), (100, 150)),
+            ((200, 0), (100, 120), (200, 220)),
+            ((200, 0), (100, 0), (200, 0)),
+            ((200, 0), (100, -1), (200, 0)),
+            ((-1, 0), (100, 120), (-1, 0)),
+            ((200, 300), (100, 120), (200, 300)),
+        ] {
+            let mut completed = both(given.0, given.1);
+            complete(&mut completed, &both(before.0, before.1));
+            assert_eq!(completed, both(expected.0, expected.1), "{given:?} over {before:?}");
+        }
+    }
+}
