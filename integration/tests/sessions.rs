@@ -360,6 +360,68 @@ fn an_input_for_one_client_ends_with_it() -> Result<()> {
     })
 }
 
+/// The command lines of the processes in a cgroup and below it.
+fn command_lines(cgroup: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default().lines() {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        found.push(String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " "));
+    }
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+        found.extend(command_lines(&entry.path()));
+    }
+    found
+}
+
+#[test]
+fn a_daemon_killed_in_the_middle_of_sessions_leaves_the_container_as_it_was() -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let mut ground = ground(tools)?;
+        let writes = format!("/probe lines 4000 500; {ANSWERS}");
+        let writer = ground.with_input("writer", &["sh", "-c", &writes], |_| {})?;
+        let answerer = ground.with_input("answerer", &["sh", "-c", ANSWERS], |_| {})?;
+        let leaf = ground.daemon.cgroup_directory().join(&answerer);
+        let mut reading = ground.attach("spdy", "", &writer)?;
+        let mut talking = ground.attach("websocket", "-i", &answerer)?;
+        let count = talking.say_until("one\n", "saw one")?;
+        reading.hear("line ")?;
+        let kept = ground.client.exec(&answerer, &["sh", "-c", "sleep 779 >/dev/null 2>&1 &"])?;
+        ensure!(kept.exit_code == 0, "{kept:?}");
+        let script = "'setsid sleep 778 & sleep 777'";
+        let mut execs = Vec::new();
+        for flags in ["--sync", "--transport spdy", "--transport websocket"] {
+            execs.push(Talk::piped(&ground.crictl(&format!("exec {flags} {answerer} sh -c {script}"))?)?);
+        }
+        let running = |name: &str| command_lines(&leaf).iter().filter(|line| *line == name).count();
+        wait_for("the execs", || Ok(running("sleep 777") == 3 && running("sleep 778") == 3))?;
+
+        ground.daemon.kill9()?;
+        wait_for("the end of the execs", || Ok(running("sleep 777") + running("sleep 778") == 0))?;
+        ensure!(running("sleep 779") == 1, "what an exec that had ended left goes on: {:?}", command_lines(&leaf));
+        for client in [&mut reading, &mut talking].into_iter().chain(&mut execs) {
+            // client-go does not tell over SPDY a cut connection from an end that was well.
+            client.code()?;
+        }
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
+        let mut talking = ground.attach("spdy", "-i", &answerer)?;
+        let again = talking.say_until("two\n", "saw two")?;
+        let mut reading = ground.attach("websocket", "-i", &writer)?;
+        let last = reading.say_until("three\n", "got three")?;
+        reading.say("quit\n")?;
+        ensure!(reading.code()? == 0 && ground.exit_code(&writer)? == 5);
+        let lines = (0..4000).map(|number| format!("line {number}"));
+        let expected: Vec<String> = lines.chain(vec!["got three".to_owned(); last]).collect();
+        ensure!(ground.logged("writer", "stdout")? == expected, "the log lost lines");
+        talking.say("quit\n")?;
+        ensure!(talking.code()? == 0 && ground.exit_code(&answerer)? == 5);
+        let expected = [vec!["got one"; count], vec!["got two"; again]].concat();
+        ensure!(ground.logged("answerer", "stdout")? == expected, "the log of what was said");
+        ground.end()
+    })
+}
+
 fn attached_terminal(ground: &Ground, transport: &str) -> Result<()> {
     let id = ground.with_input(transport, &["sh"], |config| config.tty = true)?;
     let command = ground.crictl(&format!("attach --transport {transport} -it {id}"))?;

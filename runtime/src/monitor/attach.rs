@@ -20,6 +20,8 @@ const BEHIND_MAX_BYTES: usize = 1 << 20;
 /// A client of one container.
 pub(super) struct Attached {
     id: String,
+    /// The connection that asked for it.
+    connection: u64,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     /// It did not read, and was given up.
@@ -117,7 +119,7 @@ impl Monitor {
             rustix::io::ioctl_fionbio(&copy, true).context("share", "input")?;
             fds.push(copy);
         }
-        let mut client = Attached { id: request.attach_id.clone(), stdout: None, stderr: None, overrun: false };
+        let mut client = Attached { id: request.attach_id.clone(), connection: to.connection, stdout: None, stderr: None, overrun: false };
         let wanted = [
             (request.stdout && container.stdout.is_some(), Stream::Stdout),
             (request.stderr && container.stderr.is_some() && !container.terminal, Stream::Stderr),
@@ -147,6 +149,13 @@ impl Monitor {
         Ok(())
     }
 
+    /// Forgets the clients of a daemon that is gone.
+    pub(super) fn detach_all_of(&mut self, connection: u64) {
+        for container in self.containers.values_mut() {
+            container.attached.retain(|client| client.connection != connection);
+        }
+    }
+
     pub(super) fn close_stdin(&mut self, to: Reply, id: &str) -> Result<(), StepError> {
         if let Some(container) = self.container_key(id).and_then(|key| self.containers.get_mut(&key)) {
             container.stdin = None;
@@ -170,7 +179,7 @@ mod tests {
 
     fn client() -> (Attached, OwnedFd) {
         let (theirs, ours) = channel().unwrap();
-        (Attached { id: "a".into(), stdout: Some(ours), stderr: None, overrun: false }, theirs)
+        (Attached { id: "a".into(), connection: 1, stdout: Some(ours), stderr: None, overrun: false }, theirs)
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Execs: processes added to a running container, each in a sub-cgroup of it. Their streams go to the daemon and are not read here.
+//! Execs: processes added to a running container, each in a sub-cgroup of it. Their streams go to the daemon and are not read here. One whose
+//! daemon goes away before its end is killed: its client and its time limit went with it.
 
 use super::container::{Phase, check_id, pipe, send_signal};
 use super::note::note;
@@ -17,6 +18,8 @@ const EXECS_MAX: usize = 1024;
 pub(super) struct Exec {
     pub(super) id: String,
     pub(super) container: u64,
+    /// The connection that asked for it.
+    pub(super) connection: u64,
     pub(super) cgroup: Cgroup,
     pub(super) pid: i32,
     pub(super) pidfd: OwnedFd,
@@ -89,6 +92,7 @@ impl Monitor {
         let exec = Exec {
             id: request.exec_id.clone(),
             container: container_key,
+            connection: to.connection,
             cgroup,
             pid,
             pidfd,
@@ -137,6 +141,15 @@ impl Monitor {
                 }
             }
             return;
+        }
+    }
+
+    /// Kills what ran for a connection that is gone. What an exec that has ended put into the background lives on.
+    pub(super) fn kill_execs_of(&mut self, connection: u64) {
+        for exec in self.execs.values().filter(|exec| exec.connection == connection && exec.exit.is_none()) {
+            if let Err(error) = exec.cgroup.kill() {
+                note(format_args!("exec {} of a daemon that is gone: {error}", exec.id));
+            }
         }
     }
 

@@ -156,6 +156,8 @@ impl Monitor {
                 }
                 self.poll.remove(connection);
                 self.connections.remove(&key);
+                self.kill_execs_of(key);
+                self.detach_all_of(key);
             }
         }
     }
