@@ -81,7 +81,8 @@ impl Client {
         let channel = runtime.block_on(endpoint.connect()).with_context(|| format!("connect {}", socket.display()))?;
         Ok(Client {
             runtime,
-            runtime_service: RuntimeServiceClient::new(channel.clone()),
+            // As kubelet has it.
+            runtime_service: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(16 << 20),
             image_service: ImageServiceClient::new(channel),
         })
     }

@@ -56,6 +56,13 @@ impl Snapshot {
         Ok(Snapshot(found))
     }
 
+    /// The same but for one kind.
+    #[must_use]
+    pub fn without(mut self, kind: &str) -> Snapshot {
+        self.0.retain(|what| what.split(' ').next() != Some(kind));
+        self
+    }
+
     /// Fails, listing the differences, unless `after` is the same.
     pub fn expect_same(&self, after: &Snapshot) -> Result<()> {
         let left: Vec<_> = after.0.difference(&self.0).collect();

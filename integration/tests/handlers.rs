@@ -10,9 +10,10 @@ use tonic::Code;
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
-    image,
+    go, image,
     leak::Snapshot,
     node,
+    streams::{SPDY, WEBSOCKET, client},
 };
 use windlass_proto::cri::{self, NamespaceMode};
 
@@ -181,6 +182,43 @@ fn terminals_and_shared_processes_with_other_runtimes() -> Result<()> {
             ground.wait_exited(&terminal)?;
             let log = ground.log("terminal")?;
             ensure!(log.contains("both"), "{handler}: {log}");
+            ground.end()
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_are_attached_with_other_runtimes() -> Result<()> {
+    // Before the node is entered, which has no network to build it with.
+    go::streams()?;
+    for (handler, _) in HANDLERS {
+        node::run(move || {
+            let ground = ground(handler, |_| {})?;
+            for transport in [SPDY, WEBSOCKET] {
+                let once = |config: &mut cri::ContainerConfig| (config.stdin, config.stdin_once) = (true, true);
+                let name = transport.concat();
+                let id = ground.start(&name, &["sh", "-c", "cat; echo over >&2"], once)?;
+                let request = cri::AttachRequest {
+                    container_id: id.clone(),
+                    stdin: true,
+                    stdout: true,
+                    stderr: true,
+                    ..Default::default()
+                };
+                let url = ground.client.attach(request)?.url;
+                let flags = [transport, &["-stdin", "-stderr", "-bytes", "300000"]].concat();
+                let seen = client(&flags, &["exec", &url], "")?;
+                ensure!(seen["code"] == 0 && seen["stdout"]["sha256"] == seen["sent"]["sha256"], "{handler} {name}: {seen}");
+                ensure!(seen["sent"]["bytes"] == 300_000 && seen["stderr"]["head"] == "over\n", "{handler} {name}: {seen}");
+                ensure!(ground.wait_exited(&id)?.exit_code == 0, "{handler} {name}");
+                let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.02; done; echo sized";
+                let id = ground.start(&format!("{name}-tty"), &["sh", "-c", script], |config| config.tty = true)?;
+                let request = cri::AttachRequest { container_id: id.clone(), tty: true, stdout: true, ..Default::default() };
+                let url = ground.client.attach(request)?.url;
+                let seen = client(&[transport, &["-tty"]].concat(), &["exec", &url], "")?;
+                ensure!(seen["code"] == 0 && seen["stdout"]["head"] == "sized\r\n", "{handler} {name}: {seen}");
+            }
             ground.end()
         })?;
     }

@@ -45,6 +45,24 @@ fn an_oom_killed_child_leaves_the_first_process_alone() -> Result<()> {
 }
 
 #[test]
+fn an_exec_that_is_killed_for_memory_leaves_the_container_to_the_next() -> Result<()> {
+    in_guest("an_exec_that_is_killed_for_memory_leaves_the_container_to_the_next", |bench| {
+        let limits = Resources { memory_limit_in_bytes: 32 * MIB, ..Default::default() };
+        let (pod, id) = bench.limited(limits, &["sleep", "1000"])?;
+        for _ in 0..3 {
+            let killed = bench.client.exec(&id, &["/probe", "hold-mem", "64"])?;
+            ensure!(killed.exit_code == 137, "{killed:?}");
+            let next = bench.client.exec(&id, &["echo", "there"])?;
+            ensure!(next.exit_code == 0 && next.stdout == b"there\n", "{next:?}");
+        }
+        let state = bench.client.container(&id)?;
+        ensure!(state.state() == cri::ContainerState::ContainerRunning, "{state:?}");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
 fn oom_group_ends_the_whole_container() -> Result<()> {
     in_guest("oom_group_ends_the_whole_container", |bench| {
         let unified = [("memory.oom.group".to_owned(), "1".to_owned())].into();

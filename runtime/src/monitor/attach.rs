@@ -119,7 +119,8 @@ impl Monitor {
             rustix::io::ioctl_fionbio(&copy, true).context("share", "input")?;
             fds.push(copy);
         }
-        let mut client = Attached { id: request.attach_id.clone(), connection: to.connection, stdout: None, stderr: None, overrun: false };
+        let mut client =
+            Attached { id: request.attach_id.clone(), connection: to.connection, stdout: None, stderr: None, overrun: false };
         let wanted = [
             (request.stdout && container.stdout.is_some(), Stream::Stdout),
             (request.stderr && container.stderr.is_some() && !container.terminal, Stream::Stderr),
