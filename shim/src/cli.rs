@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
     image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
     monitor::Program,
-    network::{Network, address::Subnet, bridge::BridgeConfig},
+    network::{Network, bridge::BridgeConfig, subnet::parse_subnets},
     node::Node,
     pod,
     streaming::Server,
@@ -230,19 +230,17 @@ async fn leave_nothing_unused(node: &Node) {
 
 fn start_network(config: &Config) -> Result<Network> {
     let network = &config.network;
-    let invalid = || Error::invalid(format!("network.subnet {:?} is not an IPv4 network of /8 to /30", network.subnet));
-    let (address, prefix) = network.subnet.split_once('/').ok_or_else(invalid)?;
-    let subnet =
-        Subnet::new(address.parse().map_err(|_| invalid())?, prefix.parse().map_err(|_| invalid())?).ok_or_else(invalid)?;
+    let subnets = parse_subnets(network.subnets.iter().map(String::as_str))
+        .map_err(|reason| Error::invalid(format!("network.subnets: {reason}")))?;
+    let state = config.root.join("network");
     let bridge = BridgeConfig {
-        subnet,
+        preferred: network.preferred_family,
         name: network.bridge.clone(),
         // One table for each bridge, so that two daemons keep apart.
         table: format!("windlass-{}", network.bridge),
-        ..BridgeConfig::new(config.root.join("network"))
+        ..BridgeConfig::new(state.clone(), subnets)
     };
-    Network::start(network, bridge, &config.root.join("network"))
-        .map_err(|error| Error::from(error).during("start the pod network"))
+    Network::start(network, bridge, &state).map_err(|error| Error::from(error).during("start the pod network"))
 }
 
 /// The socket that systemd passes, else a new one, mode 0660 and root's.

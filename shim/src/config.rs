@@ -125,8 +125,9 @@ pub struct DeviceConfig {
 pub struct NetworkConfig {
     /// Name of the built-in bridge, at most 15 bytes.
     pub bridge: String,
-    /// IPv4 subnet of the built-in bridge.
-    pub subnet: String,
+    /// Subnets of the built-in bridge, at most one of each family, until UpdateRuntimeConfig assigns others. IPv6 is left out where the host
+    /// has it off.
+    pub subnets: Vec<String>,
     /// Directory that network namespaces are pinned in.
     pub netns_dir: PathBuf,
     /// What attaches pods.
@@ -257,7 +258,8 @@ impl Default for NetworkConfig {
     fn default() -> NetworkConfig {
         NetworkConfig {
             bridge: "windlass0".into(),
-            subnet: "10.57.0.0/16".into(),
+            // Networks that Docker, Podman, kind, flannel, Calico and k3s do not choose by default.
+            subnets: vec!["10.57.0.0/16".into(), "fd57:494e:444c::/64".into()],
             netns_dir: "/run/netns".into(),
             mode: NetworkMode::Auto,
             preferred_family: Family::Ipv4,

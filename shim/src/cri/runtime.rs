@@ -310,9 +310,12 @@ impl RuntimeService for Service {
 
     async fn update_runtime_config(
         &self,
-        _: Request<cri::UpdateRuntimeConfigRequest>,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
     ) -> Reply<cri::UpdateRuntimeConfigResponse> {
-        Err(status::not_built("UpdateRuntimeConfig"))
+        let network = request.into_inner().runtime_config.and_then(|config| config.network_config);
+        let cidr = network.map(|network| network.pod_cidr).unwrap_or_default();
+        pod::assign_subnets(&self.node, &cidr).await.map_err(status::of)?;
+        Ok(Response::new(cri::UpdateRuntimeConfigResponse {}))
     }
 
     async fn checkpoint_container(&self, _: Request<cri::CheckpointContainerRequest>) -> Reply<cri::CheckpointContainerResponse> {

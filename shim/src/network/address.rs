@@ -1,171 +1,140 @@
-//! Which pod holds which address and which ports of the host: a table in memory, written whole to one small file before an address is used.
+//! Which pod holds which addresses and which ports of the host: a table in memory, written whole to one small file before an address is used.
 //!
-//! Addresses go round the subnet, so that one just released is not given again while a peer may still hold state for it.
+//! Addresses go round the subnet, so that one just released is not given again while a peer may still hold state for it. A pod keeps its
+//! addresses when the subnets change; theirs stay in the table until the last of them is gone.
 //! The file is replaced by rename and not synced: it must survive the daemon, and after a power loss no pod is left whose
 //! address it could protect. Never touches the kernel's network.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::hostport::{self, Element, Held};
+use super::subnet::Subnet;
 use super::{NetworkError, PortMapping};
 
-/// Version of the address file; a file of a later version is set aside, not guessed at.
-const FORMAT: u32 = 1;
-
-/// An IPv4 network that has room for a gateway and at least one pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Subnet {
-    network: Ipv4Addr,
-    prefix: u8,
-}
-
-impl Subnet {
-    /// The network that contains `address`. `None` unless `prefix` is 8 to 30.
-    pub fn new(address: Ipv4Addr, prefix: u8) -> Option<Self> {
-        if !(8..=30).contains(&prefix) {
-            return None;
-        }
-        let mask = u32::MAX << (32 - prefix);
-        Some(Self { network: Ipv4Addr::from_bits(address.to_bits() & mask), prefix })
-    }
-
-    /// Length of the network part in bits.
-    pub fn prefix(&self) -> u8 {
-        self.prefix
-    }
-
-    /// The first address: the bridge's own and the pods' gateway.
-    pub fn gateway(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network.to_bits() + 1)
-    }
-
-    /// The last address.
-    pub fn broadcast(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network.to_bits() | (u32::MAX >> self.prefix))
-    }
-
-    /// Whether `address` lies inside.
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
-        Self::new(address, self.prefix).is_some_and(|other| other == *self)
-    }
-
-    /// Whether this network and `address/prefix` share an address.
-    pub fn overlaps(&self, address: Ipv4Addr, prefix: u8) -> bool {
-        let shift = 32 - u32::from(prefix.min(self.prefix));
-        let high = |address: Ipv4Addr| address.to_bits().checked_shr(shift).unwrap_or(0);
-        high(address) == high(self.network)
-    }
-
-    /// How many pods fit: all but the network, the gateway and the broadcast address.
-    pub fn capacity(&self) -> usize {
-        (self.broadcast().to_bits() - self.gateway().to_bits() - 1) as usize
-    }
-
-    fn pod(&self, address: Ipv4Addr) -> bool {
-        (self.gateway().to_bits() + 1..self.broadcast().to_bits()).contains(&address.to_bits())
-    }
-
-    /// The pods' address after `address`, going round.
-    fn after(&self, address: Option<Ipv4Addr>) -> Ipv4Addr {
-        let first = Ipv4Addr::from_bits(self.gateway().to_bits() + 1);
-        address
-            .map(|address| Ipv4Addr::from_bits(address.to_bits().wrapping_add(1)))
-            .filter(|next| self.pod(*next))
-            .unwrap_or(first)
-    }
-}
-
-impl fmt::Display for Subnet {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}/{}", self.network, self.prefix)
-    }
-}
-
-impl FromStr for Subnet {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.split_once('/').and_then(|(address, prefix)| {
-            let subnet = Self::new(address.parse().ok()?, prefix.parse().ok()?)?;
-            (subnet.network.to_string() == address).then_some(subnet)
-        });
-        parsed.ok_or_else(|| format!("{text:?} is not an IPv4 network with a prefix of 8 to 30 bits, such as 10.57.0.0/16"))
-    }
-}
-
-impl TryFrom<String> for Subnet {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Subnet> for String {
-    fn from(subnet: Subnet) -> Self {
-        subnet.to_string()
-    }
-}
+/// Version of the address file; a file of another version is set aside, not guessed at.
+const FORMAT: u32 = 2;
 
 /// The file's form.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
 struct Stored {
     version: u32,
-    /// The address given last; the next search begins after it.
-    last: Option<Ipv4Addr>,
-    /// Address to pod.
-    pods: BTreeMap<Ipv4Addr, String>,
+    /// A new pod gets an address of each.
+    subnets: Vec<Subnet>,
+    /// `subnets` came by UpdateRuntimeConfig, which goes over the configuration and is not said again after a restart.
+    #[serde(default)]
+    assigned: bool,
+    /// Those of before, of which a pod still has an address.
+    #[serde(default)]
+    earlier: Vec<Subnet>,
+    /// The addresses given last; the next search begins after them.
+    last: Vec<IpAddr>,
+    /// Pod to its addresses.
+    pods: BTreeMap<String, Vec<IpAddr>>,
     /// Pod to its ports of the host.
     #[serde(default)]
     ports: BTreeMap<String, Held>,
 }
 
-/// The address table of one subnet.
+/// The address table of one node.
 #[derive(Debug)]
 pub struct AddressTable {
-    subnet: Subnet,
     path: PathBuf,
     stored: Stored,
     /// The same relation from the other side, so that a lookup is not a walk.
-    by_pod: BTreeMap<String, Ipv4Addr>,
+    by_address: BTreeMap<IpAddr, String>,
 }
 
 impl AddressTable {
     /// Reads `path` or begins empty. A damaged file is renamed to `<path>.bad` and reported in the log: live pods' addresses are
-    /// then put back with [`AddressTable::adopt`]. Addresses outside `subnet` (it was changed) stay with their pods.
-    pub fn open(path: &Path, subnet: Subnet) -> Result<Self, NetworkError> {
+    /// then put back with [`AddressTable::adopt`]. `configured` are the subnets for new pods, unless others were assigned.
+    pub fn open(path: &Path, configured: &[Subnet]) -> Result<Self, NetworkError> {
         let stored = match std::fs::read(path) {
             Ok(bytes) => parse(&bytes).or_else(|reason| set_aside(path, &reason))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Stored::default(),
             Err(source) => return Err(state("read", path, source)),
         };
-        let by_pod = stored.pods.iter().map(|(address, pod)| (pod.clone(), *address)).collect();
-        Ok(Self { subnet, path: path.to_owned(), stored, by_pod })
+        let pods = stored.pods.iter();
+        let by_address = pods.flat_map(|(pod, held)| held.iter().map(|address| (*address, pod.clone()))).collect();
+        let mut table = Self { path: path.to_owned(), stored, by_address };
+        if !table.stored.assigned {
+            table.replace_subnets(configured);
+        }
+        Ok(table)
     }
 
-    /// The pod's address: the one it has, or the next free one, which is in the file when this returns.
-    pub fn acquire(&mut self, pod_id: &str) -> Result<Ipv4Addr, NetworkError> {
-        if let Some(address) = self.by_pod.get(pod_id) {
-            return Ok(*address);
+    /// The subnets of which a new pod gets an address each.
+    pub fn subnets(&self) -> &[Subnet] {
+        &self.stored.subnets
+    }
+
+    /// All subnets that pods have addresses of, those for new pods first.
+    pub fn served(&self) -> Vec<Subnet> {
+        self.stored.subnets.iter().chain(&self.stored.earlier).copied().collect()
+    }
+
+    /// From now on new pods get addresses of these, whatever the configuration says; in the file when this returns. Says whether
+    /// that changed anything.
+    pub fn assign(&mut self, subnets: &[Subnet]) -> Result<bool, NetworkError> {
+        if self.stored.assigned && self.stored.subnets == subnets {
+            return Ok(false);
         }
-        let address = self.next_free()?;
-        let previous = self.stored.last.replace(address);
-        self.stored.pods.insert(address, pod_id.to_owned());
+        let before = self.stored.clone();
+        self.replace_subnets(subnets);
+        self.stored.assigned = true;
         if let Err(error) = self.write() {
-            self.stored.pods.remove(&address);
+            self.stored = before;
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    fn replace_subnets(&mut self, subnets: &[Subnet]) {
+        let before = std::mem::replace(&mut self.stored.subnets, subnets.to_vec());
+        self.stored.earlier.extend(before);
+        self.forget_unused_subnets();
+    }
+
+    fn forget_unused_subnets(&mut self) {
+        let Stored { subnets, earlier, pods, .. } = &mut self.stored;
+        earlier.sort_unstable_by_key(ToString::to_string);
+        earlier.dedup();
+        earlier.retain(|subnet| !subnets.contains(subnet) && pods.values().flatten().any(|address| subnet.contains(*address)));
+    }
+
+    /// The subnet that `address` was given from: the narrowest that has it, for an earlier one may lie within one of now.
+    pub fn subnet_of(&self, address: IpAddr) -> Option<Subnet> {
+        self.served().into_iter().filter(|subnet| subnet.contains(address)).max_by_key(Subnet::prefix)
+    }
+
+    /// The pod's addresses: those it has, or the next free one of each subnet, which are in the file when this returns.
+    pub fn acquire(&mut self, pod_id: &str) -> Result<Vec<IpAddr>, NetworkError> {
+        if let Some(held) = self.stored.pods.get(pod_id) {
+            return Ok(held.clone());
+        }
+        let addresses: Vec<IpAddr> =
+            self.stored.subnets.iter().map(|subnet| self.next_free(*subnet)).collect::<Result<_, _>>()?;
+        let previous = std::mem::replace(&mut self.stored.last, addresses.clone());
+        self.stored.pods.insert(pod_id.to_owned(), addresses.clone());
+        if let Err(error) = self.write() {
+            self.stored.pods.remove(pod_id);
             self.stored.last = previous;
             return Err(error);
         }
-        self.by_pod.insert(pod_id.to_owned(), address);
-        Ok(address)
+        self.by_address.extend(addresses.iter().map(|address| (*address, pod_id.to_owned())));
+        Ok(addresses)
+    }
+
+    /// Frees one address that the pod cannot have after all. The file follows with the next write.
+    pub fn give_back(&mut self, pod_id: &str, address: IpAddr) {
+        if let Some(held) = self.stored.pods.get_mut(pod_id) {
+            held.retain(|other| *other != address);
+            self.by_address.remove(&address);
+        }
     }
 
     /// Takes ports of the host for the pod, in the file when this returns; all or, when another pod has one, none. Says whether
@@ -190,8 +159,8 @@ impl AddressTable {
 
     /// What the pod's ports are in the kernel; nothing before it has an address.
     pub(super) fn elements(&self, pod_id: &str) -> Vec<Element> {
-        let held = self.stored.ports.get(pod_id).zip(self.get(pod_id));
-        held.map(|(held, address)| Element::of(&held.ports, address)).unwrap_or_default()
+        let held = self.stored.ports.get(pod_id);
+        held.map(|held| Element::of(&held.ports, self.get(pod_id))).unwrap_or_default()
     }
 
     /// The same for all pods.
@@ -199,70 +168,79 @@ impl AddressTable {
         self.stored.ports.keys().flat_map(|pod| self.elements(pod)).collect()
     }
 
-    /// Puts back an address that a pod's record shows. Says `false` when another pod holds it.
-    pub fn adopt(&mut self, pod_id: &str, address: Ipv4Addr) -> bool {
-        match self.stored.pods.get(&address) {
-            Some(holder) => holder == pod_id,
-            None if self.by_pod.contains_key(pod_id) => false,
-            None => {
-                self.stored.pods.insert(address, pod_id.to_owned());
-                self.by_pod.insert(pod_id.to_owned(), address);
-                self.write_or_log();
-                true
-            }
+    /// Puts back addresses that a pod's record shows. Says `false` when another pod holds one, or this pod has others.
+    pub fn adopt(&mut self, pod_id: &str, addresses: &[IpAddr]) -> bool {
+        if let Some(held) = self.stored.pods.get(pod_id) {
+            return addresses.iter().all(|address| held.contains(address));
         }
+        if addresses.iter().any(|address| self.by_address.contains_key(address)) {
+            return false;
+        }
+        self.stored.pods.insert(pod_id.to_owned(), addresses.to_vec());
+        self.by_address.extend(addresses.iter().map(|address| (*address, pod_id.to_owned())));
+        self.write_or_log();
+        true
     }
 
-    /// Frees the pod's address, if any. A file that cannot be written (full disk) does not keep the address: the stale line is
+    /// Frees the pod's addresses, if any. A file that cannot be written (full disk) does not keep them: the stale line is
     /// dropped by the next write or by `retain` at the next start.
-    pub fn release(&mut self, pod_id: &str) -> Option<Ipv4Addr> {
-        self.stored.ports.remove(pod_id);
-        let address = self.by_pod.remove(pod_id)?;
-        self.stored.pods.remove(&address);
+    pub fn release(&mut self, pod_id: &str) -> Vec<IpAddr> {
+        let Some(addresses) = self.forget(pod_id) else { return Vec::new() };
+        self.forget_unused_subnets();
         self.write_or_log();
-        Some(address)
+        addresses
     }
 
     /// Frees the addresses of pods that `live` does not name, and returns those pods.
     pub fn retain(&mut self, live: impl Fn(&str) -> bool) -> Vec<String> {
-        let gone: Vec<String> = self.by_pod.keys().filter(|pod| !live(pod)).cloned().collect();
+        let gone: Vec<String> = self.stored.pods.keys().filter(|pod| !live(pod)).cloned().collect();
         for pod in &gone {
-            self.stored.ports.remove(pod);
-            if let Some(address) = self.by_pod.remove(pod) {
-                self.stored.pods.remove(&address);
-            }
+            self.forget(pod);
         }
         if !gone.is_empty() {
+            self.forget_unused_subnets();
             self.write_or_log();
         }
         gone
     }
 
-    /// The pod's address.
-    pub fn get(&self, pod_id: &str) -> Option<Ipv4Addr> {
-        self.by_pod.get(pod_id).copied()
+    fn forget(&mut self, pod_id: &str) -> Option<Vec<IpAddr>> {
+        self.stored.ports.remove(pod_id);
+        let addresses = self.stored.pods.remove(pod_id)?;
+        for address in &addresses {
+            self.by_address.remove(address);
+        }
+        Some(addresses)
+    }
+
+    /// The pod's addresses.
+    pub fn get(&self, pod_id: &str) -> &[IpAddr] {
+        self.stored.pods.get(pod_id).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// How many pods hold an address.
     pub fn len(&self) -> usize {
-        self.by_pod.len()
+        self.stored.pods.len()
     }
 
     /// Whether no pod holds an address.
     pub fn is_empty(&self) -> bool {
-        self.by_pod.is_empty()
+        self.stored.pods.is_empty()
     }
 
-    fn next_free(&self) -> Result<Ipv4Addr, NetworkError> {
-        let start = self.subnet.after(self.stored.last);
+    fn next_free(&self, subnet: Subnet) -> Result<IpAddr, NetworkError> {
+        let last = self.stored.last.iter().copied().find(|address| subnet.contains(*address));
+        let gateways: Vec<IpAddr> = self.stored.earlier.iter().map(Subnet::gateway).collect();
+        let start = subnet.after(last);
         let mut candidate = start;
         loop {
-            if !self.stored.pods.contains_key(&candidate) {
+            if !self.by_address.contains_key(&candidate) && !gateways.contains(&candidate) {
                 return Ok(candidate);
             }
-            candidate = self.subnet.after(Some(candidate));
+            candidate = subnet.after(Some(candidate));
             if candidate == start {
-                return Err(NetworkError::Exhausted { subnet: self.subnet, used: self.subnet.capacity() });
+                let used = self.by_address.keys().filter(|address| subnet.contains(**address)).count();
+                return Err(NetworkError::Exhausted { subnet, used });
             }
         }
     }
@@ -287,13 +265,20 @@ impl AddressTable {
 }
 
 fn parse(bytes: &[u8]) -> Result<Stored, String> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let Version { version } = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    if version != FORMAT {
+        return Err(format!("version {version} is not {FORMAT}"));
+    }
     let stored: Stored = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    let mut pods: Vec<&String> = stored.pods.values().collect();
-    pods.sort_unstable();
-    match stored.version {
-        FORMAT if pods.windows(2).any(|pair| pair[0] == pair[1]) => Err("a pod holds two addresses".to_owned()),
-        FORMAT => Ok(stored),
-        version => Err(format!("version {version} is not {FORMAT}")),
+    let mut addresses: Vec<&IpAddr> = stored.pods.values().flatten().collect();
+    addresses.sort_unstable();
+    match addresses.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(format!("two pods hold {}", pair[0])),
+        None => Ok(stored),
     }
 }
 
@@ -311,6 +296,7 @@ fn state(operation: &'static str, path: &Path, source: io::Error) -> NetworkErro
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
 
     use proptest::prelude::*;
 
@@ -333,31 +319,43 @@ mod tests {
         ]
     }
 
+    fn subnets(texts: &[&str]) -> Vec<Subnet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn given(table: &mut AddressTable, pod: &str) -> Vec<String> {
+        table.acquire(pod).unwrap().iter().map(ToString::to_string).collect()
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn addresses_are_distinct_stable_and_go_round(prefix in 27..=30_u8, steps in prop::collection::vec(step(), 1..80)) {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("addresses.json");
-            let subnet = Subnet::new(Ipv4Addr::new(10, 1, 2, 77), prefix).unwrap();
-            let mut table = AddressTable::open(&path, subnet).unwrap();
-            let mut model: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
+            let subnet = Subnet::new(Ipv4Addr::new(10, 1, 2, 77).into(), prefix).unwrap();
+            let both = [subnet, "fd00::/64".parse().unwrap()];
+            let mut table = AddressTable::open(&path, &both).unwrap();
+            let mut model: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
             let mut last = None;
             for step in steps {
                 match step {
                     Step::Acquire(pod) => {
                         let pod = pod.to_string();
                         match table.acquire(&pod) {
-                            Ok(address) => {
+                            Ok(addresses) => {
                                 if let Some(held) = model.get(&pod) {
-                                    prop_assert_eq!(*held, address);
+                                    prop_assert_eq!(held, &addresses);
                                 } else {
-                                    prop_assert!(!model.values().any(|held| *held == address));
-                                    prop_assert!(subnet.contains(address) && address != subnet.gateway() && address != subnet.broadcast());
+                                    prop_assert_eq!(addresses.len(), 2);
+                                    for (address, subnet) in addresses.iter().zip(both) {
+                                        prop_assert!(!model.values().flatten().any(|held| held == address));
+                                        prop_assert!(subnet.contains(*address) && *address != subnet.gateway() && *address != subnet.last());
+                                    }
                                     // Round robin: an address freed just now comes back only if no other is free.
-                                    prop_assert!(last != Some(address) || model.len() + 1 == subnet.capacity());
-                                    model.insert(pod, address);
-                                    last = Some(address);
+                                    prop_assert!(last != Some(addresses[0]) || model.len() + 1 == subnet.capacity());
+                                    last = Some(addresses[0]);
+                                    model.insert(pod, addresses);
                                 }
                             }
                             Err(error) => {
@@ -366,49 +364,67 @@ mod tests {
                             }
                         }
                     }
-                    Step::Release(pod) => prop_assert_eq!(table.release(&pod.to_string()), model.remove(&pod.to_string())),
-                    Step::Reopen => table = AddressTable::open(&path, subnet).unwrap(),
+                    Step::Release(pod) => {
+                        prop_assert_eq!(table.release(&pod.to_string()), model.remove(&pod.to_string()).unwrap_or_default());
+                    }
+                    Step::Reopen => table = AddressTable::open(&path, &both).unwrap(),
                     Step::Keep(limit) => {
                         let live = |pod: &str| pod.parse::<u8>().is_ok_and(|pod| pod < limit);
                         table.retain(live);
                         model.retain(|pod, _| live(pod));
                     }
                 }
-                prop_assert_eq!(&table.by_pod, &model);
+                prop_assert_eq!(&table.stored.pods, &model);
+                prop_assert_eq!(table.by_address.len(), 2 * model.len());
             }
-            prop_assert_eq!(&AddressTable::open(&path, subnet).unwrap().by_pod, &model);
+            prop_assert_eq!(&AddressTable::open(&path, &both).unwrap().stored.pods, &model);
         }
     }
 
     #[test]
-    fn subnets_are_read_strictly() {
-        for bad in ["10.0.0.1/24", "10.0.0.0", "10.0.0.0/31", "10.0.0.0/7", "::/64", "10.0.0.0/x"] {
-            assert!(bad.parse::<Subnet>().is_err(), "{bad}");
-        }
-        let subnet: Subnet = "10.4.0.0/14".parse().unwrap();
-        assert_eq!((subnet.gateway().to_string(), subnet.broadcast().to_string()), ("10.4.0.1".into(), "10.7.255.255".into()));
-    }
-
-    #[test]
-    fn overlap_is_seen_from_both_sides() {
-        let subnet: Subnet = "10.99.0.0/16".parse().unwrap();
-        for (address, prefix, expected) in [
-            ("10.99.7.0", 24, true),
-            ("10.0.0.0", 8, true),
-            ("10.98.0.0", 16, false),
-            ("10.98.0.0", 15, true),
-            ("0.0.0.0", 0, true),
-        ] {
-            assert_eq!(subnet.overlaps(address.parse().unwrap(), prefix), expected, "{address}/{prefix}");
-        }
-    }
-
-    #[test]
-    fn a_later_version_is_set_aside() {
+    fn pods_keep_their_addresses_when_the_subnets_change() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("addresses.json");
-        std::fs::write(&path, r#"{"version":2,"last":null,"pods":{}}"#).unwrap();
-        assert!(AddressTable::open(&path, "10.0.0.0/24".parse().unwrap()).unwrap().is_empty());
-        assert!(path.with_extension("bad").exists());
+        let mut table = AddressTable::open(&path, &subnets(&["10.1.0.0/24", "fd00::/64"])).unwrap();
+        assert_eq!(given(&mut table, "a"), ["10.1.0.2", "fd00::2"]);
+        // The new network has the old one in it, and so its gateway.
+        assert!(table.assign(&subnets(&["10.1.0.0/16"])).unwrap());
+        assert!(!table.assign(&subnets(&["10.1.0.0/16"])).unwrap());
+        assert_eq!(given(&mut table, "a"), ["10.1.0.2", "fd00::2"]);
+        assert_eq!(given(&mut table, "b"), ["10.1.0.3"]);
+        assert_eq!(table.served(), subnets(&["10.1.0.0/16", "10.1.0.0/24", "fd00::/64"]));
+        assert_eq!(table.subnet_of("10.1.0.2".parse().unwrap()).unwrap().prefix(), 24);
+        // What was assigned goes over the configuration at the next start.
+        let mut table = AddressTable::open(&path, &subnets(&["10.7.0.0/24"])).unwrap();
+        assert_eq!(table.subnets(), subnets(&["10.1.0.0/16"]));
+        table.release("a");
+        table.release("b");
+        assert_eq!(table.served(), subnets(&["10.1.0.0/16"]));
+    }
+
+    #[test]
+    fn a_changed_configuration_is_for_new_pods() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("addresses.json");
+        given(&mut AddressTable::open(&path, &subnets(&["10.1.0.0/24"])).unwrap(), "a");
+        let mut table = AddressTable::open(&path, &subnets(&["10.0.0.0/8"])).unwrap();
+        assert_eq!((given(&mut table, "a"), given(&mut table, "b")), (vec!["10.1.0.2".to_owned()], vec!["10.1.0.3".to_owned()]));
+        table.stored.last = vec!["10.1.0.0".parse().unwrap()];
+        assert_eq!(given(&mut table, "c"), ["10.1.0.4"], "neither the old gateway nor what is held");
+        assert_eq!(AddressTable::open(&path, &[]).unwrap().served(), subnets(&["10.0.0.0/8", "10.1.0.0/24"]));
+    }
+
+    #[test]
+    fn another_version_and_an_address_twice_are_set_aside() {
+        for bad in [
+            r#"{"version":1,"last":null,"pods":{}}"#,
+            r#"{"version":2,"subnets":[],"last":[],"pods":{"a":["10.0.0.2"],"b":["10.0.0.2"]}}"#,
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("addresses.json");
+            std::fs::write(&path, bad).unwrap();
+            assert!(AddressTable::open(&path, &subnets(&["10.0.0.0/24"])).unwrap().is_empty());
+            assert!(path.with_extension("bad").exists());
+        }
     }
 }

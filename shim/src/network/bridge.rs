@@ -4,29 +4,34 @@
 //! the pair, the host's end on the bridge and up, the pod's end directly in the pod's namespace (moving it there takes 30 ms);
 //! 3. through the pod's own socket: interface up, address, default route. Everything is found again from the pod's id: the host's
 //! link is named after it and the address file maps to it, so a detach needs no record of the attach.
-//! The pod's hardware address follows from its IP address: when an address is used again, no neighbour has a stale entry.
-//! Ports of the host are recorded with the address, and put into the nftables maps last. IPv6 is not here yet. `net.ipv4.ip_forward` is set and never reset: others may have come to need it.
+//! A pod has an address of each subnet, at most one of each family; the bridge keeps the gateway of an earlier subnet while a pod has an
+//! address of it. Ports of the host are recorded with the addresses, and put into the nftables maps last. A detach closes the ports; the
+//! link goes behind it (`removal`), and the addresses with it. Forwarding is set and never reset: others may have come to need it.
+
+mod links;
+mod removal;
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use netlink_packet_route::link::{
-    BridgeStpState, InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use rustix::io::Errno;
-use sha2::{Digest, Sha256};
 
-use super::address::{AddressTable, Subnet};
+use super::address::AddressTable;
 use super::firewall::Firewall;
 use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
 use super::nfnetlink::Change;
+use super::subnet::Subnet;
 use super::{Attachment, NetworkError, PodNetwork, PortMapping, hostport};
+use crate::config::Family;
+use links::{bridge_link, bridge_mac, host_interface, mac_of, pair, remove_link, uplink_mtu};
+use removal::Removal;
 
 /// The interface's name inside every pod; kubelet's network statistics expect it.
 const POD_INTERFACE: &str = "eth0";
@@ -34,8 +39,8 @@ const POD_INTERFACE: &str = "eth0";
 const PORT_POLLS: u32 = 1000;
 const PORT_POLL: Duration = Duration::from_micros(100);
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
-/// First octets of hardware addresses made here: locally administered, unicast, then a `W`; the IPv4 address follows.
-const MAC_PREFIX: [u8; 2] = [0x0a, 0x57];
+/// Settings of IPv6 for each link, and for `all`; absent where the kernel has no IPv6.
+const IPV6: &str = "/proc/sys/net/ipv6/conf";
 
 /// What distinguishes one daemon's network from another's on the same host: give each its own of every field.
 #[derive(Debug, Clone)]
@@ -44,19 +49,22 @@ pub struct BridgeConfig {
     pub state_dir: PathBuf,
     /// The bridge link's name, at most 15 bytes.
     pub name: String,
-    /// The pods' network; its first address is the bridge's.
-    pub subnet: Subnet,
-    /// The nftables table's name, family `ip`.
+    /// The pods' networks, at most one of each family; the first address of each is the bridge's. Those of IPv6 are left out where
+    /// the host has no IPv6.
+    pub subnets: Vec<Subnet>,
+    /// Which of a pod's addresses is its first; otherwise in the order of the subnets.
+    pub preferred: Family,
+    /// The nftables table's name, family `inet`.
     pub table: String,
     /// MTU in bytes of the bridge and both ends of a pair; without one, that of the link with the default route.
     pub mtu: Option<u32>,
 }
 
 impl BridgeConfig {
-    /// `windlass0` with 10.57.0.0/16, a network that Docker, Podman, kind, flannel, Calico and k3s do not choose by default.
-    pub fn new(state_dir: PathBuf) -> Self {
-        let subnet = Subnet::new(Ipv4Addr::new(10, 57, 0, 0), 16).expect("16 is within 8 to 30");
-        Self { state_dir, name: "windlass0".to_owned(), subnet, table: "windlass".to_owned(), mtu: None }
+    /// `windlass0`.
+    pub fn new(state_dir: PathBuf, subnets: Vec<Subnet>) -> Self {
+        let (name, table) = ("windlass0".to_owned(), "windlass".to_owned());
+        Self { state_dir, name, subnets, preferred: Family::default(), table, mtu: None }
     }
 }
 
@@ -74,6 +82,7 @@ struct Inner {
     table: Mutex<AddressTable>,
     /// `None` until the bridge and the rules are there; held while they are made, so that it happens once.
     installed: Mutex<Option<Installed>>,
+    removal: Removal,
 }
 
 /// A handle on the built-in network; clones share it.
@@ -103,15 +112,21 @@ impl Bridge {
     /// Reads the address file, and makes nothing on the host before `ready` or `attach` is called. Fails for a bad configuration or
     /// state folder only. Blocks.
     pub fn open(config: BridgeConfig) -> Result<Self, NetworkError> {
-        let firewall = Firewall::new(&config.table, &config.name, config.subnet)?;
+        let firewall = Firewall::new(&config.table, &config.name, Path::new(IPV6).exists())?;
         let path = config.state_dir.join("addresses.json");
         std::fs::create_dir_all(&config.state_dir).map_err(|source| NetworkError::State {
             operation: "create",
             path: config.state_dir.clone(),
             source,
         })?;
-        let table = Mutex::new(AddressTable::open(&path, config.subnet)?);
-        Ok(Self { inner: Arc::new(Inner { config, firewall, table, installed: Mutex::new(None) }) })
+        let (possible, impossible): (Vec<Subnet>, Vec<Subnet>) =
+            config.subnets.iter().partition(|subnet| !subnet.is_ipv6() || ipv6_is_on());
+        if !impossible.is_empty() {
+            tracing::warn!(subnets = ?impossible.iter().map(ToString::to_string).collect::<Vec<_>>(), "IPv6 is off on this host: pods get none");
+        }
+        let table = Mutex::new(AddressTable::open(&path, &possible)?);
+        let (installed, removal) = (Mutex::new(None), Removal::default());
+        Ok(Self { inner: Arc::new(Inner { config, firewall, table, installed, removal }) })
     }
 
     /// Gives the pod an address and an interface. Called again for the same pod it gives the same address anew; on failure nothing
@@ -121,10 +136,39 @@ impl Bridge {
         self.blocking(&id, move |inner| inner.attach(pod)).await
     }
 
-    /// Removes the pod's pair and frees its address; succeeds when there is nothing. On failure the address stays taken.
+    /// Takes the pod's ports back, and has its pair removed and its addresses freed behind the return; succeeds when there is nothing.
     pub async fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
         let id = pod_id.to_owned();
-        self.blocking(pod_id, move |inner| inner.detach(&id)).await
+        self.blocking(pod_id, move |inner| inner.close_ports(&id)).await?;
+        removal::begin(&self.inner, pod_id);
+        Ok(())
+    }
+
+    /// Waits until nothing is left of a pod that was detached. On failure its addresses stay taken.
+    pub async fn gone(&self, pod_id: &str) -> Result<(), NetworkError> {
+        let id = pod_id.to_owned();
+        if self.inner.table().get(&id).is_empty() {
+            return Ok(());
+        }
+        removal::begin(&self.inner, pod_id);
+        self.blocking(pod_id, move |inner| inner.removal.wait_for(&id)).await
+    }
+
+    /// From now on new pods get addresses of these subnets, whatever the configuration says, also after a restart; with `make` the bridge
+    /// and the rules follow at once. Blocks.
+    pub fn assign(&self, subnets: &[Subnet], make: bool) -> Result<(), NetworkError> {
+        if let Some(subnet) = subnets.iter().find(|subnet| subnet.is_ipv6() && !ipv6_is_on()) {
+            return Err(NetworkError::Conflict(format!("subnet {subnet}: IPv6 is off on this host")));
+        }
+        if self.inner.table().assign(subnets)? {
+            tracing::info!(subnets = ?subnets.iter().map(ToString::to_string).collect::<Vec<_>>(), "new pods get addresses of other subnets");
+        }
+        if make { self.inner.installed(true).map(drop) } else { Ok(()) }
+    }
+
+    /// The subnets of new pods.
+    pub fn subnets(&self) -> Vec<Subnet> {
+        self.inner.table().subnets().to_vec()
     }
 
     /// Frees addresses and pairs of pods that are gone. Failures are logged: they must not keep the daemon from starting. Blocks.
@@ -148,10 +192,7 @@ impl Bridge {
     /// The same of its ports, which then are put into the rules again.
     pub fn adopt(&self, pod_id: &str, holder: &str, network: &PodNetwork, ports: &[PortMapping]) -> bool {
         let mut table = self.inner.table();
-        let addresses = network.ips.iter().all(|ip| match ip {
-            IpAddr::V4(address) => table.adopt(pod_id, *address),
-            IpAddr::V6(_) => true,
-        });
+        let addresses = table.adopt(pod_id, &network.ips);
         let claimed = table.claim(pod_id, holder, ports);
         drop(table);
         match claimed.and_then(|new| if new { self.inner.installed(true).map(drop) } else { Ok(()) }) {
@@ -190,40 +231,54 @@ impl Bridge {
 impl Inner {
     fn attach(&self, pod: Attachment) -> Result<PodNetwork, NetworkError> {
         let pod_id = pod.pod_id.as_str();
+        if self.removal.has(pod_id) {
+            self.removal.wait_for(pod_id)?;
+        }
         let mut bridge = self.installed(false)?;
-        let address = self.acquire(&pod)?;
+        let mut addresses = self.acquire(&pod)?;
+        let Some(mac) = addresses.first().map(|address| mac_of(*address)) else {
+            return Err(NetworkError::Conflict(
+                "no subnet for pods: IPv6 is off on this host, and network.subnets has no other".into(),
+            ));
+        };
         let link = host_interface(pod_id);
-        let mut connected = self.connect(bridge, &link, address, &pod.netns);
+        let mut connected = self.connect(bridge, &link, mac, &pod.netns);
         if connected.is_err() && self.vanished(bridge) {
             // Somebody deleted the bridge since it was made (the kernel says only EINVAL).
             bridge = self.release_on_error(pod_id, self.installed(true))?;
-            connected = self.connect(bridge, &link, address, &pod.netns);
+            connected = self.connect(bridge, &link, mac, &pod.netns);
         }
         self.release_on_error(pod_id, connected)?;
         let configured = self
-            .configure_pod(address, pod.route_socket)
+            .configure_pod(pod_id, &mut addresses, pod.route_socket)
+            .and_then(|()| hostport::check_families(&pod.port_mappings, &addresses))
             .and_then(|()| self.open_ports(pod_id))
             .and_then(|()| self.wait_for_port(&link));
-        if configured.is_err() {
-            self.detach_or_log(pod_id);
+        self.release_on_error(pod_id, configured)?;
+        match self.config.preferred {
+            Family::Ipv4 => addresses.sort_by_key(IpAddr::is_ipv6),
+            Family::Ipv6 => addresses.sort_by_key(IpAddr::is_ipv4),
+            Family::Cni => {}
         }
-        configured?;
+        let table = self.table();
+        let gateways = addresses.iter().filter_map(|address| table.subnet_of(*address)).map(|subnet| subnet.gateway()).collect();
         Ok(PodNetwork {
             interface: POD_INTERFACE.to_owned(),
             host_interface: link,
-            ips: vec![IpAddr::V4(address)],
-            mac: mac_of(address).map(|octet| format!("{octet:02x}")).join(":"),
-            gateways: vec![IpAddr::V4(self.config.subnet.gateway())],
+            ips: addresses,
+            mac: mac.map(|octet| format!("{octet:02x}")).join(":"),
+            gateways,
             interfaces: Vec::new(),
         })
     }
 
-    /// Records the pod's ports and address, all or nothing.
-    fn acquire(&self, pod: &Attachment) -> Result<Ipv4Addr, NetworkError> {
+    /// Records the pod's ports and addresses, all or nothing.
+    fn acquire(&self, pod: &Attachment) -> Result<Vec<IpAddr>, NetworkError> {
         let mut table = self.table();
         table.claim(&pod.pod_id, &format!("{}/{}", pod.namespace, pod.name), &pod.port_mappings)?;
         let acquired = hostport::check_listeners(&pod.port_mappings).and_then(|()| table.acquire(&pod.pod_id));
         acquired.inspect_err(|_| {
+            table.unclaim(&pod.pod_id);
             table.release(&pod.pod_id);
         })
     }
@@ -241,7 +296,7 @@ impl Inner {
             // Somebody flushed the rules, or left a stale element.
             Err(error) => {
                 tracing::warn!(pod = pod_id, %error, "host ports not added; writing all rules anew");
-                self.firewall.install(&self.table().all_elements())
+                self.install_rules()
             }
             Ok(()) => Ok(()),
         }
@@ -258,18 +313,18 @@ impl Inner {
         self.table().unclaim(pod_id);
         match closed {
             // The pod did not come as far as its elements, or the rules were flushed: what is there is made to fit.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.firewall.install(&self.table().all_elements()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.install_rules(),
             Err(source) => Err(kernel("remove host ports of pod", pod_id, source)),
             Ok(()) => Ok(()),
         }
     }
 
     /// Makes the pair in one message; a pair left by an interrupted attach of the same pod is replaced.
-    fn connect(&self, bridge: Installed, link: &str, address: Ipv4Addr, netns: &Path) -> Result<(), NetworkError> {
+    fn connect(&self, bridge: Installed, link: &str, mac: [u8; 6], netns: &Path) -> Result<(), NetworkError> {
         let namespace =
             File::open(netns).map_err(|source| kernel("open network namespace", &netns.display().to_string(), source))?;
         let mut host = Socket::open()?;
-        let request = [netlink::new_link(pair(bridge, link, address, &namespace), "create veth pair", link)];
+        let request = [netlink::new_link(pair(bridge, link, mac, &namespace), "create veth pair", link)];
         match host.execute(&request) {
             Err(error) if errno_of(&error) == Some(Errno::EXIST) => {
                 remove_link(&mut host, link)?;
@@ -299,19 +354,38 @@ impl Inner {
         Ok(())
     }
 
-    fn configure_pod(&self, address: Ipv4Addr, route_socket: OwnedFd) -> Result<(), NetworkError> {
+    /// Raises the pod's interface and gives it the addresses. One of IPv6 is dropped where the pod's own sysctls turn IPv6 off.
+    fn configure_pod(&self, pod_id: &str, addresses: &mut Vec<IpAddr>, route_socket: OwnedFd) -> Result<(), NetworkError> {
         let mut pod = Socket::from_fd(route_socket)?;
         let inside = pod.link(POD_INTERFACE)?;
         let inside = inside.ok_or_else(|| kernel("find in the pod", POD_INTERFACE, Errno::NODEV.into()))?;
         let mut up = LinkMessage::default();
         up.header.index = inside.index;
-        pod.execute(&[
-            netlink::raise_link(up, POD_INTERFACE),
-            netlink::add_address(inside.index, address, self.config.subnet.prefix()),
-            netlink::add_default_route(inside.index, self.config.subnet.gateway()),
-        ])
+        let subnets: Vec<_> =
+            addresses.iter().filter_map(|address| Some((*address, self.table().subnet_of(*address)?))).collect();
+        let requests = |ipv6: bool| {
+            let ours = subnets.iter().filter(move |(address, _)| address.is_ipv6() == ipv6);
+            ours.flat_map(|(address, subnet)| {
+                [
+                    netlink::add_address(inside.index, *address, subnet.prefix()),
+                    netlink::add_default_route(inside.index, subnet.gateway()),
+                ]
+            })
+        };
+        pod.execute(&std::iter::once(netlink::raise_link(up, POD_INTERFACE)).chain(requests(false)).collect::<Vec<_>>())?;
+        match pod.execute(&requests(true).collect::<Vec<_>>()) {
+            Err(error) if errno_of(&error) == Some(Errno::ACCESS) && addresses.iter().any(IpAddr::is_ipv4) => {
+                tracing::info!(pod = pod_id, "the pod's sysctls turn IPv6 off: it has no address of it");
+                for address in addresses.extract_if(.., |address| address.is_ipv6()) {
+                    self.table().give_back(pod_id, address);
+                }
+                Ok(())
+            }
+            result => result,
+        }
     }
 
+    /// The whole of a detach in place.
     fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
         self.close_ports(pod_id)?;
         // The link first: an address is free only when nobody can answer for it.
@@ -342,9 +416,17 @@ impl Inner {
         Ok(made)
     }
 
+    fn install_rules(&self) -> Result<(), NetworkError> {
+        let (subnets, elements) = {
+            let table = self.table();
+            (table.served(), table.all_elements())
+        };
+        self.firewall.install(&subnets, &elements)
+    }
+
     fn install(&self) -> Result<Installed, NetworkError> {
         // The rules first: without them a pod would speak to the outside with an address that nobody can answer.
-        self.firewall.install(&self.table().all_elements())?;
+        self.install_rules()?;
         let mut host = Socket::open()?;
         let existing = host.link(&self.config.name)?;
         let routes = host.routes()?;
@@ -360,44 +442,49 @@ impl Inner {
         }
         let link = host.link(&self.config.name)?;
         let link = link.ok_or_else(|| kernel("find bridge", &self.config.name, Errno::NODEV.into()))?;
-        self.configure_bridge(&mut host, &link, mtu)?;
-        set(Path::new(IP_FORWARD), "enable forwarding in")?;
-        set(&Path::new("/proc/sys/net/ipv4/conf").join(&self.config.name).join("route_localnet"), "let loopback out by")?;
+        self.configure_bridge(&mut host, &link, &routes, mtu)?;
+        let route_localnet = Path::new("/proc/sys/net/ipv4/conf").join(&self.config.name).join("route_localnet");
+        set(Path::new(IP_FORWARD), "1", "enable forwarding in")?;
+        set(&route_localnet, "1", "let loopback out by")?;
         Ok(Installed { index: link.index, mtu })
     }
 
-    fn configure_bridge(&self, host: &mut Socket, link: &Link, mtu: Option<u32>) -> Result<(), NetworkError> {
-        let gateway = self.config.subnet.gateway();
+    fn configure_bridge(&self, host: &mut Socket, link: &Link, routes: &[Route], mtu: Option<u32>) -> Result<(), NetworkError> {
+        // An earlier subnet may be on a bridge of another name, where its pods still are.
+        let mut subnets = self.table().served();
+        subnets.retain(|subnet| foreign(routes, Some(link), *subnet).is_none());
         let mut message = LinkMessage::default();
         message.header.index = link.index;
         // A fixed hardware address: otherwise a bridge takes the lowest of its ports, and pods' entries for the gateway go stale.
-        message.attributes.push(LinkAttribute::Address(mac_of(gateway).to_vec()));
+        message.attributes.push(LinkAttribute::Address(bridge_mac(&self.config.name).to_vec()));
         message.attributes.push(LinkAttribute::IfAlias(self.owner()));
         message.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        if subnets.iter().any(Subnet::is_ipv6) {
+            forward_ipv6()?;
+            let switch = |name: &str| Path::new(IPV6).join(&self.config.name).join(name);
+            set(&switch("disable_ipv6"), "0", "turn IPv6 on by")?;
+            // A pod must not become the host's router.
+            set(&switch("accept_ra"), "0", "refuse router advertisements by")?;
+        }
+        let wanted: Vec<(IpAddr, u8)> = subnets.iter().map(|subnet| (subnet.gateway(), subnet.prefix())).collect();
         let mut requests = vec![netlink::raise_link(message, &self.config.name)];
         for (address, prefix) in host.addresses(link.index)? {
-            if (address, prefix) != (gateway, self.config.subnet.prefix()) {
+            if !wanted.contains(&(address, prefix)) {
                 requests.push(netlink::delete_address(link.index, address, prefix));
             }
         }
-        requests.push(netlink::add_address(link.index, gateway, self.config.subnet.prefix()));
+        requests.extend(wanted.iter().map(|(address, prefix)| netlink::add_address(link.index, *address, *prefix)));
         host.execute(&requests)
     }
 
     /// Two networks that share addresses would lose packets silently; the default route overlaps everything and is no conflict.
     fn check_overlap(&self, host: &mut Socket, routes: &[Route], bridge: Option<&Link>) -> Result<(), NetworkError> {
-        let ours = bridge.map(|link| link.index);
-        let foreign = |route: &&Route| {
-            route.prefix != 0
-                && route.output.is_some()
-                && route.output != ours
-                && self.config.subnet.overlaps(route.destination, route.prefix)
-        };
-        let Some(route) = routes.iter().find(foreign) else { return Ok(()) };
+        let subnets = self.table().subnets().to_vec();
+        let conflict = subnets.iter().find_map(|subnet| Some((subnet, foreign(routes, bridge, *subnet)?)));
+        let Some((subnet, route)) = conflict else { return Ok(()) };
         let device = host.links(None)?.into_iter().find(|link| Some(link.index) == route.output);
         Err(NetworkError::Conflict(format!(
-            "pod subnet {} overlaps the route {}/{} of {}: configure another subnet",
-            self.config.subnet,
+            "pod subnet {subnet} overlaps the route {}/{} of {}: configure another subnet",
             route.destination,
             route.prefix,
             device.map_or_else(|| "another link".to_owned(), |link| link.name)
@@ -453,6 +540,7 @@ impl Inner {
     }
 
     fn teardown_if_unused(&self) -> Result<bool, NetworkError> {
+        self.removal.wait_for_all();
         // Held throughout: an attach waits here and then finds that it must make the bridge anew.
         let mut installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
         let mut host = Socket::open()?;
@@ -473,7 +561,7 @@ impl Inner {
         match self.firewall.dropping_chains() {
             Ok(chains) if chains.is_empty() => {}
             Ok(chains) => {
-                tracing::warn!(?chains, subnet = %self.config.subnet, "forwarded packets are dropped by policy: pods will not reach beyond this host")
+                tracing::warn!(?chains, "forwarded packets are dropped by policy: pods will not reach beyond this host")
             }
             Err(error) => tracing::debug!(error = %chain(&error), "forward policy is unknown"),
         }
@@ -484,69 +572,44 @@ impl Inner {
     }
 }
 
-/// `wl` and eleven hex digits: of the id itself when it begins so, as ids of pods do, so that a reader can match them; of its hash otherwise.
-fn host_interface(pod_id: &str) -> String {
-    match pod_id.get(..11) {
-        Some(start) if start.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) => format!("wl{start}"),
-        _ => format!("wl{}", &hex::encode(Sha256::digest(pod_id))[..11]),
-    }
+/// The route of another link to addresses of `subnet`.
+fn foreign<'a>(routes: &'a [Route], bridge: Option<&Link>, subnet: Subnet) -> Option<&'a Route> {
+    let ours = bridge.map(|link| link.index);
+    routes.iter().find(|route| {
+        route.prefix != 0 && route.output.is_some() && route.output != ours && subnet.overlaps(route.destination, route.prefix)
+    })
 }
 
-fn mac_of(address: Ipv4Addr) -> [u8; 6] {
-    let [a, b, c, d] = address.octets();
-    [MAC_PREFIX[0], MAC_PREFIX[1], a, b, c, d]
+/// Whether the host uses IPv6 at all.
+fn ipv6_is_on() -> bool {
+    std::fs::read(Path::new(IPV6).join("all/disable_ipv6")).is_ok_and(|value| value.first() == Some(&b'0'))
 }
 
-fn pair(bridge: Installed, link: &str, address: Ipv4Addr, namespace: &File) -> LinkMessage {
-    let mut peer = LinkMessage::default();
-    peer.attributes.push(LinkAttribute::IfName(POD_INTERFACE.to_owned()));
-    peer.attributes.push(LinkAttribute::Address(mac_of(address).to_vec()));
-    peer.attributes.push(LinkAttribute::NetNsFd(namespace.as_raw_fd()));
-    peer.attributes.extend(bridge.mtu.map(LinkAttribute::Mtu));
-    let mut host = LinkMessage::default();
-    // Up in the creating message works for this end only: the peer does not know its pair yet and answers ENOTCONN.
-    host.header.flags = LinkFlags::Up;
-    host.header.change_mask = LinkFlags::Up;
-    host.attributes.push(LinkAttribute::IfName(link.to_owned()));
-    host.attributes.push(LinkAttribute::Controller(bridge.index));
-    host.attributes.extend(bridge.mtu.map(LinkAttribute::Mtu));
-    host.attributes.push(LinkAttribute::LinkInfo(vec![
-        LinkInfo::Kind(InfoKind::Veth),
-        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-    ]));
-    host
-}
-
-fn bridge_link(name: &str) -> LinkMessage {
-    let options = vec![InfoBridge::ForwardDelay(0), InfoBridge::StpState(BridgeStpState::Disabled)];
-    let mut message = LinkMessage::default();
-    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-    message
-        .attributes
-        .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(InfoData::Bridge(options))]));
-    message
-}
-
-fn remove_link(host: &mut Socket, name: &str) -> Result<(), NetworkError> {
-    match host.execute(&[netlink::delete_link(name)]) {
-        Err(error) if errno_of(&error) == Some(Errno::NODEV) => Ok(()),
-        result => result,
-    }
-}
-
-fn uplink_mtu(host: &mut Socket, routes: &[Route]) -> Result<Option<u32>, NetworkError> {
-    let uplink = routes.iter().filter(|route| route.prefix == 0).min_by_key(|route| route.metric).and_then(|route| route.output);
-    let Some(uplink) = uplink else { return Ok(None) };
-    Ok(host.links(None)?.into_iter().find(|link| link.index == uplink).map(|link| link.mtu))
-}
-
-/// Writes 1 into a switch of the kernel, unless it is there.
-fn set(switch: &Path, operation: &'static str) -> Result<(), NetworkError> {
-    let failed = |source: io::Error| kernel(operation, &switch.display().to_string(), source);
-    if std::fs::read(switch).map_err(failed)?.first() == Some(&b'1') {
+/// Lets the host forward IPv6. A host that forwards forgets the routers that it knows by their advertisements, so links that listen to
+/// these are told to do so even then (`accept_ra` 2).
+fn forward_ipv6() -> Result<(), NetworkError> {
+    let forwarding = Path::new(IPV6).join("all/forwarding");
+    if std::fs::read(&forwarding).is_ok_and(|value| value.first() == Some(&b'1')) {
         return Ok(());
     }
-    std::fs::write(switch, "1").map_err(failed)
+    let links = std::fs::read_dir(IPV6).map_err(|source| kernel("list links in", IPV6, source))?;
+    for link in links.flatten() {
+        let accept = link.path().join("accept_ra");
+        // A link may go meanwhile.
+        if std::fs::read(&accept).is_ok_and(|value| value.first() == Some(&b'1')) && accept.exists() {
+            set(&accept, "2", "keep router advertisements by")?;
+        }
+    }
+    set(&forwarding, "1", "enable forwarding in")
+}
+
+/// Writes `value` into a switch of the kernel, unless it is there.
+fn set(switch: &Path, value: &str, operation: &'static str) -> Result<(), NetworkError> {
+    let failed = |source: io::Error| kernel(operation, &switch.display().to_string(), source);
+    if std::fs::read(switch).map_err(failed)?.trim_ascii() == value.as_bytes() {
+        return Ok(());
+    }
+    std::fs::write(switch, value).map_err(failed)
 }
 
 /// The error and its causes on one line.

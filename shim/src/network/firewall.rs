@@ -1,9 +1,9 @@
 //! The one nftables table of the built-in bridge: masquerade for what leaves the pod subnet, and ports of the host that lead to pods.
 //!
 //! Written by the `nft` program, once, in one transaction that replaces whatever our table held: three starts leave one rule.
-//! No rule is added for a pod: ports of the host are elements of two maps (`hosts` for a named address of the host, `ports` for all of
-//! them), changed by [`super::nfnetlink`]. What goes through one from a pod, which else would be answered past the host, or from the
-//! host's loopback address, is masqueraded; bit 0x1000 of the mark says so on its way through this host. `route_localnet` lets the
+//! No rule is added for a pod: ports of the host are elements of maps (`hosts` for a named address of the host, `ports` for all of
+//! them, one of each for a family), changed by [`super::nfnetlink`]. What goes through one from a pod, which else would be answered past the host, or from the
+//! host's loopback address, is masqueraded; bit 0x1000 of the mark says so on its way through this host. IPv4's `route_localnet` lets the
 //! loopback address out over the bridge, and the `guard` chain keeps pods from using it the other way. Other tables are never touched; there is no `accept` for forwarded packets here because
 //! in nftables it would not help: a drop in another table's forward chain wins over it, so such a chain is reported instead.
 
@@ -12,24 +12,90 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::NetworkError;
-use super::address::Subnet;
 use super::hostport::Element;
 use super::netlink;
 use super::nfnetlink::{self, Change};
+use super::subnet::Subnet;
 
 /// Where Debian, Fedora, Alpine and Arch put the program, searched after `PATH`: a service's `PATH` may lack sbin.
 const SBIN: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
+
+/// What the rules of the two families differ in.
+struct Family {
+    number: u8,
+    /// As `nft` calls its header.
+    protocol: &'static str,
+    /// Sources of the host's own that a bridge can carry.
+    loopback: Option<&'static str>,
+    multicast: &'static str,
+    redirect: &'static str,
+}
+
+const FAMILIES: [Family; 2] = [
+    Family { number: 4, protocol: "ip", loopback: Some("127.0.0.0/8"), multicast: "224.0.0.0/4", redirect: "icmp type redirect" },
+    Family { number: 6, protocol: "ip6", loopback: None, multicast: "ff00::/8", redirect: "icmpv6 type nd-redirect" },
+];
+
+impl Family {
+    fn maps(&self, _: &Firewall, _: &[Subnet], elements: &[Element]) -> String {
+        let number = self.number;
+        let of = |map: String| {
+            let texts: Vec<String> = elements.iter().filter(|element| element.map() == map).map(Element::text).collect();
+            if texts.is_empty() { String::new() } else { format!(" elements = {{ {} }};", texts.join(", ")) }
+        };
+        let (ports, hosts) = (of(format!("ports{number}")), of(format!("hosts{number}")));
+        let (port, address) = ("inet_proto . inet_service", format!("ipv{number}_addr"));
+        format!(
+            "  map ports{number} {{ type {port} : {address} . inet_service;{ports} }}
+  map hosts{number} {{ type {address} . {port} : {address} . inet_service;{hosts} }}\n"
+        )
+    }
+
+    fn lookups(&self, _: &Firewall, _: &[Subnet], _: &[Element]) -> String {
+        let Self { number, protocol, .. } = self;
+        format!(
+            "    meta nfproto ipv{number} dnat {protocol} to {protocol} daddr . meta l4proto . th dport map @hosts{number}
+    meta nfproto ipv{number} dnat {protocol} to meta l4proto . th dport map @ports{number}\n"
+        )
+    }
+
+    fn masquerades(&self, firewall: &Firewall, subnets: &[Subnet], _: &[Element]) -> String {
+        let Self { protocol, multicast, .. } = self;
+        let bridge = &firewall.bridge;
+        let ours = subnets.iter().filter(|subnet| subnet.is_ipv6() == (self.number == 6));
+        let pods: Vec<String> = ours.map(ToString::to_string).collect();
+        let sources: Vec<&str> = self.loopback.into_iter().chain(pods.iter().map(String::as_str)).collect();
+        let mut rules = String::new();
+        if !sources.is_empty() {
+            let sources = sources.join(", ");
+            rules +=
+                &format!("    meta mark & 0x1000 == 0x1000 oifname \"{bridge}\" {protocol} saddr {{ {sources} }} masquerade\n");
+        }
+        if !pods.is_empty() {
+            let pods = pods.join(", ");
+            rules += &format!(
+                "    {protocol} saddr {{ {pods} }} oifname != \"{bridge}\" {protocol} daddr != {{ {pods}, {multicast} }} masquerade\n"
+            );
+        }
+        rules
+    }
+
+    fn redirects(&self, bridge: &str) -> String {
+        format!("    oifname \"{bridge}\" {} drop\n", self.redirect)
+    }
+}
 
 /// Our table in the host's namespace.
 #[derive(Debug)]
 pub(super) struct Firewall {
     table: String,
     bridge: String,
-    subnet: Subnet,
+    /// The kernel has IPv6, and with it tables of both families.
+    ipv6: bool,
 }
 
 impl Firewall {
-    pub(super) fn new(table: &str, bridge: &str, subnet: Subnet) -> Result<Self, NetworkError> {
+    pub(super) fn new(table: &str, bridge: &str, ipv6: bool) -> Result<Self, NetworkError> {
         let plain = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
         let starts_well = table.starts_with(|c: char| c.is_ascii_alphabetic());
         if !plain(table) || !starts_well || table.len() > 64 || !plain(bridge) || bridge.len() > 15 {
@@ -37,33 +103,36 @@ impl Firewall {
                 "bridge name {bridge:?} (at most 15 bytes) and table name {table:?} take letters, digits, - and _"
             )));
         }
-        Ok(Self { table: table.to_owned(), bridge: bridge.to_owned(), subnet })
+        Ok(Self { table: table.to_owned(), bridge: bridge.to_owned(), ipv6 })
     }
 
-    /// Replaces the table with exactly our rules and these elements.
-    pub(super) fn install(&self, elements: &[Element]) -> Result<(), NetworkError> {
-        self.run(&self.script(elements)).map(drop)
+    /// Replaces the table with exactly our rules for pods of `subnets`, and these elements.
+    pub(super) fn install(&self, subnets: &[Subnet], elements: &[Element]) -> Result<(), NetworkError> {
+        self.run(&self.script(subnets, elements)).map(drop)
     }
 
-    fn script(&self, elements: &[Element]) -> String {
-        let Self { table, bridge, subnet } = self;
-        let of = |map: &str| {
-            let texts: Vec<String> = elements.iter().filter(|element| element.map() == map).map(Element::text).collect();
-            if texts.is_empty() { String::new() } else { format!(" elements = {{ {} }};", texts.join(", ")) }
+    /// Name and number (NFPROTO_) of the table's family.
+    fn family(&self) -> (&'static str, u8) {
+        if self.ipv6 { ("inet", 1) } else { ("ip", 2) }
+    }
+
+    fn script(&self, subnets: &[Subnet], elements: &[Element]) -> String {
+        let Self { table, bridge, ipv6 } = self;
+        let family = self.family().0;
+        let families = if *ipv6 { &FAMILIES[..] } else { &FAMILIES[..1] };
+        let each = |part: fn(&Family, &Self, &[Subnet], &[Element]) -> String| -> String {
+            families.iter().map(|family| part(family, self, subnets, elements)).collect()
         };
-        let (ports, hosts) = (of("ports"), of("hosts"));
+        let (maps, lookups, masquerades) = (each(Family::maps), each(Family::lookups), each(Family::masquerades));
+        let redirects: String = families.iter().map(|family| family.redirects(bridge)).collect();
         format!(
-            r#"add table ip {table}
-delete table ip {table}
-table ip {table} {{
-  map ports {{ type inet_proto . inet_service : ipv4_addr . inet_service;{ports} }}
-  map hosts {{ type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service;{hosts} }}
-  chain lookup {{
+            r#"add table {family} {table}
+delete table {family} {table}
+table {family} {table} {{
+{maps}  chain lookup {{
     meta l4proto != {{ tcp, udp, sctp }} return
     meta mark set meta mark | 0x1000
-    dnat to ip daddr . meta l4proto . th dport map @hosts
-    dnat to meta l4proto . th dport map @ports
-    meta mark set meta mark & 0xffffefff
+{lookups}    meta mark set meta mark & 0xffffefff
   }}
   chain prerouting {{
     type nat hook prerouting priority -100; policy accept;
@@ -75,9 +144,7 @@ table ip {table} {{
   }}
   chain postrouting {{
     type nat hook postrouting priority 100; policy accept;
-    meta mark & 0x1000 == 0x1000 oifname "{bridge}" ip saddr {{ 127.0.0.0/8, {subnet} }} masquerade
-    ip saddr {subnet} oifname != "{bridge}" ip daddr != {{ {subnet}, 224.0.0.0/4 }} masquerade
-  }}
+{masquerades}  }}
   chain guard {{
     type filter hook prerouting priority -300; policy accept;
     iifname "{bridge}" ip daddr 127.0.0.0/8 drop
@@ -85,8 +152,7 @@ table ip {table} {{
   }}
   chain redirects {{
     type filter hook output priority 0; policy accept;
-    oifname "{bridge}" icmp type redirect drop
-  }}
+{redirects}  }}
 }}
 "#
         )
@@ -94,26 +160,28 @@ table ip {table} {{
 
     /// Changes elements, all or none; what [`nfnetlink::change`] says.
     pub(super) fn change(&self, change: Change, elements: &[Element]) -> std::io::Result<()> {
-        nfnetlink::change(&self.table, change, elements)
+        nfnetlink::change(self.family().1, &self.table, change, elements)
     }
 
     /// Removes the table; succeeds when there is none.
     pub(super) fn remove(&self) -> Result<(), NetworkError> {
-        match netlink::nft_table_exists(&self.table) {
+        let (family, number) = self.family();
+        match netlink::nft_table_exists(number, &self.table) {
             Ok(false) => Ok(()),
-            _ => self.run(&format!("add table ip {0}\ndelete table ip {0}\n", self.table)).map(drop),
+            _ => self.run(&format!("add table {family} {0}\ndelete table {family} {0}\n", self.table)).map(drop),
         }
     }
 
     /// Whether the table is there and `nft` can be run.
     pub(super) fn check(&self) -> Result<bool, NetworkError> {
         self.program()?;
-        netlink::nft_table_exists(&self.table).map_err(|source| netlink::kernel("look up nftables table", &self.table, source))
+        netlink::nft_table_exists(self.family().1, &self.table)
+            .map_err(|source| netlink::kernel("look up nftables table", &self.table, source))
     }
 
     /// The base chains that drop forwarded packets by policy, as Docker's does, so that pods cannot reach beyond the host.
     pub(super) fn dropping_chains(&self) -> Result<Vec<String>, NetworkError> {
-        Ok(dropping(&self.run("list chains ip\n")?))
+        Ok(dropping(&self.run("list chains\n")?))
     }
 
     fn program(&self) -> Result<PathBuf, NetworkError> {
@@ -186,11 +254,10 @@ mod tests {
 
     #[test]
     fn names_that_nft_would_read_as_syntax_are_refused() {
-        let subnet: Subnet = "10.0.0.0/24".parse().unwrap();
         for (table, bridge) in [("a b", "br"), ("", "br"), ("t;", "br"), ("t", "br\""), ("t", "a-name-of-16-byt"), ("0t", "br")] {
-            assert!(Firewall::new(table, bridge, subnet).is_err(), "{table:?} {bridge:?}");
+            assert!(Firewall::new(table, bridge, true).is_err(), "{table:?} {bridge:?}");
         }
-        assert!(Firewall::new("windlass", "windlass0", subnet).is_ok());
+        assert!(Firewall::new("windlass", "windlass0", true).is_ok());
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! Ports of the host that lead to pods: which pod holds which, what a conflict is, and their form as elements of our nftables maps.
 //!
 //! Each is one element of a map that static rules look up, so a packet costs the same however many there are. A port for one
-//! address of the host and the same port for all of them conflict. A port that another process of the host listens on is refused too:
-//! the pod would silently take, say, sshd's connections. Who begins to listen later is not seen. IPv4 only.
+//! address of the host and the same port for all of them conflict. Without an address of the host a port is one of both families, as far
+//! as the pod has addresses of both. A port that another process of the host listens on is refused too:
+//! the pod would silently take, say, sshd's connections. Who begins to listen later is not seen.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 use serde::{Deserialize, Serialize};
 
 use super::{NetworkError, PortMapping, Protocol};
@@ -24,29 +26,37 @@ pub(super) struct Held {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Element {
     port: PortMapping,
-    pod: Ipv4Addr,
+    pod: IpAddr,
 }
 
 impl Element {
-    pub(super) fn of(ports: &[PortMapping], pod: Ipv4Addr) -> Vec<Element> {
-        ports.iter().map(|port| Element { port: port.clone(), pod }).collect()
+    /// Of each port one for each of the pod's addresses that it can lead to.
+    pub(super) fn of(ports: &[PortMapping], pod: &[IpAddr]) -> Vec<Element> {
+        let all = ports.iter().flat_map(|port| pod.iter().map(move |pod| (port, *pod)));
+        let fitting = all.filter(|(port, pod)| port.host_ip.is_none_or(|host| host.is_ipv4() == pod.is_ipv4()));
+        fitting.map(|(port, pod)| Element { port: port.clone(), pod }).collect()
     }
 
-    /// `ports` for every address of the host, `hosts` for a named one.
+    /// `ports` for every address of the host, `hosts` for a named one, and the family.
     pub(super) fn map(&self) -> &'static str {
-        if host(&self.port).is_some() { "hosts" } else { "ports" }
+        match (host(&self.port).is_some(), self.pod.is_ipv4()) {
+            (false, true) => "ports4",
+            (true, true) => "hosts4",
+            (false, false) => "ports6",
+            (true, false) => "hosts6",
+        }
     }
 
     /// As the kernel keeps it: each part in network order and padded to four bytes.
     pub(super) fn key(&self) -> Vec<u8> {
-        let mut key = host(&self.port).map(|host| host.octets().to_vec()).unwrap_or_default();
+        let mut key = host(&self.port).map(octets).unwrap_or_default();
         key.extend([number(self.port.protocol), 0, 0, 0]);
         key.extend(padded(self.port.host_port));
         key
     }
 
     pub(super) fn data(&self) -> Vec<u8> {
-        let mut data = self.pod.octets().to_vec();
+        let mut data = octets(self.pod);
         data.extend(padded(self.port.container_port));
         data
     }
@@ -59,12 +69,16 @@ impl Element {
     }
 }
 
-/// The one address of the host that is meant; `0.0.0.0` is all of them.
-fn host(port: &PortMapping) -> Option<Ipv4Addr> {
-    match port.host_ip {
-        Some(IpAddr::V4(host)) if !host.is_unspecified() => Some(host),
-        _ => None,
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
     }
+}
+
+/// The one address of the host that is meant; `0.0.0.0` is all of IPv4, `::` all of IPv6.
+fn host(port: &PortMapping) -> Option<IpAddr> {
+    port.host_ip.filter(|host| !host.is_unspecified())
 }
 
 fn padded(port: u16) -> [u8; 4] {
@@ -88,18 +102,36 @@ fn name(protocol: Protocol) -> &'static str {
     }
 }
 
-/// `8080/tcp`, or `192.0.2.1:8080/tcp`.
+/// `8080/tcp`, `192.0.2.1:8080/tcp` or `[::]:8080/tcp`.
 fn told(port: &PortMapping) -> String {
-    let host = host(port).map(|host| format!("{host}:")).unwrap_or_default();
-    format!("{host}{}/{}", port.host_port, name(port.protocol))
+    let (number, protocol) = (port.host_port, name(port.protocol));
+    match port.host_ip.filter(|host| *host != IpAddr::V4(Ipv4Addr::UNSPECIFIED)) {
+        None => format!("{number}/{protocol}"),
+        Some(host) => format!("{}/{protocol}", SocketAddr::new(host, number)),
+    }
 }
 
 fn overlap(one: &PortMapping, other: &PortMapping) -> bool {
-    let hosts = match (host(one), host(other)) {
-        (Some(one), Some(other)) => one == other,
+    let hosts = match (one.host_ip, other.host_ip) {
+        (Some(one), Some(other)) => {
+            one == other || one.is_ipv4() == other.is_ipv4() && (one.is_unspecified() || other.is_unspecified())
+        }
         _ => true,
     };
     one.protocol == other.protocol && one.host_port == other.host_port && hosts
+}
+
+fn refused(port: &PortMapping, why: &str) -> NetworkError {
+    NetworkError::HostPort(format!("host port {}: {why}", told(port)))
+}
+
+/// Fails if a port is for an address of a family that the pod gets no address of.
+pub(super) fn check_families(ports: &[PortMapping], pod: &[IpAddr]) -> Result<(), NetworkError> {
+    let lost = ports.iter().find(|port| Element::of(std::slice::from_ref(*port), pod).is_empty());
+    lost.map_or(Ok(()), |port| {
+        let family = if port.host_ip.is_some_and(|host| host.is_ipv6()) { "IPv6" } else { "IPv4" };
+        Err(refused(port, &format!("pods of the built-in bridge have no {family} address here")))
+    })
 }
 
 /// The ports to hold for `pod_id`, twice the same once; an error names the one who has such a port.
@@ -109,25 +141,18 @@ pub(super) fn claim(
     holder: &str,
     asked: &[PortMapping],
 ) -> Result<Held, NetworkError> {
-    let refused = |port: &PortMapping, why: String| NetworkError::HostPort(format!("host port {}: {why}", told(port)));
     let mut ports: Vec<PortMapping> = Vec::new();
     for port in asked {
-        if let Some(IpAddr::V6(host)) = port.host_ip {
-            return Err(refused(
-                port,
-                format!("host_ip {host} is IPv6, and pods of the built-in bridge have IPv4 addresses only"),
-            ));
-        }
         if ports.contains(port) {
             continue;
         }
         if let Some(other) = ports.iter().find(|other| overlap(port, other)) {
-            return Err(refused(port, format!("the same pod asks for {} too", told(other))));
+            return Err(refused(port, &format!("the same pod asks for {} too", told(other))));
         }
         let others = held.iter().filter(|(pod, _)| *pod != pod_id).map(|(_, held)| held);
         for other in others {
             if let Some(taken) = other.ports.iter().find(|taken| overlap(port, taken)) {
-                return Err(refused(port, format!("pod {} holds {}", other.holder, told(taken))));
+                return Err(refused(port, &format!("pod {} holds {}", other.holder, told(taken))));
             }
         }
         ports.push(port.clone());
@@ -137,19 +162,28 @@ pub(super) fn claim(
 
 /// Fails if a process of the host listens on one of the ports. SCTP is not looked at.
 pub(super) fn check_listeners(ports: &[PortMapping]) -> Result<(), NetworkError> {
-    for port in ports {
-        let address = SocketAddrV4::new(host(port).unwrap_or(Ipv4Addr::UNSPECIFIED), port.host_port);
-        let bound = match port.protocol {
-            Protocol::Tcp => TcpListener::bind(address).map(drop),
-            Protocol::Udp => UdpSocket::bind(address).map(drop),
-            Protocol::Sctp => Ok(()),
-        };
+    const EVERYWHERE: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    for port in ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
+        let hosts = port.host_ip.map_or(EVERYWHERE.to_vec(), |host| vec![host]);
         // Only this one error says so: an address that the host does not have yet may come.
-        if bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            return Err(NetworkError::HostPort(format!("host port {}: a process of the host listens on it", told(port))));
+        if hosts.into_iter().any(|host| bound(port, host) == Err(Errno::ADDRINUSE)) {
+            return Err(refused(port, "a process of the host listens on it"));
         }
     }
     Ok(())
+}
+
+/// Binds the port for as long as this takes.
+fn bound(port: &PortMapping, host: IpAddr) -> Result<(), Errno> {
+    let kind = if port.protocol == Protocol::Tcp { SocketType::STREAM } else { SocketType::DGRAM };
+    let family = if host.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    if host.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    // Connections that are over do not hold a port.
+    sockopt::set_socket_reuseaddr(&socket, port.protocol == Protocol::Tcp)?;
+    bind(&socket, &SocketAddr::new(host, port.host_port))
 }
 
 #[cfg(test)]
@@ -182,27 +216,38 @@ mod tests {
             (&["192.0.2.1:53/udp"], Some("host port 192.0.2.1:53/udp: pod shop/web holds 192.0.2.1:53/udp")),
             (&["192.0.2.2:53/udp"], None),
             (&["81/tcp", "127.0.0.1:81/tcp"], Some("host port 127.0.0.1:81/tcp: the same pod asks for 81/tcp too")),
+            (&["::1:80/tcp"], Some("host port [::1]:80/tcp: pod shop/web holds 80/tcp")),
+            (&["::1:53/udp", ":::53/udp"], Some("host port [::]:53/udp: the same pod asks for [::1]:53/udp too")),
+            (&[":::53/udp", "192.0.2.2:53/udp"], None),
         ] {
             let ports: Vec<_> = asked.iter().map(|text| port(text)).collect();
             let told = claim(&held, "mine", "a/b", &ports).err().map(|error| error.to_string());
             assert_eq!(told.as_deref(), expected, "{asked:?}");
             assert!(claim(&held, "other", "a/b", &ports).is_ok() || asked.len() == 2, "its own are no conflict");
         }
-        let six = PortMapping { host_ip: Some("::1".parse().unwrap()), ..port("80/tcp") };
-        assert!(claim(&held, "mine", "a/b", &[six]).is_err());
     }
 
     #[test]
     fn elements_are_what_the_kernel_and_nft_read() {
-        let pod = Ipv4Addr::new(10, 57, 0, 2);
-        let [any, one] =
-            [&Element::of(&[port("8080/tcp")], pod)[0], &Element::of(&[port("127.0.0.1:53/udp")], pod)[0]].map(Clone::clone);
-        assert_eq!((any.map(), any.key()), ("ports", vec![6, 0, 0, 0, 0x1f, 0x90, 0, 0]));
-        assert_eq!((one.map(), one.key()), ("hosts", vec![127, 0, 0, 1, 17, 0, 0, 0, 0, 53, 0, 0]));
+        let pod = [IpAddr::from([10, 57, 0, 2]), "fd57::2".parse().unwrap()];
+        let [any, any6] = &Element::of(&[port("8080/tcp")], &pod)[..] else { panic!() };
+        let [one] = &Element::of(&[port("127.0.0.1:53/udp")], &pod)[..] else { panic!() };
+        let [one6] = &Element::of(&[port("::1:53/udp")], &pod)[..] else { panic!() };
+        assert_eq!((any.map(), any.key()), ("ports4", vec![6, 0, 0, 0, 0x1f, 0x90, 0, 0]));
+        assert_eq!((any6.map(), any6.key()), ("ports6", vec![6, 0, 0, 0, 0x1f, 0x90, 0, 0]));
+        assert_eq!((one.map(), one.key()), ("hosts4", vec![127, 0, 0, 1, 17, 0, 0, 0, 0, 53, 0, 0]));
         assert_eq!(any.data(), [10, 57, 0, 2, 0, 80, 0, 0]);
+        assert_eq!((one6.map(), one6.key().len(), any6.data().len()), ("hosts6", 24, 20));
         assert_eq!(
-            (any.text(), one.text()),
-            ("tcp . 8080 : 10.57.0.2 . 80".into(), "127.0.0.1 . udp . 53 : 10.57.0.2 . 80".into())
+            [any, any6, one, one6].map(Element::text),
+            [
+                "tcp . 8080 : 10.57.0.2 . 80",
+                "tcp . 8080 : fd57::2 . 80",
+                "127.0.0.1 . udp . 53 : 10.57.0.2 . 80",
+                "::1 . udp . 53 : fd57::2 . 80"
+            ]
         );
+        let told = check_families(&[port("81/tcp"), port(":::80/tcp")], &pod[..1]).unwrap_err().to_string();
+        assert_eq!(told, "host port [::]:80/tcp: pods of the built-in bridge have no IPv6 address here");
     }
 }

@@ -12,6 +12,7 @@ mod firewall;
 mod hostport;
 mod netlink;
 mod nfnetlink;
+pub mod subnet;
 
 use std::collections::HashMap;
 use std::io;
@@ -21,9 +22,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attachment::{Attachment, Detachment, Dns, Interface, Kind, PodNetwork, PortMapping, Protocol};
 
-use address::Subnet;
 use bridge::{Bridge, BridgeConfig};
 use cni::Cni;
+use subnet::Subnet;
 
 use crate::config::{NetworkConfig, NetworkMode};
 
@@ -126,7 +127,7 @@ impl Network {
         }
     }
 
-    /// Takes back all that `attach` gave; succeeds when there is nothing.
+    /// Takes back all that `attach` gave; succeeds when there is nothing. A link of the bridge goes behind the return.
     pub async fn detach(&self, kind: Kind, pod: &Detachment) -> Result<(), NetworkError> {
         match kind {
             Kind::Bridge => {
@@ -136,6 +137,20 @@ impl Network {
             }
             Kind::Cni => self.cni.detach(pod).await,
         }
+    }
+
+    /// Waits until nothing is left of a pod that was detached.
+    pub async fn gone(&self, kind: Kind, pod_id: &str) -> Result<(), NetworkError> {
+        match kind {
+            Kind::Bridge => self.bridge.gone(pod_id).await,
+            Kind::Cni => Ok(()),
+        }
+    }
+
+    /// Takes over the node's subnets for pods (UpdateRuntimeConfig), of which the bridge gives addresses from now on. Plugins have theirs
+    /// from their configuration. Blocks.
+    pub fn assign(&self, subnets: &[Subnet]) -> Result<(), NetworkError> {
+        self.bridge.assign(subnets, self.kind() == Kind::Bridge)
     }
 
     /// Removes the bridge, beside everything else, once CNI has taken over and no pod is on it any more.
@@ -172,7 +187,7 @@ impl Network {
 
     /// For a person: what attaches pods, and how it is.
     pub fn describe(&self) -> serde_json::Value {
-        serde_json::json!({ "mode": self.mode, "attaches": self.kind(), "cni": self.cni.describe() })
+        serde_json::json!({ "mode": self.mode, "attaches": self.kind(), "subnets": self.bridge.subnets(), "cni": self.cni.describe() })
     }
 
     /// Removes what the network keeps on the host if no pod uses it; says whether it did.

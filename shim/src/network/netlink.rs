@@ -5,7 +5,7 @@
 //! Sockets block. The kernel handles a request inside `send`, so what takes time is its rtnl lock: callers run on a blocking thread.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use netlink_packet_core::{
     NLA_ALIGNTO, NLA_HEADER_SIZE, NLA_TYPE_MASK, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
     NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -55,10 +55,10 @@ pub(super) struct Link {
     pub(super) operational: bool,
 }
 
-/// An IPv4 route of the main table.
+/// A route of the main table.
 #[derive(Debug, Clone)]
 pub(super) struct Route {
-    pub(super) destination: Ipv4Addr,
+    pub(super) destination: IpAddr,
     pub(super) prefix: u8,
     pub(super) output: Option<u32>,
     pub(super) metric: u32,
@@ -120,10 +120,10 @@ impl Socket {
         Ok(links.filter(|link| master.is_none() || link.master == master).collect())
     }
 
-    /// IPv4 unicast routes of the main table.
+    /// Unicast routes of the main table, of both families.
     pub(super) fn routes(&mut self) -> Result<Vec<Route>, NetworkError> {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        message.header.address_family = AddressFamily::Unspec;
         let request = Request {
             message: RouteNetlinkMessage::GetRoute(message),
             flags: NLM_F_DUMP,
@@ -133,10 +133,10 @@ impl Socket {
         Ok(self.exchange(&[request])?.iter().filter_map(|payload| parse_route(payload)).collect())
     }
 
-    /// The IPv4 addresses of link `index` with their prefix lengths.
-    pub(super) fn addresses(&mut self, index: u32) -> Result<Vec<(Ipv4Addr, u8)>, NetworkError> {
+    /// The addresses of link `index` with their prefix lengths, without those that IPv6 gives every link.
+    pub(super) fn addresses(&mut self, index: u32) -> Result<Vec<(IpAddr, u8)>, NetworkError> {
         let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = AddressFamily::Unspec;
         let request = Request {
             message: RouteNetlinkMessage::GetAddress(message),
             flags: NLM_F_DUMP,
@@ -198,9 +198,9 @@ impl Socket {
     }
 }
 
-/// Whether `table` of family `ip` exists, asked over nfnetlink: a fork and exec of `nft` costs 3 ms, this 20 us, and Status asks
+/// Whether `table` of `family` (NFPROTO_) exists, asked over nfnetlink: a fork and exec of `nft` costs 3 ms, this 20 us, and Status asks
 /// every few seconds. Needed because a reload of the host's own nftables configuration flushes every table.
-pub(super) fn nft_table_exists(table: &str) -> io::Result<bool> {
+pub(super) fn nft_table_exists(family: u8, table: &str) -> io::Result<bool> {
     const GET_TABLE: u16 = (10 << 8) | 1; // NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
     const TABLE_NAME: u16 = 1; // NFTA_TABLE_NAME
     let fd = socket_with(rustix::net::AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))?;
@@ -212,7 +212,7 @@ pub(super) fn nft_table_exists(table: &str) -> io::Result<bool> {
     out.extend_from_slice(&GET_TABLE.to_ne_bytes());
     out.extend_from_slice(&(NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
     out.extend_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]); // sequence (any), port 0
-    out.extend_from_slice(&[2, 0, 0, 0]); // nfgenmsg: AF_INET, NFNETLINK_V0, resource 0
+    out.extend_from_slice(&[family, 0, 0, 0]); // nfgenmsg: family, NFNETLINK_V0, resource 0
     out.extend_from_slice(&u16::try_from(attribute).map_err(io::Error::other)?.to_ne_bytes());
     out.extend_from_slice(&TABLE_NAME.to_ne_bytes());
     out.extend_from_slice(table.as_bytes());
@@ -281,22 +281,57 @@ pub(super) fn delete_link(name: &str) -> Request {
     }
 }
 
-fn address_message(index: u32, address: Ipv4Addr, prefix: u8) -> AddressMessage {
+/// Puts the link called `name` into a group of links.
+pub(super) fn set_group(name: &str, group: u32) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    message.attributes.push(LinkAttribute::Group(group));
+    Request {
+        message: RouteNetlinkMessage::SetLink(message),
+        flags: NLM_F_ACK,
+        operation: "set group of link",
+        object: name.to_owned(),
+    }
+}
+
+/// Removes all links of a group, which costs the kernel one wait for all of them.
+pub(super) fn delete_group(group: u32) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(group));
+    Request {
+        message: RouteNetlinkMessage::DelLink(message),
+        flags: NLM_F_ACK,
+        operation: "delete links",
+        object: format!("of group {group}"),
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn address_message(index: u32, address: IpAddr, prefix: u8) -> AddressMessage {
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family(address);
     message.header.prefix_len = prefix;
     message.header.scope = AddressScope::Universe;
     message.header.index = index;
-    message.attributes.push(AddressAttribute::Local(IpAddr::V4(address)));
-    message.attributes.push(AddressAttribute::Address(IpAddr::V4(address)));
+    message.attributes.push(AddressAttribute::Local(address));
+    message.attributes.push(AddressAttribute::Address(address));
     message
 }
 
-/// Gives a link an address; succeeds when it has it.
-pub(super) fn add_address(index: u32, address: Ipv4Addr, prefix: u8) -> Request {
+/// Gives a link an address; succeeds when it has it. One of IPv6 may be used at once: nobody else can have it, so the second in which
+/// the kernel would look for a duplicate is saved.
+pub(super) fn add_address(index: u32, address: IpAddr, prefix: u8) -> Request {
     let mut message = address_message(index, address, prefix);
-    let host_bits = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
-    message.attributes.push(AddressAttribute::Broadcast(Ipv4Addr::from_bits(address.to_bits() | host_bits)));
+    message.attributes.push(match address {
+        IpAddr::V4(address) => {
+            let host_bits = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+            AddressAttribute::Broadcast(Ipv4Addr::from_bits(address.to_bits() | host_bits))
+        }
+        IpAddr::V6(_) => AddressAttribute::Flags(AddressFlags::Nodad),
+    });
     Request {
         message: RouteNetlinkMessage::NewAddress(message),
         flags: NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
@@ -306,7 +341,7 @@ pub(super) fn add_address(index: u32, address: Ipv4Addr, prefix: u8) -> Request 
 }
 
 /// Takes an address from a link.
-pub(super) fn delete_address(index: u32, address: Ipv4Addr, prefix: u8) -> Request {
+pub(super) fn delete_address(index: u32, address: IpAddr, prefix: u8) -> Request {
     Request {
         message: RouteNetlinkMessage::DelAddress(address_message(index, address, prefix)),
         flags: NLM_F_ACK,
@@ -315,15 +350,18 @@ pub(super) fn delete_address(index: u32, address: Ipv4Addr, prefix: u8) -> Reque
     }
 }
 
-/// Points the default route at `gateway` through link `index`.
-pub(super) fn add_default_route(index: u32, gateway: Ipv4Addr) -> Request {
+/// Points the default route of the gateway's family at `gateway` through link `index`.
+pub(super) fn add_default_route(index: u32, gateway: IpAddr) -> Request {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = family(gateway);
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;
-    message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(gateway)));
+    message.attributes.push(RouteAttribute::Gateway(match gateway {
+        IpAddr::V4(gateway) => RouteAddress::Inet(gateway),
+        IpAddr::V6(gateway) => RouteAddress::Inet6(gateway),
+    }));
     message.attributes.push(RouteAttribute::Oif(index));
     Request {
         message: RouteNetlinkMessage::NewRoute(message),
@@ -402,8 +440,9 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
 }
 
-fn ipv4(bytes: &[u8]) -> Option<Ipv4Addr> {
-    bytes.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets))
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let four = <[u8; 4]>::try_from(bytes).map(|octets| Ipv4Addr::from(octets).into());
+    four.or_else(|_| <[u8; 16]>::try_from(bytes).map(|octets| Ipv6Addr::from(octets).into())).ok()
 }
 
 fn parse_link(payload: &[u8]) -> Link {
@@ -435,23 +474,35 @@ fn parse_route(payload: &[u8]) -> Option<Route> {
     if header[4] != RouteHeader::RT_TABLE_MAIN || header[7] != u8::from(RouteType::Unicast) {
         return None;
     }
-    let mut route = Route { destination: Ipv4Addr::UNSPECIFIED, prefix: header[1], output: None, metric: 0 };
+    let anywhere = match header[0] {
+        2 => Ipv4Addr::UNSPECIFIED.into(),  // AF_INET
+        10 => Ipv6Addr::UNSPECIFIED.into(), // AF_INET6
+        _ => return None,
+    };
+    let mut route = Route { destination: anywhere, prefix: header[1], output: None, metric: 0 };
     for (kind, value) in attributes(payload, ROUTE_HEADER) {
         match kind {
-            1 => route.destination = ipv4(value)?, // RTA_DST
-            4 => route.output = Some(word(value)), // RTA_OIF
-            6 => route.metric = word(value),       // RTA_PRIORITY
+            1 => route.destination = address(value)?, // RTA_DST
+            4 => route.output = Some(word(value)),    // RTA_OIF
+            6 => route.metric = word(value),          // RTA_PRIORITY
             _ => {}
         }
     }
     Some(route)
 }
 
-fn parse_address(payload: &[u8], index: u32) -> Option<(Ipv4Addr, u8)> {
+fn parse_address(payload: &[u8], index: u32) -> Option<(IpAddr, u8)> {
+    const LINK_SCOPE: u8 = 253; // RT_SCOPE_LINK
     let header = payload.first_chunk::<ADDRESS_HEADER>()?;
-    if word(&header[4..]) != index {
+    // IFA_LOCAL, and IFA_ADDRESS where IPv6 has no other.
+    let (own, shown) = match header[0] {
+        2 => (2, true),
+        10 => (1, header[3] != LINK_SCOPE),
+        _ => return None,
+    };
+    if word(&header[4..]) != index || !shown {
         return None;
     }
-    let local = attributes(payload, ADDRESS_HEADER).find(|(kind, _)| *kind == 2)?; // IFA_LOCAL
-    Some((ipv4(local.1)?, header[1]))
+    let (_, value) = attributes(payload, ADDRESS_HEADER).find(|(kind, _)| *kind == own)?;
+    Some((address(value)?, header[1]))
 }

@@ -25,15 +25,15 @@ const NESTED: u16 = 1 << 15;
 /// An acknowledgement quotes at most the header of its request; an error the whole of it.
 const RECEIVE_BYTES: usize = 16 * 1024;
 
-/// Adds or deletes all of `elements` of the maps of `table`, or none. `NotFound`: the table, or an element to delete, is not there.
-pub(super) fn change(table: &str, change: Change, elements: &[Element]) -> io::Result<()> {
+/// Adds or deletes all of `elements` of the maps of `table` of `family` (NFPROTO_), or none. `NotFound`: the table, or an element to delete, is not there.
+pub(super) fn change(family: u8, table: &str, change: Change, elements: &[Element]) -> io::Result<()> {
     if elements.is_empty() {
         return Ok(());
     }
     let socket =
         socket_with(rustix::net::AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))?;
     bound(socket.as_fd())?;
-    let batch = encode(table, change, elements)?;
+    let batch = encode(family, table, change, elements)?;
     if rustix::io::retry_on_intr(|| send(&socket, &batch, SendFlags::empty()))? != batch.len() {
         return Err(io::Error::other("short send to nfnetlink"));
     }
@@ -57,7 +57,7 @@ pub(super) fn change(table: &str, change: Change, elements: &[Element]) -> io::R
     Ok(())
 }
 
-fn encode(table: &str, change: Change, elements: &[Element]) -> io::Result<Vec<u8>> {
+fn encode(family: u8, table: &str, change: Change, elements: &[Element]) -> io::Result<Vec<u8>> {
     let mut batch = Vec::with_capacity(128 * (elements.len() + 1));
     let [high, low] = NFTABLES.to_be_bytes();
     message(&mut batch, (BATCH_BEGIN, NLM_F_REQUEST, 0), [0, 0, high, low], |_| Ok(()))?;
@@ -66,7 +66,7 @@ fn encode(table: &str, change: Change, elements: &[Element]) -> io::Result<Vec<u
         Change::Delete => (DELETE_ELEMENT, NLM_F_REQUEST | NLM_F_ACK),
     };
     for (sequence, element) in (1..).zip(elements) {
-        message(&mut batch, (kind, flags, sequence), [2, 0, 0, 0], |out| {
+        message(&mut batch, (kind, flags, sequence), [family, 0, 0, 0], |out| {
             text(out, 1, table)?; // NFTA_SET_ELEM_LIST_TABLE
             text(out, 2, element.map())?; // NFTA_SET_ELEM_LIST_SET
             // NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY and _DATA, NFTA_DATA_VALUE

@@ -15,6 +15,7 @@ mod stop;
 pub mod userns;
 mod watch;
 
+pub use network::assign_subnets;
 pub use recover::recover;
 pub use resources::update;
 pub use run::run;

@@ -3,11 +3,11 @@
 use super::{Pod, Record, files, namespace_modes};
 use crate::{
     error::{Error, Result},
-    network::{Attachment, Detachment, Dns, PodNetwork, PortMapping, Protocol},
+    network::{Attachment, Detachment, Dns, PodNetwork, PortMapping, Protocol, subnet::parse_subnets},
     node::Node,
 };
 use rustix::fd::OwnedFd;
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 use windlass_proto::cri::{self, NamespaceMode, PodSandboxConfig};
 
 /// Connects the pod. What it will have to give back is in its record before anything is made.
@@ -29,6 +29,25 @@ pub(super) async fn release(node: &Node, pod: &Pod) -> Result<()> {
         unpin(&record.netns)?;
     }
     Ok(())
+}
+
+/// Waits until what was given back is gone, too.
+pub(super) async fn gone(node: &Node, pod: &Pod) -> Result<()> {
+    let kind = pod.look(|record| record.network_kind);
+    Ok(node.network.gone(kind, &pod.id).await?)
+}
+
+/// Has new pods get addresses of `pod_cidr`, one network or one of each family with a comma between them. kubelet says what it knows: an
+/// empty one changes nothing.
+pub async fn assign_subnets(node: &Arc<Node>, pod_cidr: &str) -> Result<()> {
+    if pod_cidr.trim().is_empty() {
+        return Ok(());
+    }
+    let subnets = parse_subnets(pod_cidr.split(','))
+        .map_err(|reason| Error::invalid(format!("runtime_config.network_config.pod_cidr: {reason}")))?;
+    let node = node.clone();
+    let assigned = tokio::task::spawn_blocking(move || node.network.assign(&subnets)).await;
+    Ok(assigned.map_err(|error| Error::internal(format!("assign subnets to the pod network: {error}")))??)
 }
 
 fn attachment(record: Record, route_socket: OwnedFd) -> Result<Attachment> {

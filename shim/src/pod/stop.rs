@@ -48,6 +48,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
 pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     stop_processes(node, pod).await;
     network::release(node, pod).await?;
+    network::gone(node, pod).await?;
     let parent = pod.look(|record| record.made_parent.then(|| node.tree.directory(&record.cgroup_parent)));
     if let Some(Err(error)) = parent.as_deref().map(cgroup::remove) {
         tracing::warn!(pod = %pod.id, %error, "cgroup of the pod not removed");

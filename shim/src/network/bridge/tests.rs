@@ -2,7 +2,7 @@
 //! is gone with that process. Needs util-linux, iproute2 and nftables.
 
 use std::collections::HashSet;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,6 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::super::Protocol;
+use super::links::host_interface;
 use super::*;
 
 const CHILD: &str = "WINDLASS_TEST_NAMESPACE";
@@ -22,7 +23,9 @@ fn isolated(test: &str) -> bool {
         run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
         run("ip", &["link", "set", "lo", "up"]);
         // A new namespace may inherit the host's 1.
-        std::fs::write(IP_FORWARD, "0").unwrap();
+        for switch in [IP_FORWARD.into(), Path::new(IPV6).join("all/forwarding")] {
+            std::fs::write(switch, "0").unwrap();
+        }
         return true;
     }
     if !rustix::process::geteuid().is_root() {
@@ -51,7 +54,11 @@ fn run(program: &str, args: &[&str]) -> String {
 }
 
 fn config() -> BridgeConfig {
-    BridgeConfig { subnet: "10.99.0.0/24".parse().unwrap(), ..BridgeConfig::new(PathBuf::from("/run/state")) }
+    BridgeConfig::new(PathBuf::from("/run/state"), subnets(&["10.99.0.0/24", "fd99::/64"]))
+}
+
+fn subnets(texts: &[&str]) -> Vec<Subnet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 fn namespace(name: &str) -> PathBuf {
@@ -95,15 +102,22 @@ fn attachment(pod: &str, netns: &Path) -> Attachment {
 
 fn ip4(network: &PodNetwork) -> Ipv4Addr {
     match network.ips[..] {
-        [IpAddr::V4(address)] => address,
+        [IpAddr::V4(address), IpAddr::V6(_)] => address,
+        ref other => panic!("{other:?}"),
+    }
+}
+
+fn ip6(network: &PodNetwork) -> Ipv6Addr {
+    match network.ips[..] {
+        [IpAddr::V4(_), IpAddr::V6(address)] => address,
         ref other => panic!("{other:?}"),
     }
 }
 
 /// The address the server at `to` saw a client of `from` come from, and how long the connection took.
-fn connection(from: &Path, to: &Path, address: Ipv4Addr) -> (IpAddr, Duration) {
-    let listener = inside(to, || TcpListener::bind("0.0.0.0:7777").unwrap()).join().unwrap();
-    let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
+fn connection(from: &Path, to: &Path, address: impl Into<IpAddr>) -> (IpAddr, Duration) {
+    let address = address.into();
+    let server = served(to);
     let connect = move || {
         let start = Instant::now();
         TcpStream::connect_timeout(&SocketAddr::from((address, 7777)), Duration::from_secs(5)).unwrap();
@@ -111,6 +125,12 @@ fn connection(from: &Path, to: &Path, address: Ipv4Addr) -> (IpAddr, Duration) {
     };
     let took = inside(from, connect).join().unwrap();
     (server.join().unwrap(), took)
+}
+
+/// A server of both families in the namespace at `to`, which tells whom its first connection comes from.
+fn served(to: &Path) -> std::thread::JoinHandle<IpAddr> {
+    let listener = inside(to, || TcpListener::bind("[::]:7777").unwrap()).join().unwrap();
+    std::thread::spawn(move || listener.accept().unwrap().1.ip().to_canonical())
 }
 
 fn host() -> PathBuf {
@@ -124,7 +144,7 @@ fn links() -> Vec<String> {
 }
 
 fn stored() -> usize {
-    AddressTable::open(Path::new("/run/state/addresses.json"), config().subnet).unwrap().len()
+    AddressTable::open(Path::new("/run/state/addresses.json"), &config().subnets).unwrap().len()
 }
 
 #[test]
@@ -140,10 +160,16 @@ fn pods_reach_each_other_and_the_host_at_once() {
     let (seen, took) = connection(&a, &b, ip4(&second));
     assert_eq!(seen, first.ips[0], "pod to pod keeps the pod's address");
     assert!(took < Duration::from_millis(500), "the port forwards only after {took:?}");
-    assert_eq!(connection(&b, &host(), Ipv4Addr::new(10, 99, 0, 1)).0, second.ips[0]);
+    let (seen, took) = connection(&a, &b, ip6(&second));
+    assert_eq!(seen, first.ips[1]);
+    assert!(took < Duration::from_millis(500), "a first packet of IPv6 waits for {took:?}");
+    for (gateway, seen) in second.gateways.iter().zip(&second.ips) {
+        assert_eq!(connection(&b, &host(), *gateway).0, *seen);
+    }
     connection(&host(), &a, ip4(&first));
+    connection(&host(), &a, ip6(&first));
     let shown = run("ip", &["-n", "a", "-br", "addr", "show", "eth0"]);
-    assert!(shown.contains("UP") && shown.contains("10.99.0.2/24"), "{shown}");
+    assert!(shown.contains("UP") && shown.contains("10.99.0.2/24") && shown.contains("fd99::2/64"), "{shown}");
     assert!(run("ip", &["-n", "a", "link", "show", "eth0"]).contains(&first.mac));
     assert_eq!(std::fs::read_to_string(IP_FORWARD).unwrap().trim(), "1");
 }
@@ -160,43 +186,51 @@ fn what_leaves_the_subnet_is_masqueraded_once_after_three_starts() {
     run("ip", &["-n", "outside", "addr", "add", "192.0.2.2/24", "dev", "down0"]);
     run("ip", &["-n", "outside", "link", "set", "down0", "up"]);
     run("ip", &["route", "add", "default", "via", "192.0.2.2"]);
+    run("ip", &["addr", "add", "2001:db8::1/64", "dev", "up0", "nodad"]);
+    run("ip", &["-n", "outside", "addr", "add", "2001:db8::2/64", "dev", "down0", "nodad"]);
     run("nft", &["add table ip other"]);
     let [_, _, bridge] = [(); 3].map(|()| Bridge::start(config()).unwrap());
     let pod = namespace("pod");
     let network = attach(&bridge, "pod", &pod).unwrap();
     let (seen, _) = connection(&pod, &outside, Ipv4Addr::new(192, 0, 2, 2));
     assert_eq!(seen, IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
+    let (seen, _) = connection(&pod, &outside, "2001:db8::2".parse::<Ipv6Addr>().unwrap());
+    assert_eq!(seen, "2001:db8::1".parse::<IpAddr>().unwrap());
+    let told = std::fs::read_to_string("/proc/sys/net/ipv6/conf/up0/accept_ra").unwrap();
+    assert_eq!(told.trim(), "2", "the host still hears its router");
     let rules = run("nft", &["list", "ruleset"]);
-    assert_eq!(rules.matches("masquerade").count(), 2, "one for what leaves, one for host ports: {rules}");
+    assert_eq!(rules.matches("masquerade").count(), 4, "of each family one for what leaves, one for host ports: {rules}");
     assert!(rules.contains("table ip other"));
     let shown = run("ip", &["-n", "pod", "link", "show", "eth0"]);
     assert!(shown.contains("mtu 1400"), "the uplink's: {shown}");
     assert!(!network.mac.is_empty());
 }
 
-fn ported(pod: &str, netns: &Path, ports: &[(Protocol, u16, Option<[u8; 4]>)]) -> Attachment {
-    let port = |(protocol, host_port, host): &(Protocol, u16, Option<[u8; 4]>)| PortMapping {
+fn ported(pod: &str, netns: &Path, ports: &[(Protocol, u16, Option<&str>)]) -> Attachment {
+    let port = |(protocol, host_port, host): &(Protocol, u16, Option<&str>)| PortMapping {
         protocol: *protocol,
         container_port: 7777,
         host_port: *host_port,
-        host_ip: host.map(IpAddr::from),
+        host_ip: host.map(|host| host.parse().unwrap()),
     };
     Attachment { port_mappings: ports.iter().map(port).collect(), ..attachment(pod, netns) }
 }
 
 /// What the server in the pod at `to` saw as the client's address, for a connection from `from` to `address`.
 fn through(from: &Path, to: &Path, address: SocketAddr) -> IpAddr {
-    let listener = inside(to, || TcpListener::bind("0.0.0.0:7777").unwrap()).join().unwrap();
-    let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
+    let server = served(to);
     let connected = inside(from, move || TcpStream::connect_timeout(&address, Duration::from_secs(5)).map(drop)).join().unwrap();
     connected.unwrap_or_else(|error| panic!("{} to {address}: {error}", from.display()));
     server.join().unwrap()
 }
 
 fn elements() -> String {
-    let listing = run("nft", &["list", "table", "ip", "windlass"]);
+    let listing = run("nft", &["list", "table", "inet", "windlass"]);
     let lines = listing.lines().map(str::trim).skip_while(|line| !line.starts_with("map"));
-    lines.take_while(|line| !line.starts_with("chain")).filter(|line| line.contains(" : 10.99")).collect()
+    lines
+        .take_while(|line| !line.starts_with("chain"))
+        .filter(|line| line.contains(" : 10.99") || line.contains(" : fd99"))
+        .collect()
 }
 
 #[test]
@@ -210,15 +244,25 @@ fn host_ports_lead_to_the_pod_from_everywhere_and_go_with_it() {
     run("ip", &["link", "set", "up0", "up"]);
     run("ip", &["-n", "outside", "addr", "add", "192.0.2.2/24", "dev", "down0"]);
     run("ip", &["-n", "outside", "link", "set", "down0", "up"]);
+    run("ip", &["addr", "add", "2001:db8::1/64", "dev", "up0", "nodad"]);
+    run("ip", &["-n", "outside", "addr", "add", "2001:db8::2/64", "dev", "down0", "nodad"]);
     let bridge = Bridge::start(config()).unwrap();
     let (a, b) = (namespace("a"), namespace("b"));
     let start = Instant::now();
-    let asked =
-        ported("a", &a, &[(Protocol::Tcp, 12000, None), (Protocol::Udp, 12000, None), (Protocol::Tcp, 81, Some([192, 0, 2, 1]))]);
+    let asked = [
+        (Protocol::Tcp, 12000, None),
+        (Protocol::Udp, 12000, None),
+        (Protocol::Tcp, 81, Some("192.0.2.1")),
+        (Protocol::Tcp, 82, Some("2001:db8::1")),
+        (Protocol::Tcp, 83, Some("::")),
+    ];
+    let asked = ported("a", &a, &asked);
     let first = bridge.inner.attach(asked).unwrap();
     println!("measured: attach with three host ports {:?}", start.elapsed());
     let second = attach(&bridge, "b", &b).unwrap();
     let (host_address, gateway) = (IpAddr::from([192, 0, 2, 1]), first.gateways[0]);
+    let (host6, gateway6, outside6) =
+        ("2001:db8::1".parse::<IpAddr>().unwrap(), first.gateways[1], "2001:db8::2".parse().unwrap());
     for (from, address, port, seen) in [
         (host(), IpAddr::from([127, 0, 0, 1]), 12000, gateway),
         (host(), host_address, 12000, host_address),
@@ -228,6 +272,14 @@ fn host_ports_lead_to_the_pod_from_everywhere_and_go_with_it() {
         (b.clone(), host_address, 12000, gateway),
         (b.clone(), gateway, 12000, gateway),
         (a.clone(), host_address, 12000, gateway),
+        (host(), host6, 12000, host6),
+        (host(), host6, 82, host6),
+        (host(), host6, 83, host6),
+        (outside.clone(), host6, 12000, outside6),
+        (outside.clone(), host6, 82, outside6),
+        (b.clone(), host6, 12000, gateway6),
+        (b.clone(), gateway6, 12000, gateway6),
+        (a.clone(), host6, 12000, gateway6),
     ] {
         assert_eq!(through(&from, &a, SocketAddr::new(address, port)), seen, "{} {address}:{port}", from.display());
     }
@@ -240,8 +292,11 @@ fn host_ports_lead_to_the_pod_from_everywhere_and_go_with_it() {
     server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     std::net::UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", "127.0.0.1:12000").unwrap();
     assert_eq!(server.recv_from(&mut [0; 8]).unwrap().1.ip(), gateway);
-    // A named address is that address only.
-    TcpStream::connect_timeout(&"127.0.0.1:81".parse().unwrap(), Duration::from_secs(5)).unwrap_err();
+    // A named address is that address only, and so is a named family.
+    for other in ["127.0.0.1:81", "[2001:db8::1]:81", "192.0.2.1:82", "192.0.2.1:83"] {
+        let error = TcpStream::connect_timeout(&other.parse().unwrap(), Duration::from_secs(5)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{other}");
+    }
     // The other way: route_localnet does not open the host's loopback to pods.
     let private = TcpListener::bind("127.0.0.1:7979").unwrap();
     run("ip", &["-n", "b", "link", "set", "lo", "up"]);
@@ -269,26 +324,27 @@ fn host_ports_are_refused_with_their_holder_and_repaired() {
     let bridge = Bridge::start(config()).unwrap();
     let (a, b) = (namespace("a"), namespace("b"));
     let network =
-        bridge.inner.attach(ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some([127, 0, 0, 1]))])).unwrap();
+        bridge.inner.attach(ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some("127.0.0.1"))])).unwrap();
     let (links_before, elements_before) = (links(), elements());
     for (port, expected) in [
         ((Protocol::Tcp, 80, None), "host port 80/tcp: pod test/a holds 80/tcp"),
-        ((Protocol::Tcp, 80, Some([127, 0, 0, 1])), "host port 127.0.0.1:80/tcp: pod test/a holds 80/tcp"),
+        ((Protocol::Tcp, 80, Some("127.0.0.1")), "host port 127.0.0.1:80/tcp: pod test/a holds 80/tcp"),
         ((Protocol::Sctp, 80, None), "host port 80/sctp: pod test/a holds 127.0.0.1:80/sctp"),
     ] {
         let error = bridge.inner.attach(ported("b", &b, &[port])).unwrap_err();
         assert_eq!(chain(&error), expected);
     }
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let taken = listener.local_addr().unwrap().port();
-    let error = bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, taken, None)])).unwrap_err();
-    assert_eq!(chain(&error), format!("host port {taken}/tcp: a process of the host listens on it"));
-    drop(listener);
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let listener = TcpListener::bind(address).unwrap();
+        let taken = listener.local_addr().unwrap().port();
+        let error = bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, taken, None)])).unwrap_err();
+        assert_eq!(chain(&error), format!("host port {taken}/tcp: a process of the host listens on it"));
+    }
     assert_eq!((links(), elements(), stored()), (links_before, elements_before.clone(), 1), "a refusal leaves nothing");
 
     // Stale and foreign elements, then a restart.
-    run("nft", &["add element ip windlass ports { tcp . 9 : 10.99.0.77 . 9 }"]);
-    run("nft", &["delete element ip windlass ports { tcp . 80 }"]);
+    run("nft", &["add element inet windlass ports4 { tcp . 9 : 10.99.0.77 . 9 }"]);
+    run("nft", &["delete element inet windlass ports4 { tcp . 80 }"]);
     let bridge = Bridge::start(config()).unwrap();
     assert_eq!(elements(), elements_before);
     // Flushed by somebody while it runs: found by Status, and by the next attach and detach.
@@ -309,7 +365,7 @@ fn host_ports_are_refused_with_their_holder_and_repaired() {
     std::fs::remove_file("/run/state/addresses.json").unwrap();
     let bridge = Bridge::start(config()).unwrap();
     assert_eq!(elements(), "");
-    let ports = ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some([127, 0, 0, 1]))]).port_mappings;
+    let ports = ported("a", &a, &[(Protocol::Tcp, 80, None), (Protocol::Sctp, 80, Some("127.0.0.1"))]).port_mappings;
     assert!(bridge.adopt("a", "test/a", &network, &ports));
     assert_eq!(elements(), elements_before);
     bridge.reconcile(&HashSet::new());
@@ -365,7 +421,7 @@ fn a_failed_attach_leaves_nothing() {
     if !isolated("a_failed_attach_leaves_nothing") {
         return;
     }
-    let bridge = Bridge::start(BridgeConfig { subnet: "10.99.0.0/29".parse().unwrap(), ..config() }).unwrap();
+    let bridge = Bridge::start(BridgeConfig { subnets: subnets(&["10.99.0.0/29", "fd99::/64"]), ..config() }).unwrap();
     let a = namespace("a");
     let error = bridge.inner.attach(Attachment { netns: "/run/netns/none".into(), ..attachment("a", &a) }).unwrap_err();
     assert_eq!(chain(&error), "open network namespace /run/netns/none: No such file or directory (os error 2)");
@@ -379,7 +435,131 @@ fn a_failed_attach_leaves_nothing() {
     assert_eq!(chain(&error), "no free pod address: all 5 of 10.99.0.0/29 are in use");
     assert_eq!((links().len(), stored()), (6, 5));
     bridge.inner.detach("pod3").unwrap();
-    assert_eq!(attach(&bridge, "a", &a).unwrap().ips, pods[3].ips);
+    assert_eq!(attach(&bridge, "a", &a).unwrap().ips[0], pods[3].ips[0]);
+}
+
+/// Addresses of the bridge itself, without the one that IPv6 gives every link.
+fn bridge_addresses() -> Vec<String> {
+    let shown = run("ip", &["-br", "addr", "show", "windlass0"]);
+    let own = shown.split_whitespace().skip(2).filter(|address| !address.starts_with("fe80"));
+    let mut sorted: Vec<String> = own.map(ToOwned::to_owned).collect();
+    sorted.sort();
+    sorted
+}
+
+#[test]
+fn assigned_subnets_are_for_new_pods_and_the_old_ones_last_as_long_as_theirs() {
+    if !isolated("assigned_subnets_are_for_new_pods_and_the_old_ones_last_as_long_as_theirs") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let old = attach(&bridge, "a", &a).unwrap();
+    let mac = run("ip", &["-br", "link", "show", "windlass0"]);
+    bridge.assign(&subnets(&["10.97.1.0/24"]), true).unwrap();
+    let new = attach(&bridge, "b", &b).unwrap();
+    assert_eq!((&new.ips, &new.gateways), (&vec![IpAddr::from([10, 97, 1, 2])], &vec![IpAddr::from([10, 97, 1, 1])]));
+    assert_eq!(bridge_addresses(), ["10.97.1.1/24", "10.99.0.1/24", "fd99::1/64"]);
+    assert_eq!(run("ip", &["-br", "link", "show", "windlass0"]), mac, "the gateway's neighbours keep their entry");
+    assert_eq!(connection(&a, &b, new.ips[0]).0, old.ips[0]);
+    assert_eq!(connection(&b, &a, old.ips[0]).0, new.ips[0]);
+    // The next daemon has another configuration, and is not told again.
+    let bridge = Bridge::start(BridgeConfig { subnets: subnets(&["10.96.0.0/24"]), ..config() }).unwrap();
+    assert_eq!(bridge.ready(), Ok(()));
+    connection(&a, &host(), old.gateways[1]);
+    bridge.inner.detach("a").unwrap();
+    assert_eq!(attach(&bridge, "a", &a).unwrap().ips, [IpAddr::from([10, 97, 1, 3])]);
+    let bridge = Bridge::start(config()).unwrap();
+    assert_eq!(bridge_addresses(), ["10.97.1.1/24"]);
+    run("ip", &["link", "add", "other", "type", "veth", "peer", "name", "other1"]);
+    run("ip", &["addr", "add", "10.95.0.1/24", "dev", "other"]);
+    run("ip", &["link", "set", "other", "up"]);
+    let error = bridge.assign(&subnets(&["10.95.0.0/24"]), true).unwrap_err();
+    assert_eq!(chain(&error), "pod subnet 10.95.0.0/24 overlaps the route 10.95.0.0/24 of other: configure another subnet");
+    bridge.assign(&subnets(&["10.97.1.0/24"]), true).unwrap();
+}
+
+#[test]
+fn a_pod_whose_sysctls_turn_ipv6_off_has_ipv4() {
+    if !isolated("a_pod_whose_sysctls_turn_ipv6_off_has_ipv4") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    run("ip", &["netns", "exec", "a", "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1"]);
+    let network = bridge.inner.attach(ported("a", &a, &[(Protocol::Tcp, 80, None)])).unwrap();
+    assert_eq!(network.ips, [IpAddr::from([10, 99, 0, 2])]);
+    assert!(!elements().contains("fd99"), "{}", elements());
+    run("ip", &["netns", "exec", "b", "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1"]);
+    let error = bridge.inner.attach(ported("b", &b, &[(Protocol::Tcp, 81, Some("::"))])).unwrap_err();
+    assert_eq!(chain(&error), "host port [::]:81/tcp: pods of the built-in bridge have no IPv6 address here");
+    assert_eq!((links().len(), stored()), (2, 1));
+}
+
+#[test]
+fn a_host_without_ipv6_gives_ipv4() {
+    if !isolated("a_host_without_ipv6_gives_ipv4") {
+        return;
+    }
+    std::fs::write(Path::new(IPV6).join("all/disable_ipv6"), "1").unwrap();
+    let bridge = Bridge::start(config()).unwrap();
+    assert_eq!(bridge.ready(), Ok(()));
+    let a = namespace("a");
+    assert_eq!(attach(&bridge, "a", &a).unwrap().ips, [IpAddr::from([10, 99, 0, 2])]);
+    let error = bridge.assign(&subnets(&["fd98::/64"]), true).unwrap_err();
+    assert_eq!(chain(&error), "subnet fd98::/64: IPv6 is off on this host");
+}
+
+#[test]
+fn the_preferred_family_comes_first() {
+    if !isolated("the_preferred_family_comes_first") {
+        return;
+    }
+    let bridge = Bridge::start(BridgeConfig { preferred: Family::Ipv6, ..config() }).unwrap();
+    let network = attach(&bridge, "a", &namespace("a")).unwrap();
+    assert!(network.ips[0].is_ipv6() && network.gateways[0].is_ipv6() && network.ips[1].is_ipv4(), "{network:?}");
+    let bridge = Bridge::start(BridgeConfig { subnets: subnets(&["fd98::/64"]), ..config() }).unwrap();
+    let network = attach(&bridge, "b", &namespace("b")).unwrap();
+    assert_eq!(network.ips, ["fd98::2".parse::<IpAddr>().unwrap()]);
+    assert_eq!(network.mac, "0a:58:00:00:00:02");
+}
+
+#[test]
+fn a_link_goes_behind_the_detach_and_its_address_with_it() {
+    if !isolated("a_link_goes_behind_the_detach_and_its_address_with_it") {
+        return;
+    }
+    let bridge = Bridge::start(BridgeConfig { subnets: subnets(&["10.99.0.0/29"]), ..config() }).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let spaces: Vec<_> = (0..5).map(|n| namespace(&format!("n{n}"))).collect();
+    // Every round needs every address again: one that came free before its link was gone would be seen.
+    for round in 0..10 {
+        let ids: Vec<String> = (0..5).map(|n| format!("{round}{n}")).collect();
+        for (id, netns) in ids.iter().zip(&spaces) {
+            attach(&bridge, id, netns).unwrap();
+        }
+        runtime.block_on(async {
+            for id in &ids {
+                bridge.detach(id).await.unwrap();
+                bridge.detach(id).await.unwrap();
+            }
+            for id in &ids {
+                bridge.gone(id).await.unwrap();
+            }
+        });
+        assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
+    }
+    // Attached again while it goes.
+    attach(&bridge, "a", &spaces[0]).unwrap();
+    runtime.block_on(bridge.detach("a")).unwrap();
+    attach(&bridge, "a", &spaces[0]).unwrap();
+    assert_eq!((links().len(), stored()), (2, 1));
+    // Killed while it goes: the record no longer has the pod, the file still does.
+    runtime.block_on(bridge.detach("a")).unwrap();
+    let next = Bridge::start(config()).unwrap();
+    next.reconcile(&HashSet::new());
+    assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
+    assert!(bridge.inner.removal.wait_for_all());
 }
 
 #[test]
@@ -405,6 +585,8 @@ fn twenty_attaches_and_detaches_at_once() {
     let start = Instant::now();
     runtime.block_on(async { futures_util::future::try_join_all(pods.iter().map(|(id, _)| bridge.detach(id))).await.unwrap() });
     println!("measured: 20 detaches at once {:?}", start.elapsed());
+    assert!(bridge.inner.removal.wait_for_all());
+    println!("measured: 20 detaches at once until all is gone {:?}", start.elapsed());
     assert_eq!((links().len(), stored()), (1, 0));
 }
 
@@ -441,11 +623,11 @@ fn conflicts_are_named() {
     let reason = "bridge windlass0 is in use by windlass /run/state: configure another name and subnet";
     assert_eq!(Bridge::start(other).unwrap().ready(), Err(reason.to_owned()));
     run("ip", &["link", "add", "taken", "type", "veth", "peer", "name", "taken1"]);
-    let other = BridgeConfig { name: "taken".into(), subnet: "10.98.0.0/24".parse().unwrap(), ..config() };
+    let other = BridgeConfig { name: "taken".into(), subnets: subnets(&["10.98.0.0/24"]), ..config() };
     let reason = "link taken exists and is not a bridge: configure another name";
     assert_eq!(Bridge::start(other).unwrap().ready(), Err(reason.to_owned()));
     let side = BridgeConfig { name: "w1".into(), table: "w1".into(), state_dir: "/run/w1".into(), ..config() };
-    let side = Bridge::start(BridgeConfig { subnet: "10.98.0.0/24".parse().unwrap(), ..side }).unwrap();
+    let side = Bridge::start(BridgeConfig { subnets: subnets(&["10.98.0.0/24"]), ..side }).unwrap();
     assert_eq!((side.ready(), bridge.ready()), (Ok(()), Ok(())), "two daemons side by side");
 }
 
