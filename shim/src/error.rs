@@ -93,6 +93,7 @@ impl From<crate::network::NetworkError> for Error {
         let kind = match () {
             () if error.is_exhausted() => Kind::Exhausted,
             () if error.is_taken() => Kind::Precondition,
+            () if error.is_invalid() => Kind::Invalid,
             () => Kind::Internal,
         };
         Error::new(kind, message)

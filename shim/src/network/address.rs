@@ -72,6 +72,11 @@ impl AddressTable {
         &self.stored.subnets
     }
 
+    /// Those that were assigned, if the configuration's were not.
+    pub fn assigned(&self) -> &[Subnet] {
+        if self.stored.assigned { &self.stored.subnets } else { &[] }
+    }
+
     /// All subnets that pods have addresses of, those for new pods first.
     pub fn served(&self) -> Vec<Subnet> {
         self.stored.subnets.iter().chain(&self.stored.earlier).copied().collect()

@@ -8,6 +8,7 @@
 //! address of it. Ports of the host are recorded with the addresses, and put into the nftables maps last. A detach closes the ports; the
 //! link goes behind it (`removal`), and the addresses with it. Forwarding is set and never reset: others may have come to need it.
 
+mod limits;
 mod links;
 mod removal;
 
@@ -24,13 +25,14 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use rustix::io::Errno;
 
 use super::address::AddressTable;
+use super::bandwidth::Bandwidth;
 use super::firewall::Firewall;
 use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
 use super::nfnetlink::Change;
 use super::subnet::Subnet;
 use super::{Attachment, NetworkError, PodNetwork, PortMapping, hostport};
 use crate::config::Family;
-use links::{bridge_link, bridge_mac, host_interface, mac_of, pair, remove_link, uplink_mtu};
+use links::{INTERMEDIATE_PREFIX, bridge_link, bridge_mac, host_interface, intermediate, mac_of, pair, remove_link, uplink_mtu};
 use removal::Removal;
 
 /// The interface's name inside every pod; kubelet's network statistics expect it.
@@ -166,6 +168,11 @@ impl Bridge {
         if make { self.inner.installed(true).map(drop) } else { Ok(()) }
     }
 
+    /// The subnets of new pods, if they were assigned.
+    pub fn assigned(&self) -> Vec<Subnet> {
+        self.inner.table().assigned().to_vec()
+    }
+
     /// The subnets of new pods.
     pub fn subnets(&self) -> Vec<Subnet> {
         self.inner.table().subnets().to_vec()
@@ -234,6 +241,7 @@ impl Inner {
         if self.removal.has(pod_id) {
             self.removal.wait_for(pod_id)?;
         }
+        let limits = Bandwidth::of(&pod.annotations).map_err(NetworkError::Invalid)?;
         let mut bridge = self.installed(false)?;
         let mut addresses = self.acquire(&pod)?;
         let Some(mac) = addresses.first().map(|address| mac_of(*address)) else {
@@ -250,7 +258,8 @@ impl Inner {
         }
         self.release_on_error(pod_id, connected)?;
         let configured = self
-            .configure_pod(pod_id, &mut addresses, pod.route_socket)
+            .limit(&link, limits)
+            .and_then(|()| self.configure_pod(pod_id, &mut addresses, pod.route_socket))
             .and_then(|()| hostport::check_families(&pod.port_mappings, &addresses))
             .and_then(|()| self.open_ports(pod_id))
             .and_then(|()| self.wait_for_port(&link));
@@ -354,6 +363,13 @@ impl Inner {
         Ok(())
     }
 
+    fn limit(&self, link: &str, limits: Bandwidth) -> Result<(), NetworkError> {
+        if limits == Bandwidth::default() {
+            return Ok(());
+        }
+        limits::apply(&mut Socket::open()?, link, &self.owner(), limits)
+    }
+
     /// Raises the pod's interface and gives it the addresses. One of IPv6 is dropped where the pod's own sysctls turn IPv6 off.
     fn configure_pod(&self, pod_id: &str, addresses: &mut Vec<IpAddr>, route_socket: OwnedFd) -> Result<(), NetworkError> {
         let mut pod = Socket::from_fd(route_socket)?;
@@ -389,7 +405,7 @@ impl Inner {
     fn detach(&self, pod_id: &str) -> Result<(), NetworkError> {
         self.close_ports(pod_id)?;
         // The link first: an address is free only when nobody can answer for it.
-        remove_link(&mut Socket::open()?, &host_interface(pod_id))?;
+        removal::remove_links(&mut Socket::open()?, pod_id)?;
         self.table().release(pod_id);
         Ok(())
     }
@@ -529,12 +545,17 @@ impl Inner {
     fn remove_stale_links(&self, live: &HashSet<String>) -> Result<(), NetworkError> {
         let mut host = Socket::open()?;
         let Some(bridge) = host.link(&self.config.name)? else { return Ok(()) };
-        let names: HashSet<String> = live.iter().map(|pod| host_interface(pod)).collect();
-        for port in host.links(Some(bridge.index))? {
-            if port.name.starts_with("wl") && port.kind.as_deref() == Some("veth") && !names.contains(&port.name) {
-                tracing::info!(link = port.name, "removing the link of a pod that is gone");
-                remove_link(&mut host, &port.name)?;
-            }
+        let names: HashSet<String> =
+            live.iter().map(|pod| host_interface(pod)).flat_map(|link| [intermediate(&link), link]).collect();
+        let ports = host.links(Some(bridge.index))?.into_iter();
+        let ports = ports.filter(|link| link.name.starts_with("wl") && link.kind.as_deref() == Some("veth"));
+        let intermediates = host.links(None)?.into_iter().filter(|link| {
+            let ours = link.name.starts_with(INTERMEDIATE_PREFIX) && link.alias.as_deref() == Some(self.owner().as_str());
+            ours && link.kind.as_deref() == Some("ifb")
+        });
+        for link in ports.chain(intermediates).filter(|link| !names.contains(&link.name)) {
+            tracing::info!(link = link.name, "removing the link of a pod that is gone");
+            remove_link(&mut host, &link.name)?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 pub mod address;
 mod attachment;
+mod bandwidth;
 pub mod bridge;
 pub mod cni;
 mod firewall;
@@ -66,6 +67,9 @@ pub enum NetworkError {
     /// The configuration meets something of the host; the administrator chooses another name or subnet.
     #[error("{0}")]
     Conflict(String),
+    /// What the pod asks of its network cannot be read.
+    #[error("{0}")]
+    Invalid(String),
     /// A port of the host is taken, or cannot lead to this pod; says by whom or why.
     #[error("{0}")]
     HostPort(String),
@@ -86,6 +90,11 @@ impl NetworkError {
         matches!(self, Self::Exhausted { .. })
     }
 
+    /// Whether what was asked for makes no sense.
+    pub fn is_invalid(&self) -> bool {
+        matches!(self, Self::Invalid(_))
+    }
+
     /// Whether the node is fine, and what was asked for is somebody else's.
     pub fn is_taken(&self) -> bool {
         matches!(self, Self::HostPort(_))
@@ -98,6 +107,7 @@ impl Network {
         let cni = Cni::open(config, state.join("cni"))?;
         let network =
             Network { mode: config.mode, bridge: Bridge::open(bridge)?, cni, bridge_made: Arc::new(AtomicBool::new(false)) };
+        network.cni.set_pod_cidrs(network.bridge.assigned());
         if network.kind() == Kind::Bridge {
             network.bridge.make();
             network.bridge_made.store(true, Ordering::Relaxed);
@@ -147,10 +157,12 @@ impl Network {
         }
     }
 
-    /// Takes over the node's subnets for pods (UpdateRuntimeConfig), of which the bridge gives addresses from now on. Plugins have theirs
-    /// from their configuration. Blocks.
+    /// Takes over the node's subnets for pods (UpdateRuntimeConfig), of which the bridge gives addresses from now on, and plugins that have
+    /// the capability `ipRanges`. Blocks.
     pub fn assign(&self, subnets: &[Subnet]) -> Result<(), NetworkError> {
-        self.bridge.assign(subnets, self.kind() == Kind::Bridge)
+        self.bridge.assign(subnets, self.kind() == Kind::Bridge)?;
+        self.cni.set_pod_cidrs(self.bridge.assigned());
+        Ok(())
     }
 
     /// Removes the bridge, beside everything else, once CNI has taken over and no pod is on it any more.

@@ -241,6 +241,11 @@ pub(super) fn new_link(message: LinkMessage, operation: &'static str, object: &s
     }
 }
 
+/// Makes what `message` describes; succeeds when it replaces the same.
+pub(super) fn create(message: RouteNetlinkMessage, operation: &'static str, object: &str) -> Request {
+    Request { message, flags: NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, operation, object: object.to_owned() }
+}
+
 /// Changes the link that the message names or numbers, and raises it.
 pub(super) fn raise_link(mut message: LinkMessage, object: &str) -> Request {
     message.header.flags = LinkFlags::Up;

@@ -14,6 +14,8 @@ use super::super::NetworkError;
 use super::super::netlink::{self, Route, Socket, errno_of};
 use super::{Installed, POD_INTERFACE};
 
+/// Names of links that what pods send is limited at begin so.
+pub(super) const INTERMEDIATE_PREFIX: &str = "wi";
 /// First octet of hardware addresses made here: locally administered, unicast.
 const MAC_FIRST: u8 = 0x0a;
 
@@ -23,6 +25,11 @@ pub(super) fn host_interface(pod_id: &str) -> String {
         Some(start) if start.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) => format!("wl{start}"),
         _ => format!("wl{}", &hex::encode(Sha256::digest(pod_id))[..11]),
     }
+}
+
+/// The link that what a pod sends is limited at, by the name of the host's end of its pair.
+pub(super) fn intermediate(link: &str) -> String {
+    format!("{INTERMEDIATE_PREFIX}{}", link.strip_prefix("wl").unwrap_or(link))
 }
 
 /// Of a pod whose first address this is: when it is used again, no neighbour has a stale entry.

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::super::NetworkError;
-use super::super::netlink::{self, Request, Socket, errno_of};
-use super::links::{host_interface, remove_link};
+use super::super::netlink::{self, Socket, errno_of};
+use super::links::{host_interface, intermediate, remove_link};
 use super::{Inner, chain};
 
 /// A group of links (`ip link show group`) that only has links about to go. Two daemons may share it.
@@ -150,18 +150,25 @@ fn remove(pods: &[String]) -> BTreeMap<String, String> {
         }
     }
     for pod in pods {
-        if let Err(error) = remove_link(&mut host, &host_interface(pod)) {
+        if let Err(error) = remove_links(&mut host, pod) {
             failures.insert(pod.clone(), chain(&error));
         }
     }
     failures
 }
 
+/// Removes both links of one pod; succeeds when there are none.
+pub(super) fn remove_links(host: &mut Socket, pod_id: &str) -> Result<(), NetworkError> {
+    let link = host_interface(pod_id);
+    remove_link(host, &link)?;
+    remove_link(host, &intermediate(&link))
+}
+
 fn remove_together(host: &mut Socket, pods: &[String]) -> Result<(), NetworkError> {
     let absent = |error: &NetworkError| errno_of(error) == Some(Errno::NODEV);
-    for pod in pods {
-        let grouped: Request = netlink::set_group(&host_interface(pod), GROUP);
-        match host.execute(&[grouped]) {
+    let links = pods.iter().map(|pod| host_interface(pod));
+    for link in links.flat_map(|link| [intermediate(&link), link]) {
+        match host.execute(&[netlink::set_group(&link, GROUP)]) {
             Err(error) if !absent(&error) => return Err(error),
             _ => {}
         }

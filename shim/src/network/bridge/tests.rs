@@ -140,7 +140,11 @@ fn host() -> PathBuf {
 /// The names of all links of the host but `lo` and those that every namespace has.
 fn links() -> Vec<String> {
     let links = Socket::open().unwrap().links(None).unwrap();
-    links.into_iter().filter(|link| matches!(link.kind.as_deref(), Some("veth" | "bridge"))).map(|link| link.name).collect()
+    links
+        .into_iter()
+        .filter(|link| matches!(link.kind.as_deref(), Some("veth" | "bridge" | "ifb")))
+        .map(|link| link.name)
+        .collect()
 }
 
 fn stored() -> usize {
@@ -560,6 +564,70 @@ fn a_link_goes_behind_the_detach_and_its_address_with_it() {
     next.reconcile(&HashSet::new());
     assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
     assert!(bridge.inner.removal.wait_for_all());
+}
+
+/// Seconds that `bytes` take from one namespace to an address of the other.
+fn seconds(from: &Path, to: &Path, address: IpAddr, bytes: usize) -> f64 {
+    use std::io::Write;
+    let listener = inside(to, || TcpListener::bind("[::]:7778").unwrap()).join().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        let start = Instant::now();
+        assert_eq!(io::copy(&mut stream, &mut io::sink()).unwrap(), bytes as u64);
+        start.elapsed().as_secs_f64()
+    });
+    inside(from, move || TcpStream::connect((address, 7778)).unwrap().write_all(&vec![0; bytes]).unwrap()).join().unwrap();
+    reader.join().unwrap()
+}
+
+#[test]
+fn bandwidth_is_limited_in_both_directions_and_leaves_nothing() {
+    if !isolated("bandwidth_is_limited_in_both_directions_and_leaves_nothing") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let limited = |pod: &str, netns: &Path, egress: &str| {
+        let annotations = [("kubernetes.io/ingress-bandwidth", "40M"), ("kubernetes.io/egress-bandwidth", egress)];
+        let annotations = annotations.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        bridge.inner.attach(Attachment { annotations, ..attachment(pod, netns) })
+    };
+    let error = limited("a", &a, "1Z").unwrap_err();
+    assert_eq!(chain(&error), "annotation kubernetes.io/egress-bandwidth \"1Z\" is no rate between 1k and 1P bits per second");
+    assert_eq!(links(), ["windlass0"]);
+    let first = limited("a", &a, "80M").unwrap();
+    let second = attach(&bridge, "b", &b).unwrap();
+    // 2 MB at 5 MB/s, and at 10 MB/s; the first 20 ms of each are free.
+    for (family, rate, from, to, network) in [
+        ("IPv4", 5e6, &b, &a, &first),
+        ("IPv6", 5e6, &b, &a, &first),
+        ("IPv4", 1e7, &a, &b, &second),
+        ("IPv6", 1e7, &a, &b, &second),
+    ] {
+        let address = network.ips[usize::from(family == "IPv6")];
+        let took = seconds(from, to, address, 2_000_000);
+        println!("measured: 2 MB at {rate} bytes/s over {family} took {took:.3} s");
+        let least = 2e6 / rate;
+        assert!(took > 0.8 * least && took < 3.0 * least + 1.0, "{family}: {took} s, of {least}");
+    }
+    // Not by the pod itself, which may do what it likes at its own end.
+    run("ip", &["netns", "exec", "a", "sh", "-c", "tc qdisc del dev eth0 root; tc qdisc del dev eth0 ingress; true"]);
+    assert!(seconds(&a, &b, second.ips[0], 2_000_000) > 0.16);
+    // An interrupted attach, a daemon that was killed, and a detach.
+    limited("a", &a, "80M").unwrap();
+    assert_eq!(links().len(), 4);
+    let next = Bridge::start(config()).unwrap();
+    next.reconcile(&HashSet::from(["a".to_owned()]));
+    assert_eq!(links().len(), 3);
+    next.reconcile(&HashSet::new());
+    assert_eq!(links(), ["windlass0"]);
+    bridge.inner.detach("b").unwrap();
+    limited("a", &a, "80M").unwrap();
+    limited("c", &b, "80M").unwrap();
+    removal::begin(&bridge.inner, "a");
+    removal::begin(&bridge.inner, "c");
+    assert!(bridge.inner.removal.wait_for_all());
+    assert_eq!((links(), stored()), (vec!["windlass0".to_owned()], 0));
 }
 
 #[test]

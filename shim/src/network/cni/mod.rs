@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::{Attachment, Detachment, Kind, NetworkError, PodNetwork};
+use super::{Attachment, Detachment, Kind, NetworkError, PodNetwork, Subnet};
 use crate::config::{Family, NetworkConfig};
 use background::Status;
 use cache::{Attached, Cache, Entry};
@@ -115,7 +115,8 @@ impl Cni {
     }
 
     /// The node's pod networks, for plugins with the capability `ipRanges`.
-    pub fn set_pod_cidrs(&self, cidrs: Vec<String>) {
+    pub fn set_pod_cidrs(&self, subnets: Vec<Subnet>) {
+        let cidrs = subnets.iter().map(ToString::to_string).collect();
         *self.inner.pod_cidrs.lock().unwrap_or_else(PoisonError::into_inner) = cidrs;
     }
 

@@ -4,11 +4,10 @@ use serde_json::{Map, Value, json};
 
 use super::config::{NetworkList, Plugin};
 use crate::network::Attachment;
+use crate::network::bandwidth::Bandwidth;
 
 /// The largest burst that the bandwidth plugin takes, in bits; the rate alone is to count.
 const BURST: u64 = u32::MAX as u64;
-/// Rates that kubelet's own limits allow, in bits per second.
-const RATES: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
 /// `CNI_ARGS` of a pod.
 pub(super) fn arguments(pod: &str, name: &str, namespace: &str, uid: &str) -> String {
@@ -34,12 +33,9 @@ pub(super) fn runtime(pod: &Attachment, pod_cidrs: &[String]) -> Result<Map<Stri
         put("portMappings", mappings.collect());
     }
     let mut bandwidth = Map::new();
-    for direction in ["ingress", "egress"] {
-        let annotation = format!("kubernetes.io/{direction}-bandwidth");
-        if let Some(text) = pod.annotations.get(&annotation) {
-            let rate = quantity(text).filter(|rate| RATES.contains(rate));
-            let rate =
-                rate.ok_or_else(|| format!("annotation {annotation} {text:?} is no rate between 1k and 1P bits per second"))?;
+    let limits = Bandwidth::of(&pod.annotations)?;
+    for (direction, rate) in [("ingress", limits.ingress), ("egress", limits.egress)] {
+        if let Some(rate) = rate {
             bandwidth.insert(format!("{direction}Rate"), json!(rate));
             bandwidth.insert(format!("{direction}Burst"), json!(BURST));
         }
@@ -59,33 +55,6 @@ pub(super) fn runtime(pod: &Attachment, pod_cidrs: &[String]) -> Result<Map<Stri
     put("io.kubernetes.cri.pod-annotations", json!(pod.annotations));
     put("cgroupPath", json!(pod.cgroup_parent));
     Ok(all)
-}
-
-/// A Kubernetes quantity as a whole number: `10M`, `1.5Gi`, `2e6`. `None`: it is none.
-fn quantity(text: &str) -> Option<u64> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
-    let (number, suffix) = text.split_at(digits);
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let factor: u128 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "P" => 1_000_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        exponent => 10_u128.checked_pow(exponent.strip_prefix(['e', 'E'])?.parse().ok()?)?,
-    };
-    if fraction.len() > 9 || (whole.is_empty() && fraction.is_empty()) {
-        return None;
-    }
-    let parts = |text: &str| if text.is_empty() { Some(0) } else { text.parse::<u128>().ok() };
-    let scale = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
-    let scaled = parts(whole)?.checked_mul(scale)?.checked_add(parts(fraction)?)?.checked_mul(factor)?;
-    u64::try_from(scaled.div_ceil(scale)).ok()
 }
 
 /// A plugin's standard input: its part of the file with the network's name and version, the result so far, and what of the runtime's
@@ -121,26 +90,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-
-    #[test]
-    fn quantities_are_read_as_kubernetes_does() {
-        for (text, expected) in [
-            ("10M", Some(10_000_000)),
-            ("1.5Gi", Some(1_610_612_736)),
-            ("2e6", Some(2_000_000)),
-            ("1000", Some(1000)),
-            ("0.0015k", Some(2)),
-            (".5k", Some(500)),
-            ("", None),
-            ("M", None),
-            ("10m", None),
-            ("1.2.3", None),
-            ("-1", None),
-            ("99999999999999999999P", None),
-        ] {
-            assert_eq!(quantity(text), expected, "{text}");
-        }
-    }
 
     #[test]
     fn a_plugin_gets_what_it_has_the_capability_for() {
