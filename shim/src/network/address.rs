@@ -162,6 +162,11 @@ impl AddressTable {
         self.stored.ports.remove(pod_id);
     }
 
+    /// The pod's ports of the host.
+    pub fn ports(&self, pod_id: &str) -> &[PortMapping] {
+        self.stored.ports.get(pod_id).map(|held| held.ports.as_slice()).unwrap_or_default()
+    }
+
     /// What the pod's ports are in the kernel; nothing before it has an address.
     pub(super) fn elements(&self, pod_id: &str) -> Vec<Element> {
         let held = self.stored.ports.get(pod_id);

@@ -30,7 +30,7 @@ use super::firewall::Firewall;
 use super::netlink::{self, Link, Route, Socket, errno_of, kernel};
 use super::nfnetlink::Change;
 use super::subnet::Subnet;
-use super::{Attachment, NetworkError, PodNetwork, PortMapping, hostport};
+use super::{Attachment, NetworkError, PodNetwork, PortMapping, conntrack, hostport};
 use crate::config::Family;
 use links::{INTERMEDIATE_PREFIX, bridge_link, bridge_mac, host_interface, intermediate, mac_of, pair, remove_link, uplink_mtu};
 use removal::Removal;
@@ -300,14 +300,26 @@ impl Inner {
         }
         // Where bridged packets pass the rules (br_netfilter), a pod's way to its own port stays within the bridge.
         Socket::open()?.execute(&[netlink::hairpin_port(&host_interface(pod_id))])?;
-        let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.firewall.change(Change::Add, &elements) {
+        {
+            let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
             // Somebody flushed the rules, or left a stale element.
-            Err(error) => {
+            if let Err(error) = self.firewall.change(Change::Add, &elements) {
                 tracing::warn!(pod = pod_id, %error, "host ports not added; writing all rules anew");
-                self.install_rules()
+                self.install_rules()?;
             }
-            Ok(()) => Ok(()),
+        }
+        self.forget_flows(pod_id);
+        Ok(())
+    }
+
+    /// Only flows that began before the rules changed are wrong without this.
+    fn forget_flows(&self, pod_id: &str) {
+        let (ports, addresses) = {
+            let table = self.table();
+            (table.ports(pod_id).to_vec(), table.get(pod_id).to_vec())
+        };
+        if let Err(error) = conntrack::forget(&ports, &addresses) {
+            tracing::warn!(pod = pod_id, %error, "datagrams that were on their way go where they went before");
         }
     }
 
@@ -319,6 +331,7 @@ impl Inner {
         }
         let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
         let closed = self.firewall.change(Change::Delete, &elements);
+        self.forget_flows(pod_id);
         self.table().unclaim(pod_id);
         match closed {
             // The pod did not come as far as its elements, or the rules were flushed: what is there is made to fit.

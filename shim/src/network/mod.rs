@@ -9,6 +9,7 @@ mod attachment;
 mod bandwidth;
 pub mod bridge;
 pub mod cni;
+mod conntrack;
 mod firewall;
 mod hostport;
 mod netlink;

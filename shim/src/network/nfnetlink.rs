@@ -21,7 +21,7 @@ const BATCH_END: u16 = 17;
 const NFTABLES: u16 = 10; // NFNL_SUBSYS_NFTABLES
 const NEW_ELEMENT: u16 = (NFTABLES << 8) | 12; // NFT_MSG_NEWSETELEM
 const DELETE_ELEMENT: u16 = (NFTABLES << 8) | 14; // NFT_MSG_DELSETELEM
-const NESTED: u16 = 1 << 15;
+pub(super) const NESTED: u16 = 1 << 15;
 /// An acknowledgement quotes at most the header of its request; an error the whole of it.
 const RECEIVE_BYTES: usize = 16 * 1024;
 
@@ -86,7 +86,7 @@ fn encode(family: u8, table: &str, change: Change, elements: &[Element]) -> io::
 }
 
 /// `struct nlmsghdr`, `struct nfgenmsg`, and what `body` writes.
-fn message(
+pub(super) fn message(
     out: &mut Vec<u8>,
     (kind, flags, sequence): (u16, u16, u32),
     family: [u8; 4],
@@ -105,7 +105,7 @@ fn message(
     Ok(())
 }
 
-fn attribute(out: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> io::Result<()> {
+pub(super) fn attribute(out: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> io::Result<()> {
     let start = out.len();
     out.extend([0; 2]);
     out.extend(kind.to_ne_bytes());

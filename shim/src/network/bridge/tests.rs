@@ -321,6 +321,41 @@ fn host_ports_lead_to_the_pod_from_everywhere_and_go_with_it() {
 }
 
 #[test]
+fn datagrams_follow_their_port_to_the_pod_of_now() {
+    if !isolated("datagrams_follow_their_port_to_the_pod_of_now") {
+        return;
+    }
+    let bridge = Bridge::start(config()).unwrap();
+    let (a, b) = (namespace("a"), namespace("b"));
+    let server = |netns: &Path| {
+        let socket = inside(netns, || std::net::UdpSocket::bind("[::]:7777").unwrap()).join().unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        socket
+    };
+    let (first, second) = (server(&a), server(&b));
+    let heard = |server: &std::net::UdpSocket| server.recv_from(&mut [0; 8]).is_ok();
+    for host in ["127.0.0.1", "10.99.0.1", "fd99::1"] {
+        let target = SocketAddr::new(host.parse().unwrap(), 5353);
+        // One client, which never stops and never changes its port.
+        let client = std::net::UdpSocket::bind(if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+        let send = || {
+            // What the host answers to the datagrams of before (nobody listens) is told at the next.
+            let _ = client.send_to(b"x", target);
+            client.send_to(b"x", target).unwrap();
+        };
+        send();
+        bridge.inner.attach(ported("a", &a, &[(Protocol::Udp, 5353, None)])).unwrap();
+        send();
+        assert!(heard(&first), "{host}: a client of before the pod");
+        bridge.inner.detach("a").unwrap();
+        bridge.inner.attach(ported("b", &b, &[(Protocol::Udp, 5353, None)])).unwrap();
+        send();
+        assert!(heard(&second), "{host}: a client of the pod before");
+        bridge.inner.detach("b").unwrap();
+    }
+}
+
+#[test]
 fn host_ports_are_refused_with_their_holder_and_repaired() {
     if !isolated("host_ports_are_refused_with_their_holder_and_repaired") {
         return;
