@@ -22,6 +22,21 @@ const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry"
 /// The one that builds Kubernetes' own programs.
 const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 
+/// The one that builds the plugins of CNI.
+const CNI_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/cni");
+
+/// The plugins that are built, by their folder in the project.
+const CNI_PLUGINS: [&str; 8] = [
+    "ipam/host-local",
+    "main/bridge",
+    "main/macvlan",
+    "main/ptp",
+    "meta/bandwidth",
+    "meta/firewall",
+    "meta/portmap",
+    "meta/tuning",
+];
+
 /// The version that the module's go.mod names, without the `v`.
 pub const KUBERNETES_VERSION: &str = "1.37.2";
 
@@ -142,6 +157,23 @@ pub fn registry() -> Result<PathBuf> {
         go_build(module, &["build", "-trimpath"], &program, &["."])
     })?;
     Ok(program)
+}
+
+/// Builds the newest plugins of the CNI project unless `<target>/windlass-tools/cni` holds the ones of this recipe. Prints what it does.
+pub fn cni_plugins() -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/cni");
+    let programs = dir.join("programs");
+    let products: Vec<PathBuf> = CNI_PLUGINS.iter().filter_map(|plugin| Some(programs.join(plugin.split_once('/')?.1))).collect();
+    let products: Vec<&Path> = products.iter().map(PathBuf::as_path).collect();
+    let module = Path::new(CNI_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &products, || {
+        println!("building the plugins of CNI from Go modules into {} (some seconds)", dir.display());
+        std::fs::create_dir_all(&programs).context("create the folder of the plugins")?;
+        let packages = CNI_PLUGINS.map(|plugin| format!("github.com/containernetworking/plugins/plugins/{plugin}"));
+        // The slash at the end makes it a folder of programs.
+        go_build(module, &["build", "-trimpath"], &programs.join(""), &packages.each_ref().map(String::as_str))
+    })?;
+    Ok(programs)
 }
 
 /// A program of Kubernetes, such as `kubelet`, or `health`, the answerer of gRPC health checks: built unless

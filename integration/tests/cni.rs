@@ -1,6 +1,6 @@
 //! The pod network by CNI: Debian's plugins as they are, and a plugin of ours, a shell script, for what real ones do not do on demand.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -13,8 +13,9 @@ use std::{
 use windlass_integration::{
     client::{Client, pod},
     daemon::Daemon,
+    go,
     leak::Snapshot,
-    node,
+    node, soak,
 };
 use windlass_proto::cri;
 
@@ -46,6 +47,10 @@ struct Ground {
 
 impl Ground {
     fn start(settings: &str, network: Option<&Value>) -> Result<Ground> {
+        Ground::with(Path::new(PLUGINS), settings, network)
+    }
+
+    fn with(plugins: &Path, settings: &str, network: Option<&Value>) -> Result<Ground> {
         let mut daemon = Daemon::prepare(&[])?;
         let (programs, faults) = (daemon.path("plugins"), daemon.path("faults"));
         for directory in [&programs, &faults, &daemon.path("cni")] {
@@ -54,7 +59,7 @@ impl Ground {
         let script = programs.join("fault");
         fs::write(&script, SCRIPT.replace("DIR", &faults.to_string_lossy()))?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-        let search = format!("{}:{PLUGINS}", programs.display());
+        let search = format!("{}:{}", programs.display(), plugins.display());
         let mut config = fs::File::options().append(true).open(daemon.path("config.toml"))?;
         writeln!(config, "cni_bin_dir = {search:?}\n{settings}")?;
         if let Some(network) = network {
@@ -400,45 +405,125 @@ fn status_is_asked_in_the_background_and_gc_is_told_what_counts() -> Result<()> 
 }
 
 #[test]
+fn the_newest_plugins_and_their_status_limits_and_user_namespaces() -> Result<()> {
+    let plugins = go::cni_plugins()?;
+    node::run(move || {
+        let bandwidth = json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } });
+        let ground = Ground::with(&plugins, "mode = \"cni\"", None)?;
+        let mut network = real(&ground.daemon, &[bandwidth]);
+        network["cniVersion"] = json!("1.1.0");
+        fs::write(ground.daemon.path("cni/10-test.conflist"), network.to_string())?;
+        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        let mut config = ground.config();
+        config.port_mappings.push(cri::PortMapping { container_port: 80, host_port: 8080, ..Default::default() });
+        for direction in ["ingress", "egress"] {
+            config.annotations.insert(format!("kubernetes.io/{direction}-bandwidth"), "24M".into());
+        }
+        let mut users = ground.config();
+        let ids = vec![cri::IdMapping { host_id: 0x2000_0000, container_id: 0, length: 65536 }];
+        let security = users.linux.as_mut().and_then(|linux| linux.security_context.as_mut()).context("security")?;
+        security.namespace_options.get_or_insert_default().userns_options =
+            Some(cri::UserNamespace { mode: cri::NamespaceMode::Pod.into(), uids: ids.clone(), gids: ids });
+        for warm in [&config, &users] {
+            let warm = ground.client.run(warm)?;
+            ground.client.remove(&warm)?;
+        }
+        let before = ground.snapshot()?;
+
+        let id = ground.client.run(&config)?;
+        let other = ground.client.run(&users)?;
+        let limits = node::output_of("tc", &["qdisc", "show"])?;
+        ensure!(limits.matches("tbf").count() == 2 && limits.contains("rate 24Mbit"), "{limits}");
+        for id in [&id, &other] {
+            let network = ground.client.pod(id)?.network.context("network")?;
+            ensure!(network.ip.starts_with("10.88.0.") && network.additional_ips.len() == 1, "{network:?}");
+            node::run_command("/bin/busybox", &["ping", "-c", "1", "-W", "3", &network.ip])?;
+        }
+        let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
+        let network: Value = serde_json::from_str(info.get("network").context("network")?)?;
+        ensure!(network["cni"]["lastStatus"]["secondsAgo"].is_u64(), "STATUS was not asked: {network}");
+        ground.client.remove(&id)?;
+        ground.client.remove(&other)?;
+        ensure!(ground.held().is_empty(), "{:?}", ground.held());
+        before.expect_same(&ground.snapshot()?)
+    })
+}
+
+#[test]
+fn plugins_that_connect_otherwise_than_by_a_bridge_serve_too() -> Result<()> {
+    let plugins = go::cni_plugins()?;
+    node::run(move || {
+        node::run_command("ip", &["link", "add", "host0", "type", "bridge"])?;
+        node::run_command("ip", &["address", "add", "192.0.2.1/24", "dev", "host0"])?;
+        node::run_command("ip", &["link", "set", "host0", "up"])?;
+        let ground = Ground::with(&plugins, "mode = \"cni\"", None)?;
+        let ipam = |subnet: &str| {
+            json!({ "type": "host-local", "dataDir": ground.daemon.path("addresses"), "ranges": [[{ "subnet": subnet }]],
+            "routes": [{ "dst": "0.0.0.0/0" }] })
+        };
+        for (kind, subnet, reachable) in [
+            (json!({ "type": "ptp", "ipMasq": true, "ipam": ipam("10.89.0.0/24") }), "10.89.0.", true),
+            // A parent link does not hear its own macvlan links.
+            (json!({ "type": "macvlan", "master": "host0", "mode": "bridge", "ipam": ipam("10.90.0.0/24") }), "10.90.0.", false),
+        ] {
+            let network = json!({ "name": "test", "cniVersion": "1.1.0", "plugins": [kind] });
+            let name = network["plugins"][0]["type"].as_str().unwrap_or_default().to_owned();
+            fs::write(ground.daemon.path("cni/10-test.conflist"), network.to_string())?;
+            wait_for("the network", LONG, || {
+                let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
+                Ok(ground.ready()?.0 && info.get("network").is_some_and(|text| text.contains(&format!("[\"{name}\"]"))))
+            })?;
+            let before = ground.warm()?;
+            let id = ground.client.run(&ground.config())?;
+            let address = ground.client.pod(&id)?.network.context("network")?.ip;
+            ensure!(address.starts_with(subnet), "{name}: {address}");
+            let inside = node::output_of("ip", &["netns", "exec", &netns_of(&id), "ip", "-br", "address", "show", "eth0"])?;
+            ensure!(inside.contains(&address) && inside.contains("UP"), "{name}: {inside}");
+            if reachable {
+                node::run_command("/bin/busybox", &["ping", "-c", "1", "-W", "3", &address])?;
+            }
+            ground.client.remove(&id)?;
+            ensure!(ground.held().is_empty(), "{name}: {:?}", ground.held());
+            before.expect_same(&ground.snapshot()?).with_context(|| name)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn assigned_subnets_reach_plugins_that_ask_for_them() -> Result<()> {
+    node::run(|| {
+        let plugin = json!({ "type": "fault", "capabilities": { "ipRanges": true } });
+        let network = json!({ "name": "test", "cniVersion": "1.0.0", "plugins": [plugin] });
+        let mut ground = Ground::start("mode = \"cni\"", Some(&network))?;
+        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        let network_config = Some(cri::NetworkConfig { pod_cidr: "10.244.5.0/24,fd44:5::/64".into() });
+        let runtime_config = Some(cri::RuntimeConfig { network_config });
+        ground.client.update_runtime_config(cri::UpdateRuntimeConfigRequest { runtime_config })?;
+        let expected = json!([[{ "subnet": "10.244.5.0/24" }], [{ "subnet": "fd44:5::/64" }]]);
+        for round in ["told", "after a restart"] {
+            let id = ground.client.run(&ground.config())?;
+            let input = ground.input("ADD")?;
+            ensure!(input["runtimeConfig"]["ipRanges"] == expected, "{round}: {input}");
+            ground.client.remove(&id)?;
+            ground.daemon.kill9()?;
+            ground.daemon.serve()?;
+            ground.client = Client::connect(&ground.daemon)?;
+        }
+        ensure!(!node::output_of("ip", &["-o", "link"])?.contains("wlt"), "no bridge is made for them");
+        Ok(())
+    })
+}
+
+#[test]
 fn many_pods_at_a_time_leave_nothing() -> Result<()> {
     node::run(|| {
         let ground = real_ground("", &[])?;
         let before = ground.warm()?;
-        let pods = match std::env::var("WINDLASS_CNI_SOAK_PODS") {
-            Ok(number) => number.parse()?,
-            Err(_) => SOAK_PODS,
-        };
-        let begun = Instant::now();
-        let next = std::sync::atomic::AtomicUsize::new(0);
         let logs = ground.daemon.path("logs");
-        let worker = |client: Client| -> Result<Vec<Duration>> {
-            let mut times = Vec::new();
-            while next.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < pods {
-                let start = Instant::now();
-                let id = client.run(&pod(&logs))?;
-                times.push(start.elapsed());
-                client.remove(&id)?;
-            }
-            Ok(times)
-        };
         let clients = (0..SOAK_WIDTH).map(|_| Client::connect(&ground.daemon)).collect::<Result<Vec<_>>>()?;
-        let mut times = std::thread::scope(|scope| -> Result<Vec<Duration>> {
-            let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(|| worker(client))).collect();
-            let mut all = Vec::new();
-            for thread in threads {
-                match thread.join() {
-                    Ok(times) => all.extend(times?),
-                    Err(_) => bail!("a worker panicked"),
-                }
-            }
-            Ok(all)
-        })?;
-        times.sort_unstable();
-        let (half, last) = (times[times.len() / 2], times[times.len() - 1]);
-        println!(
-            "{pods} pods, {SOAK_WIDTH} at a time, in {:?}; RunPodSandbox median {half:?}, longest {last:?}",
-            begun.elapsed()
-        );
+        let report = soak::run(clients, soak::pods("WINDLASS_CNI_SOAK_PODS", SOAK_PODS)?, || pod(&logs))?;
+        println!("{report}");
         ensure!(ground.held().is_empty(), "{:?}", ground.held());
         before.expect_same(&ground.snapshot()?)
     })

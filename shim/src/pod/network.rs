@@ -3,11 +3,11 @@
 use super::{Pod, Record, files, namespace_modes};
 use crate::{
     error::{Error, Result},
-    network::{Attachment, Detachment, Dns, PodNetwork, PortMapping, Protocol, subnet::parse_subnets},
+    network::{Attachment, Detachment, Dns, Kind, PodNetwork, PortMapping, Protocol, subnet::parse_subnets},
     node::Node,
 };
 use rustix::fd::OwnedFd;
-use std::{path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 use windlass_proto::cri::{self, NamespaceMode, PodSandboxConfig};
 
 /// Connects the pod. What it will have to give back is in its record before anything is made.
@@ -29,6 +29,16 @@ pub(super) async fn release(node: &Node, pod: &Pod) -> Result<()> {
         unpin(&record.netns)?;
     }
     Ok(())
+}
+
+/// The pod's sysctls. On the built-in bridge it does not listen to router advertisements unless it asks to: they can only be another pod's.
+pub(super) fn sysctls(record: &Record) -> HashMap<String, String> {
+    let mut sysctls: HashMap<String, String> =
+        record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect();
+    if record.network_kind == Kind::Bridge && !record.netns.as_os_str().is_empty() && Path::new("/proc/sys/net/ipv6").exists() {
+        sysctls.entry("net.ipv6.conf.default.accept_ra".into()).or_insert_with(|| "0".into());
+    }
+    sysctls
 }
 
 /// Waits until what was given back is gone, too.

@@ -201,7 +201,7 @@ async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<Owned
         hostname: files::hostname(&record),
         shared_pid,
         init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
-        sysctls: record.config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default().into_iter().collect(),
+        sysctls: network::sysctls(&record),
         shm_size_bytes: node.config.containers.shm_size_bytes,
         uid_mappings: users.iter().map(|users| userns::mapping(&users.uids)).collect(),
         gid_mappings: users.iter().map(|users| userns::mapping(&users.gids)).collect(),
