@@ -155,7 +155,7 @@ fn many_pods_at_a_time_leave_nothing_and_the_last_starts_as_fast() -> Result<()>
             let mut config = pod(&logs);
             let number: u16 = config.hostname.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or_default();
             // Every fourth has a port of the host.
-            if number % 4 == 0 {
+            if number.is_multiple_of(4) {
                 let host_port = i32::from(number % 20_000) + 20_000;
                 config.port_mappings.push(cri::PortMapping { container_port: 80, host_port, ..Default::default() });
             }
