@@ -23,6 +23,9 @@ const ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 /// The image that pods run, without the registry.
 pub(super) const RUN: &str = "compare/run:1";
 
+/// The image whose files many pods read, without the registry.
+pub(super) const SHARED: &str = "compare/shared:1";
+
 /// An image whose pull is measured.
 pub(super) struct Measured {
     /// Without the registry.
@@ -52,6 +55,16 @@ pub(super) fn add_runnable(registry: &Registry) -> Result<()> {
     let pause = image::programs_layer(&[("pause", &products::pause()?)])?;
     let (name, tag) = PAUSE.split_once(':').context("the pause image has a tag")?;
     registry.add_packed(name, tag, &[gzip(&pause)?], &config(&["/pause"]));
+    Ok(())
+}
+
+/// Gives the registry the image that many pods share: programs, and a layer of 125 MB.
+pub(super) fn add_shared(registry: &Registry, cache: &Path) -> Result<()> {
+    fs::create_dir_all(cache)?;
+    let [busybox, _] = image::layers()?;
+    let large = cached(&cache.join("big0"), || archive(BIG[0]), "gzip")?;
+    let config = json!({ "architecture": image::ARCHITECTURE, "os": "linux", "config": { "Env": ["PATH=/bin"] } });
+    registry.add_packed("compare/shared", "1", &[gzip(&busybox)?, large], &config);
     Ok(())
 }
 

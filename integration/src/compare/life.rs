@@ -92,7 +92,7 @@ pub(super) fn up(
     Ok(Running { pod, container: id })
 }
 
-fn wait_for_line(log: &Path) -> Result<()> {
+pub(super) fn wait_for_line(log: &Path) -> Result<()> {
     let deadline = Instant::now() + LINE_LIMIT;
     while !fs::metadata(log).is_ok_and(|metadata| metadata.len() > 0) {
         if Instant::now() > deadline {

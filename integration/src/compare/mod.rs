@@ -8,6 +8,7 @@ mod load;
 mod products;
 mod pull;
 mod rival;
+mod sharing;
 mod table;
 
 use crate::{build, client::Client, go, node, registry::Registry};
@@ -19,7 +20,7 @@ use windlass_proto::cri;
 /// What to measure, and how often.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Parts: pull, start, cni, parallel, exec, stats, memory.
+    /// Parts: pull, start, cni, parallel, exec, stats, memory, sharing.
     #[arg(long, value_delimiter = ',', default_value = "pull,start,parallel,exec,stats,memory")]
     what: Vec<String>,
     /// Rounds of the part `pull`; each pulls every image once with each runtime.
@@ -45,7 +46,7 @@ pub struct Options {
 /// Where a build, the start of a runtime or a call that is measured fails.
 pub fn run(options: &Options) -> Result<()> {
     for part in &options.what {
-        let parts = ["pull", "start", "cni", "parallel", "exec", "stats", "memory"];
+        let parts = ["pull", "start", "cni", "parallel", "exec", "stats", "memory", "sharing"];
         ensure!(parts.contains(&part.as_str()), "there is no part {part:?}; parts are {}", parts.join(", "));
     }
     if !options.no_build {
@@ -62,10 +63,14 @@ fn measure(options: &Options, products: &Path) -> Result<()> {
     let wants = |part: &str| options.what.iter().any(|what| what == part);
     if wants("pull") {
         let measured = images::add_measured(&registry, &go::target_dir().join("windlass-tools/layers"))?;
-        let ground = Ground { products, registry: &registry, tmpfs: !options.disk };
+        let ground = Ground { products, registry: &registry, tmpfs: !options.disk, layers: "auto" };
         pull::measure(&ground, &kinds(options), &measured, options.pulls)?;
     }
-    let ground = Ground { products, registry: &registry, tmpfs: false };
+    let ground = Ground { products, registry: &registry, tmpfs: false, layers: "auto" };
+    if wants("sharing") {
+        images::add_shared(&registry, &go::target_dir().join("windlass-tools/layers"))?;
+        sharing::measure(&ground, &kinds(options))?;
+    }
     if ["start", "cni", "parallel", "exec"].into_iter().any(wants) {
         let rivals = start_all(&ground, options, wants("cni"))?;
         life::measure(&rivals, options.pods, &wants)?;

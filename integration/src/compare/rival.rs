@@ -88,16 +88,18 @@ pub(super) struct Ground<'a> {
     pub(super) registry: &'a Registry,
     /// Images and containers on a tmpfs, instead of the file system of the temporary directory.
     pub(super) tmpfs: bool,
+    /// How Windlass keeps layers: `images.layers` of its configuration.
+    pub(super) layers: &'static str,
 }
 
 impl Ground<'_> {
     /// Starts a runtime in namespaces of its own; they live as long as its processes.
     pub(super) fn start(&self, kind: Kind, network: Network) -> Result<Rival> {
-        let (products, registry, tmpfs) = (self.products.to_owned(), self.registry.twin(), self.tmpfs);
+        let (products, registry, tmpfs, layers) = (self.products.to_owned(), self.registry.twin(), self.tmpfs, self.layers);
         node::run(move || {
             let registry = registry.listen()?;
             match kind {
-                Kind::Windlass => windlass(&products, registry, network, tmpfs),
+                Kind::Windlass => windlass(&products, registry, network, tmpfs, layers),
                 _ => other(kind, &products, registry, tmpfs),
             }
         })
@@ -110,8 +112,10 @@ fn mount_data(data: &Path) -> Result<()> {
     mount(Some("tmpfs"), data, Some("tmpfs"), MsFlags::empty(), Some("mode=755,size=6g")).context("mount a tmpfs")
 }
 
-fn windlass(products: &Path, registry: Registry, network: Network, tmpfs: bool) -> Result<Rival> {
+fn windlass(products: &Path, registry: Registry, network: Network, tmpfs: bool, layers: &str) -> Result<Rival> {
     let mut daemon = Daemon::prepare(&[])?;
+    let own = fs::read_to_string(daemon.path("config.toml"))?;
+    fs::write(daemon.path("config.toml"), own + &format!("[images]\nlayers = {layers:?}\n"))?;
     let data = daemon.root();
     if tmpfs {
         mount_data(&data)?;
@@ -262,6 +266,12 @@ impl Rival {
             }
         }
         (pss_kib(self.pid).unwrap_or(0), helpers)
+    }
+
+    /// Proportional set size in KiB of all processes of containers.
+    pub(super) fn containers_pss_kib(&self) -> u64 {
+        let all = self.cgroups.iter().flat_map(|cgroup| processes(cgroup)).filter(|pid| *pid != self.pid);
+        all.filter_map(pss_kib).sum::<u64>().saturating_sub(self.memory_kib().1)
     }
 
     /// Ends it and all that it started, and removes its folders.

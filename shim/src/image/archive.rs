@@ -1,7 +1,8 @@
-//! Walks a tar stream entry by entry: ustar, GNU long names and sparse files, PAX records. Header fields are decoded by the
+//! Walks a tar stream entry by entry: ustar, GNU long names and sparse files in all forms, PAX records. Header fields are decoded by the
 //! `tar` crate; the walk is ours because headers must be bounded and PAX values may hold any byte.
 
 use super::error::ImageError;
+use super::sparse::{self, Map, Place, Records};
 use super::split::Recorder;
 use std::io::{self, Read};
 use std::path::Path;
@@ -30,7 +31,7 @@ pub(super) struct Entry {
     pub(super) size: u64,
     pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     /// Where the stored bytes go, if the file has holes: offset and length.
-    pub(super) sparse: Option<Vec<(u64, u64)>>,
+    pub(super) sparse: Option<Map>,
 }
 
 /// A tar stream being read.
@@ -201,6 +202,7 @@ impl<R: Read> Archive<R> {
             xattrs: Vec::new(),
             sparse: None,
         };
+        let mut records = Records::default();
         for (key, value) in ext.pax {
             match key.as_slice() {
                 b"path" => entry.path = value,
@@ -214,12 +216,11 @@ impl<R: Read> Archive<R> {
                 b"mtime" => entry.mtime = pax_time(&value),
 
                 k if k.starts_with(b"SCHILY.xattr.") => entry.xattrs.push((k[13..].to_vec(), value)),
-                k if k.starts_with(b"GNU.sparse.") => {
-                    return Err(bad("holds a sparse file in PAX form, which is not supported"));
-                }
+                k if k.starts_with(b"GNU.sparse.") => records.take(&k[11..], value)?,
                 _ => {}
             }
         }
+        self.read_pax_sparse(records, &mut entry)?;
         if entry.kind == EntryType::GNUSparse {
             self.read_gnu_sparse(header, &mut entry)?;
         }
@@ -228,6 +229,42 @@ impl<R: Read> Archive<R> {
             entry.kind = EntryType::Directory;
         }
         Ok(entry)
+    }
+
+    fn read_pax_sparse(&mut self, records: Records, entry: &mut Entry) -> io::Result<()> {
+        let map = match records.place()? {
+            Place::None => return Ok(()),
+            Place::Records(map) => map,
+            Place::Content => self.read_sparse_map()?,
+        };
+        if !matches!(entry.kind, EntryType::Regular | EntryType::Continuous) {
+            return Err(bad("a sparse map of what is no file"));
+        }
+        entry.path = records.name.unwrap_or(std::mem::take(&mut entry.path));
+        entry.size = records.size.ok_or_else(|| bad("a sparse file without its size"))?;
+        sparse::check(&map, entry.size, self.left)?;
+        entry.sparse = Some(map);
+        Ok(())
+    }
+
+    /// The map that lies before the content, in whole blocks.
+    fn read_sparse_map(&mut self) -> io::Result<Map> {
+        let mut reader = sparse::Reader::default();
+        for _ in 0..MAX_HEADER_BYTES / BLOCK as u64 {
+            let mut block = [0u8; BLOCK];
+            let mut got = 0;
+            while got < BLOCK {
+                match self.read_data(block.get_mut(got..).unwrap_or_default())? {
+                    0 => return Err(bad("a sparse map does not fit the entry's size")),
+                    n => got += n,
+                }
+            }
+            self.record(&block)?;
+            if let Some(map) = reader.take(&block, MAX_HEADER_BYTES)? {
+                return Ok(map);
+            }
+        }
+        Err(ImageError::TooMany("archive: a sparse map is over the limit".into()).into_io())
     }
 
     fn read_gnu_sparse(&mut self, header: &Header, entry: &mut Entry) -> io::Result<()> {
@@ -255,15 +292,7 @@ impl<R: Read> Archive<R> {
             more = ext.is_extended();
         }
         entry.size = gnu.real_size()?;
-        let (mut end, mut total) = (0u64, 0u64);
-        for (offset, length) in &map {
-            let next = offset.checked_add(*length).filter(|e| *offset >= end && *e <= entry.size);
-            end = next.ok_or_else(|| bad("a sparse map is out of order or out of range"))?;
-            total += length;
-        }
-        if total != self.left {
-            return Err(bad("a sparse map does not fit the entry's size"));
-        }
+        sparse::check(&map, entry.size, self.left)?;
         entry.kind = EntryType::Regular;
         entry.sparse = Some(map);
         Ok(())

@@ -161,6 +161,45 @@ fn pax() -> Cases {
         ("pax-no-equals", raw(b"8 pathx\n"), Refused("PAX record is malformed")),
         ("pax-alone", Tar::new().pax(&[("path", b"x")]).finish(), Safe),
         ("pax-sparse", with(&[("GNU.sparse.major", b"1")]), Refused("sparse file in PAX form")),
+        ("pax-sparse-0.1", with(&[("GNU.sparse.size", b"9000"), ("GNU.sparse.map", b"5000,4")]), Safe),
+        ("pax-sparse-no-size", with(&[("GNU.sparse.map", b"5000,4")]), Refused("without its size")),
+        ("pax-sparse-no-map", with(&[("GNU.sparse.size", b"9000")]), Refused("does not fit")),
+        ("pax-sparse-no-pair", with(&[("GNU.sparse.size", b"9000"), ("GNU.sparse.map", b"5000")]), Refused("no pairs")),
+        ("pax-sparse-text", with(&[("GNU.sparse.size", b"9000"), ("GNU.sparse.map", b"a,4")]), Refused("malformed")),
+        ("pax-sparse-negative", with(&[("GNU.sparse.size", b"-9"), ("GNU.sparse.map", b"0,4")]), Refused("malformed")),
+        ("pax-sparse-out-of-range", with(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", b"99,4")]), Refused("out of range")),
+        (
+            "pax-sparse-overflow",
+            with(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", b"9223372036854775807,9223372036854775807")]),
+            Refused("out of range"),
+        ),
+        ("pax-sparse-overlap", with(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", b"0,2,1,2")]), Refused("out of order")),
+        ("pax-sparse-bomb", with(&[("GNU.sparse.size", b"9000000000000000000"), ("GNU.sparse.map", b"0,4")]), Refused("limit")),
+        (
+            "pax-sparse-0.0",
+            with(&[
+                ("GNU.sparse.size", b"9000"),
+                ("GNU.sparse.offset", b"7"),
+                ("GNU.sparse.numbytes", b"1"),
+                ("GNU.sparse.offset", b"70"),
+                ("GNU.sparse.numbytes", b"3"),
+            ]),
+            Safe,
+        ),
+        ("pax-sparse-0.0-order", with(&[("GNU.sparse.numbytes", b"1"), ("GNU.sparse.offset", b"7")]), Refused("no pairs")),
+        (
+            "pax-sparse-name-outside",
+            with(&[("GNU.sparse.size", b"4"), ("GNU.sparse.map", b"0,4"), ("GNU.sparse.name", b"../x")]),
+            Refused("leads outside"),
+        ),
+        ("pax-sparse-1.0-short", with(&[("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0")]), Refused("does not fit")),
+        ("pax-sparse-1.0", sparse_1(b"1\n5000\n4\n", b"text", EntryType::Regular), Safe),
+        ("pax-sparse-1.0-empty", sparse_1(b"0\n", b"", EntryType::Regular), Safe),
+        ("pax-sparse-1.0-more", sparse_1(b"1\n5000\n4\n", b"text and more", EntryType::Regular), Refused("does not fit")),
+        ("pax-sparse-1.0-count", sparse_1(b"99999999999\n5000\n4\n", b"text", EntryType::Regular), Refused("over the limit")),
+        ("pax-sparse-1.0-endless", sparse_1(&[b'7'; 600], b"text", EntryType::Regular), Refused("malformed")),
+        ("pax-sparse-1.0-never", sparse_1(b"2\n5000\n4\n", b"", EntryType::Regular), Refused("malformed")),
+        ("pax-sparse-directory", sparse_1(b"0\n", b"", EntryType::Directory), Refused("no file")),
     ]
 }
 
@@ -186,6 +225,20 @@ fn bombs() -> Cases {
             Refused("follow the archive's end"),
         ),
     ]
+}
+
+/// A file of 9000 bytes with holes in the newest form: the map stands before the content.
+fn sparse_1(map: &[u8], content: &[u8], kind: EntryType) -> Vec<u8> {
+    let mut data = map.to_vec();
+    data.resize(map.len().next_multiple_of(512), 0);
+    data.extend(content);
+    let records: [(&str, &[u8]); 4] = [
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"sparse"),
+        ("GNU.sparse.realsize", b"9000"),
+    ];
+    Tar::new().pax(&records).raw("GNUSparseFile.0/sparse", kind, 0o644, "", &data).finish()
 }
 
 /// GNU's form of a file with holes; 512 bytes are stored.

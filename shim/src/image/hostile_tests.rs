@@ -60,14 +60,18 @@ fn layer_directory(above: &Path) -> PathBuf {
 }
 
 fn check(stored: &[u8], outcome: Outcome) {
+    check_within(stored, outcome, LIMITS);
+}
+
+fn check_within(stored: &[u8], outcome: Outcome, limits: extract::Limits) {
     let above = tempfile::tempdir().unwrap();
     let layer = layer_directory(above.path());
     let (hosts, passwd) = (outside(Path::new("/etc")), fs::read("/etc/passwd").unwrap());
     let plain = plain(stored);
     let diff_id = digest::of(&plain);
-    let by_directory = unpack(stored, &diff_id, Place::Directory(&layer, None), LIMITS).map(drop).map_err(|e| e.to_string());
+    let by_directory = unpack(stored, &diff_id, Place::Directory(&layer, None), limits).map(drop).map_err(|e| e.to_string());
     let (image, split) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    let by_image = unpack(stored, &diff_id, Place::Erofs(&image, &split), LIMITS).map(drop).map_err(|e| e.to_string());
+    let by_image = unpack(stored, &diff_id, Place::Erofs(&image, &split), limits).map(drop).map_err(|e| e.to_string());
     assert_eq!(by_directory, by_image, "a directory and an image differ");
     assert_eq!(outside(above.path()), ["layer"]);
     assert_eq!((outside(Path::new("/etc")), fs::read("/etc/passwd").unwrap()), (hosts, passwd));
@@ -97,6 +101,32 @@ fn hostile_archives_are_harmless_in_both_forms() {
         }
     }
     assert!(failed.is_empty(), "{} failed:\n{}", failed.len(), failed.join("\n"));
+}
+
+/// In each form that GNU tar writes, with a map that is longer than a block.
+#[test]
+fn sparse_files_of_gnu_tar() {
+    let from = tempfile::tempdir().unwrap();
+    let file = fs::File::create(from.path().join("holes")).unwrap();
+    for piece in 0..200u64 {
+        let content = super::test_images::noise(piece + 1, 5000 + piece as usize);
+        std::os::unix::fs::FileExt::write_all_at(&file, &content, piece * 300_000 + 70_000).unwrap();
+    }
+    file.set_len(70_000_000).unwrap();
+    fs::write(from.path().join("whole"), b"no holes").unwrap();
+    fs::File::create(from.path().join("empty")).unwrap().set_len(1 << 20).unwrap();
+    for words in [
+        ["--format=posix", "--sparse-version=0.0"],
+        ["--format=posix", "--sparse-version=0.1"],
+        ["--format=posix", "--sparse-version=1.0"],
+        ["--format=gnu", "--sparse"],
+    ] {
+        let mut tar = Command::new("tar");
+        let output = tar.arg("-C").arg(from.path()).args(["--sparse", "--hole-detection=raw", "-cf", "-"]);
+        let output = output.args(words).args(["holes", "whole", "empty"]).output().unwrap();
+        assert!(output.status.success() && output.stdout.len() < 5_000_000, "{words:?}: {output:?}");
+        check_within(&output.stdout, Outcome::LikeTar, extract::Limits { bytes: 100 << 20, entries: 10 });
+    }
 }
 
 #[test]

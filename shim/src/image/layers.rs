@@ -287,6 +287,16 @@ impl Layers {
         Ok(records)
     }
 
+    /// Lets the kernel drop what it caches of mounted images' own files: containers read the files inside, whose cache is another one.
+    pub(super) fn let_go_of_copies(&self) {
+        for hex in self.mounts.names() {
+            let opened = fs::File::open(self.dir.join(LayerFormat::Erofs.name(&hex)));
+            if let Err(error) = opened.and_then(|file| Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)) {
+                tracing::debug!(layer = hex, %error, "letting go of cached pages");
+            }
+        }
+    }
+
     /// Holds the layers until the lease is dropped.
     pub(super) fn lease(self: &Arc<Self>, chain_ids: &[String]) -> Lease {
         let mut held = self.lock();

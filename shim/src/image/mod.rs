@@ -30,6 +30,7 @@ pub mod reference;
 mod registries_conf;
 mod registry;
 mod replaced;
+mod sparse;
 mod split;
 mod store;
 mod tls;

@@ -31,6 +31,8 @@ use tokio::task::{JoinSet, spawn_blocking};
 
 const MAX_INDEX_DEPTH: u32 = 3;
 const MIN_SHORT_ID: usize = 3;
+/// Between two times that cached pages are given back which hold a layer's bytes twice. A call takes microseconds where there are none.
+const LET_GO_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How a store is opened.
 #[derive(Debug, Clone)]
@@ -164,6 +166,7 @@ impl Store {
         let imaged: HashMap<String, LayerRecord> =
             records.iter().flat_map(|(r, _): &(ImageRecord, _)| &r.layers).map(|l| (l.chain_id.clone(), l.clone())).collect();
         let layers = Arc::new(Layers::open(config.root.join("layers"), &imaged, config.layer_format)?);
+        let_go_now_and_then(&layers);
         let mut index = BTreeMap::new();
         for (record, parsed) in records {
             if let Some(lost) = record.layers.iter().find(|l| layers.written(&l.chain_id).is_none()) {
@@ -504,6 +507,19 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// Until the store is gone, where there is a runtime: a command ends before the first time.
+fn let_go_now_and_then(layers: &Arc<Layers>) {
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+    let layers = Arc::downgrade(layers);
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(LET_GO_INTERVAL).await;
+            let Some(layers) = layers.upgrade() else { return };
+            let _ = spawn_blocking(move || layers.let_go_of_copies()).await;
+        }
+    });
 }
 
 fn is_named(image: &Image, reference: &Reference) -> bool {

@@ -667,6 +667,30 @@ async fn both_forms_of_layers_live_side_by_side() {
     assert_eq!(fs::read_dir(tree).unwrap().count(), 0, "nothing is left in the tree");
 }
 
+/// Pages of a file in memory, in bytes.
+fn resident(path: &Path) -> u64 {
+    let path = path.to_string_lossy().replace("/proc/self/", &format!("/proc/{}/", std::process::id()));
+    let output = Command::new("fincore").args(["--bytes", "--noheadings", "--output", "RES"]).arg(path).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_images_own_file_is_not_cached_beside_what_is_in_it() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "t", &one(Tar::new().file("big", 0o644, &noise(1, 4 << 20)).finish()));
+    let store = open(root.path());
+    let pulled = store.pull(&registry.name("a/b:t"), None).await.unwrap();
+    let layer = &pulled.layers[0];
+    if layer.format() == LayerFormat::Directory {
+        return;
+    }
+    let file = root_of(layer).join("big");
+    assert_eq!(fs::read(&file).unwrap().len(), 4 << 20);
+    assert!(resident(&layer.path) >= 4 << 20 && resident(&file) == 4 << 20);
+    store.0.layers.let_go_of_copies();
+    assert_eq!((resident(&layer.path), resident(&file)), (0, 4 << 20));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn exported_images_come_back_the_same() {
     for format in [LayerFormat::Erofs, LayerFormat::Directory] {
