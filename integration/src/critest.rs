@@ -49,8 +49,8 @@ pub type Outcomes = BTreeMap<String, Outcome>;
 /// Runs the suite against the daemon at `socket`; log and report are left in `output`. A failed spec is no error here.
 ///
 /// The caller starts this in the daemon's mount and network namespaces. `limit` bounds the whole suite; `focus` is a regular expression
-/// of the specs to run, empty for all.
-pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus: &str) -> Result<Outcomes> {
+/// of the specs to run, empty for all; `flags` are further ones of the suite.
+pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus: &str, flags: &[&str]) -> Result<Outcomes> {
     let report = output.join("critest.json");
     let log = std::fs::File::create(output.join("critest.log")).context("create critest's log")?;
     let endpoint = format!("unix://{}", socket.display());
@@ -60,6 +60,7 @@ pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus:
         .arg("-ginkgo.json-report")
         .arg(&report)
         .args(["-ginkgo.focus", focus])
+        .args(flags)
         .current_dir(output)
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("share critest's log")?)
@@ -116,6 +117,11 @@ pub struct Verdict {
     pub unlisted: Vec<String>,
     /// Specs of not-yet.txt that pass now and belong to must-pass.txt.
     pub gained: Vec<String>,
+}
+
+/// What of a list did not pass in a run of chosen specs, each with what happened.
+pub fn broken(outcomes: &Outcomes, must_pass: &str) -> Vec<String> {
+    compare(outcomes, must_pass, "").broken
 }
 
 /// Compares outcomes with the text of must-pass.txt (a name a line) and not-yet.txt (`name | reason`).

@@ -29,11 +29,14 @@ fn list(name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("read {}: {error}", path.display()))
 }
 
-/// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in `<target>/critest`.
-fn run_suite() -> Result<critest::Outcomes> {
+/// Streams over WebSocket, version 5 and the tunnel, where the suite has SPDY by default.
+const WEBSOCKET: [&str; 3] = ["-websocket-exec", "-websocket-attach", "-websocket-portforward"];
+
+/// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in this directory of `<target>`.
+fn run_suite(directory: &str, focus: &str, flags: &[&str]) -> Result<critest::Outcomes> {
     let tools = go::tools()?;
     let images = Images::build()?;
-    let output = go::target_dir().join("critest");
+    let output = go::target_dir().join(directory);
     std::fs::create_dir_all(&output)?;
     let scratch = tempfile::tempdir()?;
     let suite = scratch.path().join("critest");
@@ -43,14 +46,14 @@ fn run_suite() -> Result<critest::Outcomes> {
     registry.write_mirrors(&mirrors)?;
     let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
     daemon.serve()?;
-    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT, "");
+    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT, focus, flags);
     std::fs::write(output.join("daemon.log"), daemon.log())?;
     outcomes
 }
 
 #[test]
 fn the_listed_specs_pass() {
-    let outcomes = node::run(run_suite).expect("a run of critest");
+    let outcomes = node::run(|| run_suite("critest", "", &[])).expect("a run of critest");
     let passed = outcomes.values().filter(|outcome| outcome.state == "passed").count();
     let verdict = critest::compare(&outcomes, &list("must-pass.txt"), &list("not-yet.txt"));
     println!("critest: {passed} of {} specs passed", outcomes.len());
@@ -59,4 +62,12 @@ fn the_listed_specs_pass() {
     }
     assert!(verdict.unlisted.is_empty(), "in neither list or in both:\n{}", verdict.unlisted.join("\n"));
     assert!(verdict.broken.is_empty(), "{} listed specs did not pass:\n{}", verdict.broken.len(), verdict.broken.join("\n"));
+}
+
+#[test]
+fn the_streaming_specs_pass_over_websocket() {
+    let run = || run_suite("critest-websocket", "Streaming", &WEBSOCKET);
+    let outcomes = node::run(run).expect("a run of critest");
+    let broken = critest::broken(&outcomes, &list("must-pass-over-websocket.txt"));
+    assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
 }

@@ -86,7 +86,7 @@ fn run_suite(directory: &Path, focus: &str) -> Result<()> {
     registry.write_mirrors(&mirrors)?;
     let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
     daemon.serve()?;
-    let outcomes = critest::run(&directory.join("critest"), &daemon.socket(), directory, SUITE_LIMIT, focus);
+    let outcomes = critest::run(&directory.join("critest"), &daemon.socket(), directory, SUITE_LIMIT, focus, &[]);
     fs::write(directory.join("daemon.log"), daemon.log())?;
     outcomes.map(drop)
 }
