@@ -15,7 +15,21 @@ pub const WEBSOCKET: &[&str] = &["-transport", "websocket"];
 
 /// Runs the client with these URLs, one a line, on its standard input. Its answer.
 pub fn client(flags: &[&str], arguments: &[&str], urls: &str) -> Result<Value> {
-    let mut child = Command::new(go::streams()?)
+    client_in(None, flags, arguments, urls)
+}
+
+/// The same in the network namespace of a process.
+pub fn client_in(process: Option<i32>, flags: &[&str], arguments: &[&str], urls: &str) -> Result<Value> {
+    let program = go::streams()?;
+    let mut command = match process {
+        None => Command::new(program),
+        Some(pid) => {
+            let mut enter = Command::new("nsenter");
+            enter.args(["--net", "--target", &pid.to_string()]).arg(program);
+            enter
+        }
+    };
+    let mut child = command
         .args(flags)
         .args(arguments)
         .stdin(Stdio::piped())

@@ -9,6 +9,7 @@ mod products;
 mod pull;
 mod rival;
 mod sharing;
+mod streams;
 mod table;
 
 use crate::{build, client::Client, go, node, registry::Registry};
@@ -20,8 +21,8 @@ use windlass_proto::cri;
 /// What to measure, and how often.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Parts: pull, start, cni, parallel, exec, stats, memory, sharing.
-    #[arg(long, value_delimiter = ',', default_value = "pull,start,parallel,exec,stats,memory")]
+    /// Parts: pull, start, cni, parallel, exec, streams, stats, memory, sharing.
+    #[arg(long, value_delimiter = ',', default_value = "pull,start,parallel,exec,streams,stats,memory")]
     what: Vec<String>,
     /// Rounds of the part `pull`; each pulls every image once with each runtime.
     #[arg(long, default_value_t = 5)]
@@ -46,13 +47,15 @@ pub struct Options {
 /// Where a build, the start of a runtime or a call that is measured fails.
 pub fn run(options: &Options) -> Result<()> {
     for part in &options.what {
-        let parts = ["pull", "start", "cni", "parallel", "exec", "stats", "memory", "sharing"];
+        let parts = ["pull", "start", "cni", "parallel", "exec", "streams", "stats", "memory", "sharing"];
         ensure!(parts.contains(&part.as_str()), "there is no part {part:?}; parts are {}", parts.join(", "));
     }
     if !options.no_build {
         build::all()?;
     }
     let products = products::build()?;
+    // Before the node is entered, which has no network to build it with.
+    go::streams()?;
     let options = options.clone();
     node::run(move || measure(&options, &products))
 }
@@ -71,9 +74,12 @@ fn measure(options: &Options, products: &Path) -> Result<()> {
         images::add_shared(&registry, &go::target_dir().join("windlass-tools/layers"))?;
         sharing::measure(&ground, &kinds(options))?;
     }
-    if ["start", "cni", "parallel", "exec"].into_iter().any(wants) {
+    if ["start", "cni", "parallel", "exec", "streams"].into_iter().any(wants) {
         let rivals = start_all(&ground, options, wants("cni"))?;
         life::measure(&rivals, options.pods, &wants)?;
+        if wants("streams") {
+            streams::measure(&rivals, &format!("{}/{}", registry.host(), streams::IMAGE))?;
+        }
         end_all(rivals)?;
     }
     if wants("stats") || wants("memory") {
