@@ -1,5 +1,8 @@
 //! What the fuzzer of layers and the replay of its corpus call: one archive from anybody, through everything that reads or writes a layer
 //! as an image, in memory. Needs no root and leaves nothing.
+//!
+//! `RUSTC_BOOTSTRAP=1 cargo fuzz run layer -- -max_total_time=120` (cargo-fuzz, at the root of the checkout) is guided by coverage.
+//! `WINDLASS_FUZZ_ROUNDS=5000 cargo test -p windlass --lib the_fuzzers_corpus` needs nothing but the tests: it changes each seed so often.
 
 use super::digest;
 use super::extract::Limits;

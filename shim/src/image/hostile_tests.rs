@@ -138,12 +138,13 @@ fn the_fuzzers_corpus_is_replayed() {
             fs::write(corpus.join(name), gzip_unless(&stored)).unwrap();
         }
     }
+    let rounds = std::env::var("WINDLASS_FUZZ_ROUNDS").map_or(ROUNDS, |rounds| rounds.parse().unwrap());
     let mut count = 0;
     for entry in fs::read_dir(&corpus).unwrap() {
         let path = entry.unwrap().path();
         let bytes = fs::read(&path).unwrap();
         assert!(std::panic::catch_unwind(|| fuzz_layer(&bytes)).is_ok(), "{}", path.display());
-        for round in 0..ROUNDS {
+        for round in 0..rounds {
             let changed = changed(&bytes, round + 1);
             if std::panic::catch_unwind(|| fuzz_layer(&changed)).is_err() {
                 let kept = std::env::temp_dir().join("windlass-layer-crash");
@@ -156,7 +157,7 @@ fn the_fuzzers_corpus_is_replayed() {
     assert!(count >= 50, "{count} files in {}", corpus.display());
 }
 
-/// Changed forms of each seed that are tried, always the same ones.
+/// Changed forms of each seed that are tried, always the same ones; `WINDLASS_FUZZ_ROUNDS` makes them more.
 const ROUNDS: u64 = 20;
 
 /// The seed with some bytes changed, blocks doubled, or its end lost. Headers get a right checksum again, so that what is behind it is met.
