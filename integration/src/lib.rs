@@ -14,6 +14,7 @@ pub mod leak;
 pub mod measure;
 pub mod metrics;
 pub mod node;
+pub mod prometheus;
 pub mod registry;
 pub mod setup;
 pub mod soak;

@@ -15,6 +15,7 @@ use crate::{
     node::Node,
     pod,
     streaming::Server,
+    telemetry,
 };
 use clap::{Args, Parser, Subcommand};
 use image::ImageCommand;
@@ -194,6 +195,7 @@ async fn serve(config: Config) -> Result<()> {
     pod::recover(&node).await;
     let terminated = terminated()?;
     let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
+    let _metrics = telemetry::Endpoint::start(&node).await?;
     let listener = listener(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),

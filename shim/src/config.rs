@@ -32,6 +32,15 @@ pub struct Config {
     pub images: ImageConfig,
     pub streaming: StreamingConfig,
     pub monitor: MonitorConfig,
+    pub metrics: MetricsConfig,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Where the daemon's own metrics are served for Prometheus, `address:port`. Empty: nowhere.
+    pub address: String,
 }
 
 /// `[streaming]`
@@ -230,6 +239,7 @@ impl Default for Config {
             images: ImageConfig::default(),
             streaming: StreamingConfig::default(),
             monitor: MonitorConfig::default(),
+            metrics: MetricsConfig::default(),
         }
     }
 }

@@ -102,6 +102,14 @@ impl Events {
         });
     }
 
+    /// How many follow, and how many events wait for the one that is furthest behind.
+    pub fn waiting(&self) -> (usize, usize) {
+        let followers = self.0.lock().expect(POISON);
+        let open = followers.list.iter().filter(|follower| !follower.queue.is_closed());
+        let waiting = open.clone().map(|follower| QUEUE_LIMIT - follower.queue.capacity()).max();
+        (open.count(), waiting.unwrap_or(0))
+    }
+
     /// Ends every following: the daemon ends.
     pub fn end(&self) {
         let mut followers = self.0.lock().expect(POISON);

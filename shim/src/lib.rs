@@ -23,3 +23,4 @@ pub mod selinux;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod telemetry;

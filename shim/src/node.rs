@@ -123,6 +123,12 @@ impl Node {
         by_prefix(&self.containers.read().expect(POISON), id, "container")
     }
 
+    /// How many joinable operations are under way.
+    pub fn operations(&self) -> usize {
+        let running = self.running.lock().expect(POISON);
+        running.values().filter(|receiver| receiver.borrow().is_none() && receiver.has_changed().is_ok()).count()
+    }
+
     /// Runs `operation` once for each `key` at a time: a caller that comes while it runs gets the same result. It goes on when every
     /// caller has gone, because kubelet retries after its own deadline and then finds it finished.
     pub async fn joined<F>(&self, key: String, operation: impl FnOnce() -> F) -> Result<String>

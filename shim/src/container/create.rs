@@ -8,6 +8,7 @@ use crate::{
     node::{Node, new_id, now_ns},
     pod::{self, Phase, Pod},
     selinux, store,
+    telemetry::{Clock, Phase as Timed},
 };
 use sha2::{Digest, Sha256};
 use std::{
@@ -98,6 +99,7 @@ async fn assemble(
     directory: &Path,
 ) -> Result<Container> {
     let monitor = pod.monitor()?;
+    let bundling = Clock::start(Timed::ContainerBundle);
     let volumes = image_volume::find(node, &config)?;
     let images = std::iter::once(image).chain(volumes.iter().map(|volume| &volume.image));
     let chain_ids: Vec<String> = images.flat_map(|image| &image.layers).map(|layer| layer.chain_id.clone()).collect();
@@ -119,11 +121,14 @@ async fn assemble(
     let program = seccomp_program(node, &oci)?;
     write_bundle(directory, &oci, image, &volumes, program.as_deref())?;
     let log_path = log_path(&pod_record, &config)?;
+    bundling.done();
+    let building = Clock::start(Timed::ContainerBuild);
     let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
     let (pid, not_enforced) = match reply.0 {
         Body::CreateReply(reply) => (reply.pid, reply.not_enforced),
         other => return Err(Error::internal(format!("unexpected reply of the monitor: {other:?}"))),
     };
+    building.done();
     let record = Record {
         id: id.to_owned(),
         pod_id: pod.id.clone(),

@@ -7,6 +7,7 @@ use crate::{
     node::{Node, now_ns},
     pod::Phase,
     store,
+    telemetry::{Clock, Phase as Timed},
 };
 use std::{sync::Arc, time::Duration};
 use windlass_proto::monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, frame::Body};
@@ -30,8 +31,10 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     let starting = container.ending.start(|exit| container.publish_end(node, exit));
     // Published before the gate opens, so that the exit of a short program always finds a running container.
     container.change(|record| record.state = State::Running { pid, started_at_ns })?;
+    let clock = Clock::start(Timed::ContainerStart);
     match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
         Ok(_) => {
+            clock.done();
             tracing::info!(pod = %container.pod_id, container = %container.id, pid, "container started");
             container.tell_started(node);
             Ok(())

@@ -22,7 +22,7 @@ pub use life::{remove, reopen_log, start, stop};
 pub(crate) use spec::{missing_controllers, resources as limits};
 pub use update::{merge, update};
 
-use crate::{error::Result, events::EventKind, image::Lease, node::Node, store};
+use crate::{error::Result, events::EventKind, image::Lease, node::Node, store, telemetry};
 use ending::Ending;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -187,6 +187,8 @@ impl Container {
             State::Running { started_at_ns, .. } => started_at_ns,
             _ => 0,
         });
+        telemetry::EXITS.add(1);
+        telemetry::OOM_KILLS.add(u64::from(exit.oom_killed));
         let state = State::Exited { started_at_ns, exit, reason: exit.reason().into(), message: String::new() };
         self.change_always(|record| record.state = state.clone());
         tracing::info!(pod = %self.pod_id, container = %self.id, code = exit.code, oom_killed = exit.oom_killed, "container exited");

@@ -98,6 +98,7 @@ impl ImageService for Service {
         let started = std::time::Instant::now();
         let namespace = request.sandbox_config.and_then(|pod| pod.metadata).map(|meta| meta.namespace).unwrap_or_default();
         let pulled = self.node.images.pull_for(&name, credentials(request.auth, &name)?, &namespace).await;
+        crate::telemetry::pulled(pulled.is_ok(), started.elapsed());
         match pulled {
             Ok(image) => {
                 tracing::info!(image = %name, id = %image.id, elapsed_ms = started.elapsed().as_millis() as u64, "image pulled");

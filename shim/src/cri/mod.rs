@@ -9,6 +9,7 @@ mod stats;
 mod status;
 mod stream;
 mod streams;
+mod timing;
 mod view;
 
 use crate::{node::Node, streaming::Server};
@@ -63,6 +64,7 @@ pub async fn serve(
         let _ = ending.send(());
     };
     let served = tonic::transport::Server::builder()
+        .layer(tower_layer::layer_fn(timing::Timing))
         .layer(tower_layer::layer_fn(deadline::Deadline))
         .add_service(runtime)
         .add_service(image)

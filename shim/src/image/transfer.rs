@@ -204,6 +204,7 @@ impl Sink<'_> {
 
     /// Bytes that the registry sent.
     async fn put(&mut self, chunk: Bytes) -> Result<(), ImageError> {
+        crate::telemetry::PULLED_BYTES.add(chunk.len() as u64);
         if let Some(partial) = &mut *self.partial {
             partial.add(&chunk).await;
         }

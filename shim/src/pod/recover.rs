@@ -7,6 +7,7 @@ use crate::{
     monitor::Monitor,
     node::Node,
     store,
+    telemetry::{self, Repair},
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use windlass_proto::monitor::{ContainerState, StateRequest, container_state, frame::Body};
@@ -29,6 +30,7 @@ pub async fn recover(node: &Arc<Node>) {
             }
             // Its making did not come as far as a record, or its pod is gone: nothing can be running in it.
             _ => {
+                telemetry::repaired(Repair::UnfinishedContainer);
                 if let Err(error) = store::remove_tree(&node.container_directory(&id)) {
                     tracing::warn!(container = %id, %error, "unfinished container not removed");
                 }
@@ -69,6 +71,7 @@ async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
     tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
     let _turn = pod.turn.lock().await;
     reconnect_for_shutdown(&node, &pod).await;
+    telemetry::repaired(Repair::UnfinishedPod);
     if let Err(error) = stop::erase(&node, &pod).await {
         tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back");
     }
@@ -85,6 +88,7 @@ async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
         Ok(()) => tracing::info!(pod = %pod.id, name = %pod.look(Record::name), "reconnected"),
         Err(error) => {
             tracing::warn!(pod = %pod.id, name = %pod.look(Record::name), %error, "the pod's monitor is gone");
+            telemetry::repaired(Repair::LostMonitor);
             watch::lost(node, pod).await;
         }
     }

@@ -10,6 +10,7 @@ use crate::{
     events::EventKind,
     monitor::Monitor,
     node::{Node, new_id, now_ns},
+    telemetry::{Clock, Phase as Timed},
 };
 use rustix::fd::OwnedFd;
 use std::{fs, sync::Arc};
@@ -146,14 +147,18 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
 
 async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()> {
     prepare_directories(node, pod)?;
+    let (whole, making) = (Clock::start(Timed::Pod), Clock::start(Timed::PodMonitor));
     let (monitor, events) =
         node.program.start(&node.run_directory(&pod.id), node.images.layer_tree().map_err(Error::of_image)?)?;
     pod.set_monitor(Some(monitor.clone()));
     let route_socket = setup(node, pod, &monitor).await?;
     resources::enforce(node, pod, &pod.record().config).await?;
+    making.done();
     if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
+        let attaching = Clock::start(Timed::PodNetwork);
         let got = network::attach(node, pod, socket).await?;
+        attaching.done();
         pod.change(node, |record| {
             record.network = Some(got);
             record.phase = Phase::Ready;
@@ -162,6 +167,7 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
     } else {
         pod.change(node, |record| record.phase = Phase::Ready)?;
     }
+    whole.done();
     node.insert_pod(pod.clone());
     node.tell(pod, &pod.id, EventKind::ContainerCreatedEvent);
     node.tell(pod, &pod.id, EventKind::ContainerStartedEvent);

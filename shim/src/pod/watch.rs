@@ -7,6 +7,7 @@ use crate::{
     events::EventKind,
     monitor::Monitor,
     node::{Node, now_ns},
+    telemetry::{self, Repair},
 };
 use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
@@ -31,6 +32,7 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
                     }
                 }
                 Body::OomKilled(event) => {
+                    telemetry::OOM_KILLS.add(1);
                     tracing::warn!(pod = %pod.id, container = %event.container_id, kills = event.count, "process killed for memory");
                 }
                 other => tracing::warn!(pod = %pod.id, ?other, "unexpected message from the monitor"),
@@ -42,6 +44,7 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
             let _turn = pod.turn.lock().await;
             if pod.phase() == Phase::Ready && pod.monitor().is_err() {
                 tracing::error!(pod = %pod.id, "the pod's monitor is gone; killing its containers");
+                telemetry::repaired(Repair::LostMonitor);
                 lost(&node, &pod).await;
                 node.tell(&pod, &pod.id, EventKind::ContainerStoppedEvent);
             }

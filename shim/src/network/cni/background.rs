@@ -90,7 +90,10 @@ fn retry(inner: &Arc<Inner>, pod: String, entry: Arc<Entry>) {
             return;
         }
         match inner.take_back(&entry, &mut attached).await {
-            Ok(()) => tracing::info!(pod, network = %attached.network.name, "an owed CNI DEL has succeeded"),
+            Ok(()) => {
+                crate::telemetry::repaired(crate::telemetry::Repair::OwedDetach);
+                tracing::info!(pod, network = %attached.network.name, "an owed CNI DEL has succeeded");
+            }
             Err(why) => tracing::warn!(pod, network = %attached.network.name, why, "an owed CNI DEL failed; it is tried again"),
         }
     });

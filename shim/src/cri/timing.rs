@@ -1,0 +1,63 @@
+//! How long each RPC takes, by its method and code. A caller that goes away is counted as Cancelled.
+
+use crate::telemetry;
+use std::{
+    task::{Context, Poll},
+    time::Instant,
+};
+use tonic::{
+    Code,
+    codegen::{BoxFuture, Service, http},
+};
+
+#[derive(Clone)]
+pub(super) struct Timing<S>(pub(super) S);
+
+/// Counts when it is dropped, so that an RPC whose caller has gone is counted too.
+struct Running {
+    path: String,
+    began: Instant,
+    code: Code,
+}
+
+impl Running {
+    fn ended(mut self, code: Code) {
+        self.code = code;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        telemetry::called(&self.path, self.code as i32, self.began.elapsed());
+    }
+}
+
+impl<S, B, R> Service<http::Request<B>> for Timing<S>
+where
+    S: Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    R: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = BoxFuture<S::Response, S::Error>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let running = Running { path: request.uri().path().to_owned(), began: Instant::now(), code: Code::Cancelled };
+        let answer = self.0.call(request);
+        Box::pin(async move {
+            let answer = answer.await;
+            running.ended(match &answer {
+                // An error has its code in the head; with a success it comes behind the message.
+                Ok(answer) => answer.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes())),
+                Err(_) => Code::Internal,
+            });
+            answer
+        })
+    }
+}
