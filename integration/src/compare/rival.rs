@@ -124,7 +124,7 @@ fn windlass(products: &Path, registry: Registry, network: Network, tmpfs: bool, 
         let conflists = daemon.path("cni");
         config::write_conflist(&conflists, &daemon.path("ipam"), "wlcompare")?;
         let own = fs::read_to_string(daemon.path("config.toml"))?;
-        let keys = format!("cni_conf_dir = {conflists:?}\ncni_bin_dir = {:?}\n", products.join("cni"));
+        let keys = format!("cni_bin_dir = {:?}\n", products.join("cni"));
         fs::write(daemon.path("config.toml"), own.replace("[network]\n", &format!("[network]\n{keys}")))?;
     }
     daemon.serve()?;
