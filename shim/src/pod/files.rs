@@ -8,15 +8,14 @@ use crate::{
 use std::{fmt::Write, fs, path::Path};
 use windlass_proto::cri::{DnsConfig, NamespaceMode};
 
-/// Writes the three files into the pod's directory.
+/// Writes those into the pod's directory that do not tell its addresses.
 pub(super) fn write(directory: &Path, record: &Record) -> Result<()> {
     let hostname = hostname(record);
     store::write_file(&directory.join("hostname"), format!("{hostname}\n").as_bytes())?;
-    store::write_file(&directory.join("resolv.conf"), resolv_conf(record.config.dns_config.as_ref())?.as_bytes())?;
-    write_hosts(directory, record)
+    store::write_file(&directory.join("resolv.conf"), resolv_conf(record.config.dns_config.as_ref())?.as_bytes())
 }
 
-/// Writes `hosts` again, for example once the pod's addresses are known.
+/// Writes `hosts`, once the pod's addresses are known.
 pub(super) fn write_hosts(directory: &Path, record: &Record) -> Result<()> {
     let host = namespace_modes(&record.config).network() == NamespaceMode::Node;
     let text = if host { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { hosts(record) };

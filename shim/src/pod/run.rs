@@ -1,7 +1,8 @@
 //! RunPodSandbox: from a configuration to a ready pod, or to nothing.
 //!
-//! 1. check the configuration, 2. record `Creating`, 3. start the monitor and let it make the namespaces, 4. attach the network,
-//! 5. record `Ready`. A step that fails takes back what the steps before it made, by the same code that stops and removes a pod.
+//! It checks the configuration, records `Creating`, starts the monitor and lets it make the namespaces, attaches the network while it
+//! writes the files and sets the limits, and records `Ready`. A step that fails takes back what the steps before it made, by the same code
+//! that stops and removes a pod.
 
 use super::{Phase, Pod, Record, files, namespace_modes, network, resources, stop, userns, watch};
 use crate::{
@@ -152,21 +153,29 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
         node.program.start(&node.run_directory(&pod.id), node.images.layer_tree().map_err(Error::of_image)?)?;
     pod.set_monitor(Some(monitor.clone()));
     let route_socket = setup(node, pod, &monitor).await?;
-    resources::enforce(node, pod, &pod.record().config).await?;
     making.done();
+    // The network needs none of this, and so is made beside it.
+    let rest = async {
+        resources::enforce(node, pod, &pod.record().config).await?;
+        files::write(&node.pod_directory(&pod.id), &pod.record())?;
+        prepare_logs(pod)
+    };
     if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
         let attaching = Clock::start(Timed::PodNetwork);
-        let got = network::attach(node, pod, socket).await?;
-        attaching.done();
+        let network = async { network::attach(node, pod, socket).await.inspect(|_| attaching.done()) };
+        let (got, rest) = tokio::join!(network, rest);
+        let got = got?;
+        rest?;
         pod.change(node, |record| {
             record.network = Some(got);
             record.phase = Phase::Ready;
         })?;
-        files::write_hosts(&node.pod_directory(&pod.id), &pod.record())?;
     } else {
+        rest.await?;
         pod.change(node, |record| record.phase = Phase::Ready)?;
     }
+    files::write_hosts(&node.pod_directory(&pod.id), &pod.record())?;
     whole.done();
     node.insert_pod(pod.clone());
     node.tell(pod, &pod.id, EventKind::ContainerCreatedEvent);
@@ -180,12 +189,13 @@ fn prepare_directories(node: &Node, pod: &Pod) -> Result<()> {
     for path in [&directory, &node.run_directory(&pod.id)] {
         fs::create_dir_all(path).map_err(|error| Error::io(format_args!("create {}", path.display()), error))?;
     }
-    pod.change(node, |_| {})?;
-    let record = pod.record();
-    files::write(&directory, &record)?;
-    let logs = record.log_directory();
+    pod.change(node, |_| {})
+}
+
+fn prepare_logs(pod: &Pod) -> Result<()> {
+    let logs = pod.look(|record| record.log_directory().to_owned());
     if !logs.is_empty() {
-        fs::create_dir_all(logs).map_err(|error| Error::io(format_args!("create log directory {logs}"), error))?;
+        fs::create_dir_all(&logs).map_err(|error| Error::io(format_args!("create log directory {logs}"), error))?;
     }
     Ok(())
 }
