@@ -25,8 +25,10 @@ const MAX_BYTES: u64 = 4 << 30;
 const MAX_AGE: Duration = Duration::from_secs(60 * 60);
 /// Between two looks at the age.
 const LOOK: Duration = Duration::from_secs(10 * 60);
-/// Of a disk, a tenth and at most so much is left alone.
+/// Of a disk, a tenth is left alone, at most and at least so much. The least is more than what is on its way to an unpacker, which will
+/// want room for it after this has looked.
 const MAX_RESERVE_BYTES: u64 = 4 << 30;
+const MIN_RESERVE_BYTES: u64 = 10 << 20;
 
 /// All of them.
 pub(super) struct Partials {
@@ -196,6 +198,6 @@ impl Partial {
 /// Whether the disk has more than what is left alone.
 fn room(file: &File) -> std::io::Result<bool> {
     let disk = rustix::fs::fstatvfs(file)?;
-    let reserve_bytes = (disk.f_blocks.saturating_mul(disk.f_frsize) / 10).min(MAX_RESERVE_BYTES);
+    let reserve_bytes = (disk.f_blocks.saturating_mul(disk.f_frsize) / 10).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES);
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize) > reserve_bytes)
 }
