@@ -1,10 +1,11 @@
 //! The CRI as a test speaks it: blocking calls, and configurations as kubelet makes them.
 
-use crate::daemon::Daemon;
-use anyhow::{Context, Result};
+use crate::{daemon::Daemon, wait::until_within};
+use anyhow::{Context, Result, ensure};
 use std::{
     path::Path,
     sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
 };
 use tokio::runtime::Runtime;
 use tonic::{
@@ -141,6 +142,21 @@ impl Client {
     }
 
     /// A URL at which a command's streams are served.
+    /// What a script prints in a container; fails unless it ends with 0.
+    pub fn shell(&self, id: &str, script: &str) -> Result<String> {
+        let run = self.exec(id, &["sh", "-c", script])?;
+        ensure!(run.exit_code == 0, "{script}: {}", String::from_utf8_lossy(&run.stderr));
+        Ok(String::from_utf8_lossy(&run.stdout).trim().to_owned())
+    }
+
+    /// Waits for a container's end, for 60 s at most.
+    pub fn exited(&self, id: &str) -> Result<cri::ContainerStatus> {
+        until_within(Duration::from_secs(60), "the container's end", || {
+            let status = self.container(id)?;
+            Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
+        })
+    }
+
     pub fn exec_url(&self, request: cri::ExecRequest) -> Result<String, Status> {
         let mut client = self.runtime_service.clone();
         self.runtime.block_on(client.exec(request)).map(|reply| reply.into_inner().url)

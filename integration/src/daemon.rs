@@ -241,3 +241,16 @@ pub fn remove_cgroup(directory: &Path) {
         std::thread::sleep(Duration::from_millis(2));
     }
 }
+
+/// The command lines of the processes in a cgroup and below it.
+pub fn command_lines(cgroup: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default().lines() {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        found.push(String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " "));
+    }
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+        found.extend(command_lines(&entry.path()));
+    }
+    found
+}

@@ -135,25 +135,22 @@ pub fn validation() -> Result<Validation> {
     Ok(validation)
 }
 
-/// Builds the client of streams, which is client-go's, unless `<target>/windlass-tools/streams` holds the one of this recipe. Prints what it does.
+/// The client of streams, which is client-go's: built unless `<target>/windlass-tools/streams` holds the one of this recipe.
 pub fn streams() -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/streams");
-    let program = dir.join("streams");
-    let module = Path::new(STREAMS_MODULE);
-    unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
-        println!("building the client of streams from Go modules into {} (about a minute)", dir.display());
-        go_build(module, &["build", "-trimpath"], &program, &["."])
-    })?;
-    Ok(program)
+    own_program("streams", STREAMS_MODULE)
 }
 
-/// Builds go-containerregistry's registry server unless `<target>/windlass-tools/registry` holds the one of this recipe. Prints what it does.
+/// go-containerregistry's registry server: built unless `<target>/windlass-tools/registry` holds the one of this recipe.
 pub fn registry() -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/registry");
-    let program = dir.join("registry");
-    let module = Path::new(REGISTRY_MODULE);
+    own_program("registry", REGISTRY_MODULE)
+}
+
+/// Builds a module's own `main.go`. Prints what it does.
+fn own_program(name: &str, module: &str) -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools").join(name);
+    let (program, module) = (dir.join(name), Path::new(module));
     unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
-        println!("building a registry server from Go modules into {} (about a minute)", dir.display());
+        println!("building {name} from Go modules into {} (about a minute)", dir.display());
         go_build(module, &["build", "-trimpath"], &program, &["."])
     })?;
     Ok(program)

@@ -130,3 +130,15 @@ pub fn write_archive_with(path: &Path, name: &str, layers: Vec<Vec<u8>>, fields:
     fs::File::create(path)?.write_all(&builder.into_inner()?)?;
     Ok(())
 }
+
+/// Bytes that do not compress, other ones for each seed; a multiple of eight.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed * 2 + 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(next).take(length / 8).flatten().collect()
+}

@@ -1,6 +1,10 @@
 //! What a test may not leave behind, as lists that are compared before and after.
 
-use crate::{daemon::Daemon, node::output_of};
+use crate::{
+    client::{Client, pod},
+    daemon::Daemon,
+    node::output_of,
+};
 use anyhow::{Result, ensure};
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -9,6 +13,13 @@ use std::{collections::BTreeSet, fs, path::Path};
 pub struct Snapshot(BTreeSet<String>);
 
 impl Snapshot {
+    /// What is there once a first pod has come and gone: it makes what the daemon keeps, as bridge, rules, parent cgroup and pipes.
+    pub fn warm(daemon: &Daemon, client: &Client) -> Result<Snapshot> {
+        let warm = client.run(&pod(&daemon.path("logs")))?;
+        client.remove(&warm)?;
+        Snapshot::take(daemon)
+    }
+
     /// What is there now, in the namespaces of the calling thread.
     pub fn take(daemon: &Daemon) -> Result<Snapshot> {
         let mut found = BTreeSet::new();

@@ -7,6 +7,7 @@ pub mod critest;
 pub mod daemon;
 pub mod demo;
 pub mod go;
+pub mod ground;
 pub mod guest;
 pub mod image;
 pub mod kubelet;

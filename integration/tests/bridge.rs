@@ -8,7 +8,7 @@ use std::{
 };
 use windlass_integration::{
     client::{Client, container, pod},
-    daemon::Daemon,
+    ground::begin,
     leak::Snapshot,
     node, soak,
 };
@@ -28,16 +28,6 @@ fn assign(client: &Client, cidr: &str) -> Result<(), tonic::Status> {
     let network_config = Some(cri::NetworkConfig { pod_cidr: cidr.into() });
     let request = cri::UpdateRuntimeConfigRequest { runtime_config: Some(cri::RuntimeConfig { network_config }) };
     client.update_runtime_config(request).map(drop)
-}
-
-/// A daemon with a bridge and its first pod behind it, and what was there then.
-fn begin() -> Result<(Daemon, Client, Snapshot)> {
-    let daemon = Daemon::start(&[])?;
-    let client = Client::connect(&daemon)?;
-    let warm = client.run(&pod(&daemon.path("logs")))?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    Ok((daemon, client, before))
 }
 
 #[test]

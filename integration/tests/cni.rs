@@ -16,6 +16,7 @@ use windlass_integration::{
     go,
     leak::Snapshot,
     node, soak,
+    wait::until_true,
 };
 use windlass_proto::cri;
 
@@ -125,15 +126,6 @@ impl Ground {
     }
 }
 
-fn wait_for(what: &str, limit: Duration, mut check: impl FnMut() -> Result<bool>) -> Result<Duration> {
-    let begun = Instant::now();
-    while !check()? {
-        ensure!(begun.elapsed() < limit, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(begun.elapsed())
-}
-
 const LONG: Duration = Duration::from_secs(15);
 
 /// A chain of Debian's plugins with both families, and `more` after them.
@@ -160,7 +152,7 @@ fn scripted(version: &str) -> Value {
 fn real_ground(settings: &str, more: &[Value]) -> Result<Ground> {
     let ground = Ground::start(&format!("mode = \"cni\"\n{settings}"), None)?;
     fs::write(ground.daemon.path("cni/10-test.conflist"), real(&ground.daemon, more).to_string())?;
-    wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+    until_true("NetworkReady", || Ok(ground.ready()?.0))?;
     Ok(ground)
 }
 
@@ -196,7 +188,7 @@ fn real_plugins_give_both_families_a_host_port_and_take_all_back() -> Result<()>
             .args(["netns", "exec", &netns, "busybox", "nc", "-l", "-p", "80", "-e", "echo", "hello"])
             .spawn()?;
         let mut heard = String::new();
-        let reached = wait_for("the host port", LONG, || match TcpStream::connect("192.0.2.1:8080") {
+        let reached = until_true("the host port", || match TcpStream::connect("192.0.2.1:8080") {
             Ok(mut stream) => {
                 stream.set_read_timeout(Some(LONG))?;
                 Ok(stream.read_to_string(&mut heard).is_ok() && heard == "hello\n")
@@ -265,14 +257,14 @@ fn a_stop_fails_only_if_add_succeeded_and_del_did_not_and_del_is_tried_until_it_
         let error = ground.stop(&id).expect_err("DEL fails");
         ensure!(error.message().contains("DEL: plugin \"fault\"") && error.message().contains("busy"), "{error}");
         ensure!(ground.input("DEL")?["prevResult"]["ips"][0]["address"] == "10.66.0.2/24", "no result");
-        wait_for("the owed DEL", LONG, || Ok(ground.held().is_empty()))?;
+        until_true("the owed DEL", || Ok(ground.held().is_empty()))?;
         ensure!(ground.calls(&format!("DEL {id}")) == 4, "{}", ground.calls("DEL"));
         ground.client.remove(&id)?;
 
         fs::remove_file(ground.faults.join("count"))?;
         ground.fault("ADD", Some("exit 1"))?;
         ground.client.run(&ground.config()).expect_err("ADD fails");
-        wait_for("the owed DEL of a failed ADD", LONG, || Ok(ground.held().is_empty()))?;
+        until_true("the owed DEL of a failed ADD", || Ok(ground.held().is_empty()))?;
         before.expect_same(&ground.snapshot()?)
     })
 }
@@ -286,13 +278,13 @@ fn a_daemon_killed_in_an_add_takes_it_back_when_it_starts_again() -> Result<()> 
         let (config, client) = (ground.config(), Client::connect(&ground.daemon)?);
         let calls = ground.calls("ADD");
         let running = std::thread::spawn(move || client.run(&config));
-        wait_for("the ADD", LONG, || Ok(ground.calls("ADD") > calls))?;
+        until_true("the ADD", || Ok(ground.calls("ADD") > calls))?;
         ensure!(!ground.held().is_empty(), "nothing was recorded");
         ground.daemon.kill9()?;
         ensure!(running.join().ok().context("the caller")?.is_err());
         ground.daemon.serve()?;
         ground.client = Client::connect(&ground.daemon)?;
-        wait_for("all is taken back", LONG, || Ok(ground.held().is_empty()))?;
+        until_true("all is taken back", || Ok(ground.held().is_empty()))?;
         ensure!(node::output_of("pgrep", &["-f", "sleep 54321"]).is_err(), "the plugin lives");
         ground.fault("ADD", None)?;
         before.expect_same(&ground.warm()?)
@@ -310,7 +302,7 @@ fn after_a_reboot_addresses_come_back_though_the_namespaces_are_gone() -> Result
         for monitor in ground.daemon.monitors() {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitor), nix::sys::signal::Signal::SIGKILL)?;
         }
-        wait_for("the monitors' end", LONG, || Ok(ground.daemon.monitors().is_empty()))?;
+        until_true("the monitors' end", || Ok(ground.daemon.monitors().is_empty()))?;
         for id in &ids {
             let pin = Path::new("/run/netns").join(netns_of(id));
             node::run_command("umount", &[&pin.to_string_lossy()])?;
@@ -319,7 +311,7 @@ fn after_a_reboot_addresses_come_back_though_the_namespaces_are_gone() -> Result
         fs::remove_dir_all(ground.daemon.state())?;
         ground.daemon.serve()?;
         ground.client = Client::connect(&ground.daemon)?;
-        wait_for("the addresses", LONG, || Ok(ground.held().is_empty()))?;
+        until_true("the addresses", || Ok(ground.held().is_empty()))?;
         for id in &ids {
             ensure!(ground.calls(&format!("DEL {id} none")) >= 1, "no DEL without a namespace");
             ensure!(ground.client.pod(id)?.state() == cri::PodSandboxState::SandboxNotready);
@@ -328,7 +320,7 @@ fn after_a_reboot_addresses_come_back_though_the_namespaces_are_gone() -> Result
         // Links go with their namespaces, which the kernel ends when it likes. What the bridge plugin masqueraded stays until it is asked
         // with a namespace, or the kernel's rules are gone as after a true reboot.
         let links = |text: &str| text.lines().filter(|line| line.contains("veth")).count();
-        wait_for("the links", LONG, || Ok(links(&node::output_of("ip", &["-o", "link"])?) == 0))?;
+        until_true("the links", || Ok(links(&node::output_of("ip", &["-o", "link"])?) == 0))?;
         drop(before);
         Ok(())
     })
@@ -348,28 +340,28 @@ fn a_network_that_appears_later_takes_over_and_a_broken_file_changes_nothing() -
             Ok(network["attaches"] == kind)
         };
         fs::write(&file, scripted("1.0.0").to_string())?;
-        let took = wait_for("CNI", LONG, || attaches("cni"))?;
+        let took = until_true("CNI", || attaches("cni"))?;
         ensure!(took < Duration::from_millis(1500), "{took:?}");
         let by_cni = ground.client.run(&ground.config())?;
         ensure!(ground.client.pod(&by_cni)?.network.context("network")?.ip == "10.66.0.2");
 
         fs::write(ground.daemon.path("cni/10-broken.conflist"), r#"{"name":"x","cniVersion":"1.0.0","plugins":[{}]}"#)?;
         let told = "10-broken.conflist: plugins[0].type: is missing";
-        wait_for("the complaint", LONG, || Ok(ground.daemon.log().contains("10-broken")))?;
+        until_true("the complaint", || Ok(ground.daemon.log().contains("10-broken")))?;
         let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
         ensure!(info.get("network").is_some_and(|text| text.contains(told)), "{info:?}");
         ensure!(ground.ready()?.0, "{:?}", ground.ready()?);
         fs::write(&file, "{")?;
-        wait_for("the second complaint", LONG, || Ok(ground.daemon.log().contains("20-late.conflist why")))?;
+        until_true("the second complaint", || Ok(ground.daemon.log().contains("20-late.conflist why")))?;
         let another = ground.client.run(&ground.config())?;
 
         for id in [&bridged, &by_cni, &another] {
             ground.client.remove(id)?;
         }
         ensure!(ground.calls(&format!("DEL {bridged}")) == 0 && ground.calls(&format!("DEL {by_cni}")) == 1, "each by its own");
-        wait_for("the bridge is gone", LONG, || Ok(!node::output_of("ip", &["-o", "link"])?.contains("wlt")))?;
+        until_true("the bridge is gone", || Ok(!node::output_of("ip", &["-o", "link"])?.contains("wlt")))?;
         fs::remove_file(&file)?;
-        wait_for("not ready", LONG, || Ok(!ground.ready()?.0))?;
+        until_true("not ready", || Ok(!ground.ready()?.0))?;
         let error = ground.client.run(&ground.config()).expect_err("no network");
         ensure!(error.message().contains(told), "{error}");
         Ok(())
@@ -380,7 +372,7 @@ fn a_network_that_appears_later_takes_over_and_a_broken_file_changes_nothing() -
 fn status_is_asked_in_the_background_and_gc_is_told_what_counts() -> Result<()> {
     node::run(|| {
         let mut ground = Ground::start("mode = \"cni\"", Some(&scripted("1.1.0")))?;
-        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        until_true("NetworkReady", || Ok(ground.ready()?.0))?;
         for _ in 0..50 {
             ground.ready()?;
         }
@@ -391,13 +383,13 @@ fn status_is_asked_in_the_background_and_gc_is_told_what_counts() -> Result<()> 
         let collected = ground.calls("GC");
         ground.daemon.serve()?;
         ground.client = Client::connect(&ground.daemon)?;
-        wait_for("GC", LONG, || Ok(ground.calls("GC") > collected && ground.input("GC").is_ok()))?;
+        until_true("GC", || Ok(ground.calls("GC") > collected && ground.input("GC").is_ok()))?;
         let expected = json!([{ "containerID": id, "ifname": "eth0" }]);
         ensure!(ground.input("GC")?["cni.dev/valid-attachments"] == expected, "{}", ground.input("GC")?);
-        wait_for("CHECK", LONG, || Ok(ground.calls(&format!("CHECK {id}")) == 1))?;
-        wait_for("not ready", LONG, || Ok(ground.ready()?.1.contains("the agent is away")))?;
+        until_true("CHECK", || Ok(ground.calls(&format!("CHECK {id}")) == 1))?;
+        until_true("not ready", || Ok(ground.ready()?.1.contains("the agent is away")))?;
         ground.fault("STATUS", None)?;
-        wait_for("ready again", LONG, || Ok(ground.ready()?.0))?;
+        until_true("ready again", || Ok(ground.ready()?.0))?;
         ground.client.remove(&id)?;
         ensure!(ground.held().is_empty(), "{:?}", ground.held());
         Ok(())
@@ -413,7 +405,7 @@ fn the_newest_plugins_and_their_status_limits_and_user_namespaces() -> Result<()
         let mut network = real(&ground.daemon, &[bandwidth]);
         network["cniVersion"] = json!("1.1.0");
         fs::write(ground.daemon.path("cni/10-test.conflist"), network.to_string())?;
-        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        until_true("NetworkReady", || Ok(ground.ready()?.0))?;
         let mut config = ground.config();
         config.port_mappings.push(cri::PortMapping { container_port: 80, host_port: 8080, ..Default::default() });
         for direction in ["ingress", "egress"] {
@@ -469,7 +461,7 @@ fn plugins_that_connect_otherwise_than_by_a_bridge_serve_too() -> Result<()> {
             let network = json!({ "name": "test", "cniVersion": "1.1.0", "plugins": [kind] });
             let name = network["plugins"][0]["type"].as_str().unwrap_or_default().to_owned();
             fs::write(ground.daemon.path("cni/10-test.conflist"), network.to_string())?;
-            wait_for("the network", LONG, || {
+            until_true("the network", || {
                 let info = ground.client.status(cri::StatusRequest { verbose: true })?.info;
                 Ok(ground.ready()?.0 && info.get("network").is_some_and(|text| text.contains(&format!("[\"{name}\"]"))))
             })?;
@@ -496,7 +488,7 @@ fn assigned_subnets_reach_plugins_that_ask_for_them() -> Result<()> {
         let plugin = json!({ "type": "fault", "capabilities": { "ipRanges": true } });
         let network = json!({ "name": "test", "cniVersion": "1.0.0", "plugins": [plugin] });
         let mut ground = Ground::start("mode = \"cni\"", Some(&network))?;
-        wait_for("NetworkReady", LONG, || Ok(ground.ready()?.0))?;
+        until_true("NetworkReady", || Ok(ground.ready()?.0))?;
         let network_config = Some(cri::NetworkConfig { pod_cidr: "10.244.5.0/24,fd44:5::/64".into() });
         let runtime_config = Some(cri::RuntimeConfig { network_config });
         ground.client.update_runtime_config(cri::UpdateRuntimeConfigRequest { runtime_config })?;

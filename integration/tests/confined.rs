@@ -29,10 +29,7 @@ impl Ground {
     fn new() -> Result<Ground> {
         let daemon = Daemon::start(&[])?;
         let client = Client::connect(&daemon)?;
-        let warm = pod(&daemon.path("logs"));
-        let id = client.run(&warm)?;
-        client.remove(&id)?;
-        let before = Snapshot::take(&daemon)?;
+        let before = Snapshot::warm(&daemon, &client)?;
         let config = pod(&daemon.path("logs"));
         let pod = client.run(&config)?;
         Ok(Ground { daemon, client, before, config, pod, serial: 0 })

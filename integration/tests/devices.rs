@@ -16,9 +16,7 @@ fn answers(change: impl FnOnce(&mut cri::PodSandboxConfig, &mut cri::ContainerCo
     let mut config = pod(&daemon.path("logs"));
     let mut wanted = container(&config, "main", &["sleep", "1000"]);
     change(&mut config, &mut wanted);
-    let warm = client.run(&pod(&daemon.path("logs-warm")))?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
+    let before = Snapshot::warm(&daemon, &client)?;
     let id = client.run(&config)?;
     let main = client.create(&id, &config, &wanted)?;
     client.start(&main)?;
@@ -162,9 +160,7 @@ fn cdi_devices_bring_what_their_files_say() -> Result<()> {
         std::fs::create_dir(&mounted)?;
         std::fs::write(mounted.join("file"), "of the vendor")?;
         let config = pod(&daemon.path("logs"));
-        let warm = client.run(&config)?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let before = Snapshot::warm(&daemon, &client)?;
         let id = client.run(&config)?;
         let mut wanted = container(&config, "main", &["sleep", "1000"]);
         wanted.cdi_devices = vec![cdi("example.com/card=one")];

@@ -13,7 +13,6 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 use tonic::Code;
 use windlass_integration::{
@@ -44,9 +43,7 @@ fn ground(layer: Option<Vec<u8>>, fields: serde_json::Value) -> Result<Ground> {
     let daemon = Daemon::start_with(vec![plain, (HOSTILE, layers, fields)])?;
     let client = Client::connect(&daemon)?;
     let config = pod(&daemon.path("logs"));
-    let warm = client.run(&config)?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
+    let before = Snapshot::warm(&daemon, &client)?;
     let pod = client.run(&config)?;
     Ok(Ground { daemon, client, config, pod, before })
 }
@@ -81,15 +78,6 @@ impl Ground {
     }
 }
 
-fn wait_exited(client: &Client, id: &str) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while client.container(id)?.state() != cri::ContainerState::ContainerExited {
-        ensure!(Instant::now() < deadline, "{id} does not end");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(())
-}
-
 /// CVE-2024-21626, CVE-2016-9962: a descriptor of the host's tree that is open when the working directory is entered.
 #[test]
 fn a_working_directory_behind_a_descriptor() -> Result<()> {
@@ -106,7 +94,7 @@ fn a_working_directory_behind_a_descriptor() -> Result<()> {
                 wanted.working_dir = format!("/proc/self/fd/{descriptor}");
             }
             let Ok(id) = ground.run(&wanted) else { continue };
-            wait_exited(&ground.client, &id)?;
+            ground.client.exited(&id)?;
             let log = ground.log(&name);
             ensure!(!log.contains("escaped") && !log.contains("of the host"), "{name}: {log}");
         }
@@ -114,7 +102,7 @@ fn a_working_directory_behind_a_descriptor() -> Result<()> {
         let mut wanted = ground.wanted("descriptors", &["/bin/sh", "-c", "echo have $(ls /proc/self/fd)"]);
         wanted.working_dir = "/".into();
         let id = ground.run(&wanted)?;
-        wait_exited(&ground.client, &id)?;
+        ground.client.exited(&id)?;
         ensure!(ground.log("descriptors").contains("have 0 1 2 3\n"), "{}", ground.log("descriptors"));
         ground.end()
     })
@@ -170,7 +158,7 @@ fn masked_paths_and_the_console_with_links_in_the_image() -> Result<()> {
         let mut wanted = ground.wanted("terminal", &["/bin/sh", "-c", "stat -c %F /dev/console; stat -f -c %T /dev/console"]);
         wanted.tty = true;
         let id = ground.run(&wanted)?;
-        wait_exited(&ground.client, &id)?;
+        ground.client.exited(&id)?;
         let log = ground.log("terminal");
         ensure!(log.contains("character special file") && !log.contains("proc"), "{log}");
         ensure!(fs::read_to_string("/proc/sys/kernel/core_pattern")? == core_pattern);

@@ -14,17 +14,19 @@ use windlass_proto::cri::{self, ContainerEventType as Kind, runtime_service_clie
 /// Longest wait for the next event.
 const EVENT_LIMIT: Duration = Duration::from_secs(10);
 
+async fn events_of(daemon: &Daemon) -> Result<tonic::Streaming<cri::ContainerEventResponse>> {
+    let address = format!("unix://{}", daemon.socket().display());
+    let mut client = RuntimeServiceClient::new(Endpoint::from_shared(address)?.connect().await?);
+    Ok(client.get_container_events(cri::GetEventsRequest {}).await?.into_inner())
+}
+
 #[test]
 fn events_tell_a_pods_life_in_order_and_end_with_the_daemon() {
     node::run(|| {
         let mut daemon = Daemon::start(&[])?;
         let client = Client::connect(&daemon)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let address = format!("unix://{}", daemon.socket().display());
-        let mut events = runtime.block_on(async {
-            let mut client = RuntimeServiceClient::new(Endpoint::from_shared(address)?.connect().await?);
-            anyhow::Ok(client.get_container_events(cri::GetEventsRequest {}).await?.into_inner())
-        })?;
+        let mut events = runtime.block_on(events_of(&daemon))?;
         let config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;
         // It ends at once, so that its start and its end are hard to keep in order.
@@ -81,11 +83,7 @@ fn a_start_that_fails_is_one_end_and_no_start() {
         let config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let address = format!("unix://{}", daemon.socket().display());
-        let mut events = runtime.block_on(async {
-            let mut client = RuntimeServiceClient::new(Endpoint::from_shared(address)?.connect().await?);
-            anyhow::Ok(client.get_container_events(cri::GetEventsRequest {}).await?.into_inner())
-        })?;
+        let mut events = runtime.block_on(events_of(&daemon))?;
         let mut expected = Vec::new();
         for number in 0..50 {
             let created = client.create(&id, &config, &container(&config, &format!("bad-{number}"), &["/no/such/program"]))?;

@@ -3,29 +3,20 @@
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
-    path::Path,
     time::{Duration, Instant},
 };
 use tonic::Code;
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
-    go, image,
-    leak::Snapshot,
-    node,
+    go,
+    ground::Ground,
+    image, node,
     streams::{SPDY, WEBSOCKET, client},
 };
 use windlass_proto::cri::{self, NamespaceMode};
 
 const HANDLERS: [(&str, &str); 2] = [("runc", "/usr/sbin/runc"), ("crun", "/usr/bin/crun")];
-
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
 
 /// A daemon that has both handlers, and a pod that asks for one of them.
 fn ground(handler: &str, change: impl FnOnce(&mut cri::PodSandboxConfig)) -> Result<Ground> {
@@ -40,52 +31,7 @@ fn ground(handler: &str, change: impl FnOnce(&mut cri::PodSandboxConfig)) -> Res
     daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
     fs::remove_file(archive)?;
     daemon.serve()?;
-    let client = Client::connect(&daemon)?;
-    let warm = client.run(&pod(&daemon.path("logs")))?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    let mut config = pod(&daemon.path("logs"));
-    change(&mut config);
-    let request = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
-    let pod = client.run_pod_sandbox(request)?.pod_sandbox_id;
-    Ok(Ground { daemon, client, config, pod, before })
-}
-
-impl Ground {
-    fn start(&self, name: &str, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
-        let mut wanted = container(&self.config, name, command);
-        change(&mut wanted);
-        let id = self.client.create(&self.pod, &self.config, &wanted)?;
-        self.client.start(&id)?;
-        Ok(id)
-    }
-
-    fn shell(&self, id: &str, script: &str) -> Result<String> {
-        let reply = self.client.exec(id, &["sh", "-c", script])?;
-        ensure!(reply.exit_code == 0, "{script}: {}", String::from_utf8_lossy(&reply.stderr));
-        Ok(String::from_utf8_lossy(&reply.stdout).trim().to_owned())
-    }
-
-    fn wait_exited(&self, id: &str) -> Result<cri::ContainerStatus> {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            let status = self.client.container(id)?;
-            if status.state() == cri::ContainerState::ContainerExited {
-                return Ok(status);
-            }
-            ensure!(Instant::now() < deadline, "{id} does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn log(&self, name: &str) -> Result<String> {
-        Ok(fs::read_to_string(Path::new(&self.config.log_directory).join(format!("{name}.log")))?)
-    }
-
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
-    }
+    Ground::with_handler(daemon, handler, change)
 }
 
 fn life(handler: &str) -> Result<()> {
@@ -113,14 +59,14 @@ fn life(handler: &str) -> Result<()> {
         },
     )?;
     let deadline = Instant::now() + Duration::from_secs(10);
-    while ground.log("main")?.lines().count() < 2 && Instant::now() < deadline {
+    while ground.log("main").lines().count() < 2 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let log = ground.log("main")?;
+    let log = ground.log("main");
     ensure!(log.contains(" stdout F hello\n") && log.contains(" stderr F bad\n") && log.lines().count() == 2, "{log}");
-    let seen = ground.shell(&id, "id -u; hostname; echo $GREETING; cat /ro/file; echo; (echo x > /ro/x) 2>/dev/null || echo kept; ip -o -4 addr show | grep -c 'eth0'")?;
+    let seen = ground.client.shell(&id, "id -u; hostname; echo $GREETING; cat /ro/file; echo; (echo x > /ro/x) 2>/dev/null || echo kept; ip -o -4 addr show | grep -c 'eth0'")?;
     ensure!(seen == format!("1000\n{}\nhello\nof the host\nkept\n1", ground.config.hostname), "{seen}");
-    ensure!(ground.shell(&id, "ip -o -4 addr show eth0")?.contains(&ip));
+    ensure!(ground.client.shell(&id, "ip -o -4 addr show eth0")?.contains(&ip));
     ensure!(ground.client.exec(&id, &["sh", "-c", "exit 3"])?.exit_code == 3);
     let info = ground.client.container_status(cri::ContainerStatusRequest { container_id: id.clone(), verbose: true })?.info;
     let details: serde_json::Value = serde_json::from_str(info.get("info").context("info")?)?;
@@ -132,22 +78,22 @@ fn life(handler: &str) -> Result<()> {
     })?;
     let script = "(: < /dev/granted) && echo read; (: <> /dev/granted) 2>/dev/null || echo refused; \
                   mknod /made c 10 200 && (: < /made) 2>/dev/null || echo refused; : < /dev/null && echo null";
-    ensure!(ground.shell(&device, script)? == "read\nrefused\nrefused\nnull");
+    ensure!(ground.client.shell(&device, script)? == "read\nrefused\nrefused\nnull");
     // The pod's shared memory, and an end without a grace.
     let other = ground.start("other", &["sleep", "1000"], |_| {})?;
-    ground.shell(&other, "echo shared > /dev/shm/x")?;
-    ensure!(ground.shell(&id, "cat /dev/shm/x")? == "shared");
+    ground.client.shell(&other, "echo shared > /dev/shm/x")?;
+    ensure!(ground.client.shell(&id, "cat /dev/shm/x")? == "shared");
     ground.client.stop(&other, 0)?;
-    ensure!(ground.wait_exited(&other)?.exit_code == 137);
+    ensure!(ground.client.exited(&other)?.exit_code == 137);
     ground.daemon.kill9()?;
     ground.daemon.serve()?;
     ground.client = Client::connect(&ground.daemon)?;
-    ensure!(ground.shell(&id, "echo alive")? == "alive");
+    ensure!(ground.client.shell(&id, "echo alive")? == "alive");
     ground.client.stop(&id, 20)?;
     ensure!(ground.client.container(&id)?.exit_code == 7);
     for round in 0..5 {
         let short = ground.start(&format!("short-{round}"), &["sh", "-c", "exit 5"], |_| {})?;
-        let status = ground.wait_exited(&short)?;
+        let status = ground.client.exited(&short)?;
         ensure!(status.exit_code == 5 && status.started_at > 0, "{status:?}");
     }
     ground.end()
@@ -174,13 +120,13 @@ fn terminals_and_shared_processes_with_other_runtimes() -> Result<()> {
             let ground = ground(handler, shared)?;
             let first = ground.start("first", &["sleep", "1000"], |_| {})?;
             let second = ground.start("second", &["sleep", "2000"], |_| {})?;
-            let seen = ground.shell(&first, "ps -o args")?;
+            let seen = ground.client.shell(&first, "ps -o args")?;
             ensure!(seen.contains("sleep 1000") && seen.contains("sleep 2000"), "{handler}: {seen}");
             ground.client.stop(&second, 0)?;
             let terminal = ground
                 .start("terminal", &["sh", "-c", "tty; test -t 0 && test -t 1 && echo both"], |config| config.tty = true)?;
-            ground.wait_exited(&terminal)?;
-            let log = ground.log("terminal")?;
+            ground.client.exited(&terminal)?;
+            let log = ground.log("terminal");
             ensure!(log.contains("both"), "{handler}: {log}");
             ground.end()
         })?;
@@ -211,7 +157,7 @@ fn clients_are_attached_with_other_runtimes() -> Result<()> {
                 let seen = client(&flags, &["exec", &url], "")?;
                 ensure!(seen["code"] == 0 && seen["stdout"]["sha256"] == seen["sent"]["sha256"], "{handler} {name}: {seen}");
                 ensure!(seen["sent"]["bytes"] == 300_000 && seen["stderr"]["head"] == "over\n", "{handler} {name}: {seen}");
-                ensure!(ground.wait_exited(&id)?.exit_code == 0, "{handler} {name}");
+                ensure!(ground.client.exited(&id)?.exit_code == 0, "{handler} {name}");
                 let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.02; done; echo sized";
                 let id = ground.start(&format!("{name}-tty"), &["sh", "-c", script], |config| config.tty = true)?;
                 let request = cri::AttachRequest { container_id: id.clone(), tty: true, stdout: true, ..Default::default() };

@@ -2,75 +2,17 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use std::{
-    fs,
-    path::Path,
-    time::{Duration, Instant},
-};
-use windlass_integration::{
-    client::{Client, container, pod},
-    daemon::Daemon,
-    image,
-    leak::Snapshot,
-    node, setup,
-};
+use std::{fs, path::Path, time::Duration};
+use windlass_integration::{daemon::Daemon, ground::Ground, image, node, setup};
 use windlass_proto::cri;
 
 /// Layers above busybox and the probe; with them there are 127, the most that Docker's tools make.
 const LAYERS: usize = 125;
 
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
-
 fn ground(more: Vec<Vec<u8>>) -> Result<Ground> {
     let mut layers = image::layers()?.to_vec();
     layers.extend(more);
-    let daemon = Daemon::start_with(vec![(image::BUSYBOX, layers, json!({}))])?;
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let warm = client.run(&config)?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    let pod = client.run(&config)?;
-    Ok(Ground { daemon, client, config, pod, before })
-}
-
-impl Ground {
-    fn start(&self, name: &str, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
-        let mut wanted = container(&self.config, name, command);
-        change(&mut wanted);
-        let id = self.client.create(&self.pod, &self.config, &wanted)?;
-        self.client.start(&id)?;
-        Ok(id)
-    }
-
-    fn shell(&self, id: &str, script: &str) -> Result<String> {
-        let reply = self.client.exec(id, &["sh", "-c", script])?;
-        ensure!(reply.exit_code == 0, "{script}: {}", String::from_utf8_lossy(&reply.stderr));
-        Ok(String::from_utf8_lossy(&reply.stdout).trim().to_owned())
-    }
-
-    fn wait_exited(&self, id: &str, limit: Duration) -> Result<cri::ContainerStatus> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let status = self.client.container(id)?;
-            if status.state() == cri::ContainerState::ContainerExited {
-                return Ok(status);
-            }
-            ensure!(Instant::now() < deadline, "{id} does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
-    }
+    Ground::on(Daemon::start_with(vec![(image::BUSYBOX, layers, json!({}))])?)
 }
 
 /// A field of /proc/PID/status in KiB.
@@ -90,11 +32,12 @@ fn an_image_of_127_layers() -> Result<()> {
             .collect::<Result<_>>()?;
         let ground = ground(layers)?;
         let id = ground.start("main", &["sleep", "1000"], |_| {})?;
-        let seen =
-            ground.shell(&id, "ls /layers | wc -l; cat /top; rm /top /layers/7; ls /layers | wc -l; [ -e /top ] || echo gone")?;
+        let seen = ground
+            .client
+            .shell(&id, "ls /layers | wc -l; cat /top; rm /top /layers/7; ls /layers | wc -l; [ -e /top ] || echo gone")?;
         ensure!(seen == format!("{LAYERS}\nlayers/{}{}\ngone", LAYERS - 1, LAYERS - 1), "{seen}");
         let again = ground.start("again", &["sleep", "1000"], |_| {})?;
-        ensure!(ground.shell(&again, "cat /top")? == format!("layers/{}", LAYERS - 1), "the layers were changed");
+        ensure!(ground.client.shell(&again, "cat /top")? == format!("layers/{}", LAYERS - 1), "the layers were changed");
         ground.end()
     })
 }
@@ -115,7 +58,7 @@ fn ten_thousand_variables_and_a_thousand_mounts() -> Result<()> {
             };
             config.mounts = (0..1000).map(mount).collect();
         })?;
-        let seen = ground.shell(&id, "tr '\\0' '\\n' < /proc/1/environ | grep -c ^V; env | grep -c ^V; grep -c ' /volumes/' /proc/1/mountinfo; echo $V9999")?;
+        let seen = ground.client.shell(&id, "tr '\\0' '\\n' < /proc/1/environ | grep -c ^V; env | grep -c ^V; grep -c ' /volumes/' /proc/1/mountinfo; echo $V9999")?;
         ensure!(seen == "10000\n10000\n1000\n9999", "{seen}");
         ground.end()
     })
@@ -129,8 +72,8 @@ fn a_program_that_closes_its_streams_lives_on() -> Result<()> {
         let id = ground.start("main", &["sh", "-c", script], |_| {})?;
         std::thread::sleep(Duration::from_millis(300));
         ensure!(ground.client.container(&id)?.state() == cri::ContainerState::ContainerRunning);
-        ground.shell(&id, "touch /tmp/go")?;
-        ensure!(ground.wait_exited(&id, Duration::from_secs(10))?.exit_code == 9);
+        ground.client.shell(&id, "touch /tmp/go")?;
+        ensure!(ground.client.exited(&id)?.exit_code == 9);
         let log = fs::read_to_string(Path::new(&ground.config.log_directory).join("main.log"))?;
         ensure!(log.lines().count() == 1 && log.contains(" stdout F said"), "{log}");
         ground.end()
@@ -146,7 +89,7 @@ fn a_flood_is_logged_whole_and_held_nowhere() -> Result<()> {
         let monitors: Vec<u32> = ground.daemon.monitors().into_iter().map(i32::unsigned_abs).collect();
         let before = kibibytes(daemon, "VmHWM")?;
         let id = ground.start("main", &["/probe", "flood", &flood.to_string()], |_| {})?;
-        ensure!(ground.wait_exited(&id, Duration::from_secs(60))?.exit_code == 0);
+        ensure!(ground.client.exited(&id)?.exit_code == 0);
         for monitor in &monitors {
             let peak = kibibytes(*monitor, "VmHWM")?;
             ensure!(peak < 4096, "the monitor grew to {peak} KiB");
@@ -174,7 +117,7 @@ fn a_set_user_id_program_gains_nothing_where_that_is_forbidden() -> Result<()> {
                 security.run_as_user = Some(cri::Int64Value { value: 1000 });
                 security.no_new_privs = forbidden;
             })?;
-            ground.wait_exited(&id, Duration::from_secs(10))?;
+            ground.client.exited(&id)?;
             let log = fs::read_to_string(Path::new(&ground.config.log_directory).join(format!("{name}.log")))?;
             ensure!(log.contains(&format!("\"Uid\":\"{expected}\"")), "{name}: {log}");
         }

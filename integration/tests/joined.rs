@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
+    ground::begin,
     leak::Snapshot,
     node,
 };
@@ -33,11 +34,7 @@ fn at_once(daemon: &Daemon, ask: impl Fn(&Client) -> Result<String, tonic::Statu
 #[test]
 fn one_pod_and_one_container_for_many_callers() -> Result<()> {
     node::run(|| {
-        let daemon = Daemon::start(&[])?;
-        let client = Client::connect(&daemon)?;
-        let warm = client.run(&pod(&daemon.path("logs")))?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let (daemon, client, before) = begin()?;
 
         let config = pod(&daemon.path("logs"));
         let pods = at_once(&daemon, |client| client.run(&config))?;
@@ -60,11 +57,7 @@ fn one_pod_and_one_container_for_many_callers() -> Result<()> {
 #[test]
 fn many_pods_at_once_are_each_their_own() -> Result<()> {
     node::run(|| {
-        let daemon = Daemon::start(&[])?;
-        let client = Client::connect(&daemon)?;
-        let warm = client.run(&pod(&daemon.path("logs")))?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let (daemon, client, before) = begin()?;
         let ids = at_once(&daemon, |client| client.run(&pod(&daemon.path("logs"))))?;
         ensure!(ids.len() == CALLERS, "{ids:?}");
         let addresses =

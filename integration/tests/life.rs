@@ -2,48 +2,15 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::{
-    fs,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, time::Duration};
 use windlass_integration::{
-    client::{Client, container, host_network, pod},
-    daemon::Daemon,
+    client::{container, host_network, pod},
+    ground::begin,
     leak::Snapshot,
     node,
+    wait::until,
 };
 use windlass_proto::cri;
-
-/// A daemon that has made its bridge, and what is there before the test does anything.
-fn begin() -> Result<(Daemon, Client, Snapshot)> {
-    let daemon = Daemon::start(&[])?;
-    let client = Client::connect(&daemon)?;
-    // The first pod makes what the daemon keeps: bridge, rules, parent cgroup, pipes.
-    let warm = pod(&daemon.path("logs"));
-    let id = client.run(&warm)?;
-    client.remove(&id)?;
-    let before = Snapshot::take(&daemon)?;
-    Ok((daemon, client, before))
-}
-
-fn wait_for<T>(what: &str, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        if let Some(found) = check()? {
-            return Ok(found);
-        }
-        ensure!(Instant::now() < deadline, "{what}: not within 10 s");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn wait_exited(client: &Client, id: &str) -> Result<cri::ContainerStatus> {
-    wait_for("container exits", || {
-        let status = client.container(id)?;
-        Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
-    })
-}
 
 /// Contents of a log, each line checked against the CRI format.
 fn log_lines(path: &Path) -> Result<Vec<(String, String)>> {
@@ -81,7 +48,7 @@ fn a_pod_has_an_address_a_log_an_exec_and_an_end() -> Result<()> {
         ensure!(log_lines(&log_of(&config, "main"))?.is_empty(), "the entrypoint ran before start");
         client.start(&created)?;
         ensure!(client.container(&created)?.state() == cri::ContainerState::ContainerRunning);
-        let lines = wait_for("three log lines", || {
+        let lines = until("three log lines", || {
             let lines = log_lines(&log_of(&config, "main"))?;
             Ok((lines.len() == 3).then_some(lines))
         })?;
@@ -125,7 +92,7 @@ fn a_container_sees_what_the_specification_says() -> Result<()> {
         security.no_new_privs = true;
         let created = client.create(&id, &config, &wanted)?;
         client.start(&created)?;
-        let ended = wait_exited(&client, &created)?;
+        let ended = client.exited(&created)?;
         ensure!(ended.exit_code == 0 && ended.reason == "Completed", "{ended:?}");
         let lines = log_lines(&log_of(&config, "probe"))?;
         let text: String = lines.iter().map(|(_, text)| text.as_str()).collect();
@@ -222,7 +189,7 @@ fn logs_are_reopened_without_losing_or_doubling_a_line() -> Result<()> {
             client.reopen_container_log(cri::ReopenContainerLogRequest { container_id: created.clone() })?;
             parts.push(old);
         }
-        wait_exited(&client, &created)?;
+        client.exited(&created)?;
         parts.push(log);
         let mut seen = Vec::new();
         for part in &parts {

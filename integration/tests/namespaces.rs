@@ -5,20 +5,11 @@ use std::fs;
 use tonic::Code;
 use windlass_integration::{
     client::{Client, container, host_network, pod},
-    daemon::Daemon,
+    ground::begin,
     leak::Snapshot,
     node,
 };
 use windlass_proto::cri::{self, NamespaceMode};
-
-fn begin() -> Result<(Daemon, Client, Snapshot)> {
-    let daemon = Daemon::start(&[])?;
-    let client = Client::connect(&daemon)?;
-    let warm = client.run(&pod(&daemon.path("logs")))?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    Ok((daemon, client, before))
-}
 
 fn pod_options(config: &mut cri::PodSandboxConfig) -> &mut cri::NamespaceOption {
     let security = config.linux.get_or_insert_default().security_context.get_or_insert_default();

@@ -76,9 +76,9 @@ impl Work {
 
     /// Puts what the guest takes images from into the directory that it sees.
     fn prepare(self, shared: &Path) -> Result<()> {
-        let base = image::files_layer(&[("base", 0o644, &noise(99, 1 << 19))])?;
+        let base = image::files_layer(&[("base", 0o644, &image::noise(99, 1 << 19))])?;
         for number in 0..self.images() {
-            let own = image::files_layer(&[("own", 0o644, &noise(number, self.own_bytes())), ("small", 0o600, b"small")])?;
+            let own = image::files_layer(&[("own", 0o644, &image::noise(number, self.own_bytes())), ("small", 0o600, b"small")])?;
             let layers = vec![base.clone(), own];
             match self {
                 Work::Import => image::write_archive_of(&shared.join(format!("{number}.tar")), &self.name(number), layers)?,
@@ -220,16 +220,4 @@ fn found(shared: &Path) -> Result<usize> {
 fn note(shared: &Path, file: &str, line: &str) -> Result<()> {
     let mut file = fs::File::options().create(true).append(true).open(shared.join(file)).context("tell the host")?;
     Ok(writeln!(file, "{line}")?)
-}
-
-/// Bytes that do not compress.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed * 2 + 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(next).take(length / 8).flatten().collect()
 }

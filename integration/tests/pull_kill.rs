@@ -13,18 +13,9 @@ fn fifty_kills_in_the_middle_of_pulls() -> Result<()> {
     node::run(|| {
         let registry = Registry::start()?;
         // Bytes that do not compress, differently in each layer: a pull takes some tens of milliseconds.
-        let noise = |seed: u64| {
-            let mut state = seed * 2 + 1;
-            let next = || {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                state.to_le_bytes()
-            };
-            std::iter::repeat_with(next).take(1 << 17).flatten().collect::<Vec<u8>>()
-        };
-        let layers: Vec<Vec<u8>> =
-            (0..6).map(|seed| image::files_layer(&[(&format!("file{seed}"), 0o644, &noise(seed))])).collect::<Result<_>>()?;
+        let layers: Vec<Vec<u8>> = (0..6)
+            .map(|seed| image::files_layer(&[(&format!("file{seed}"), 0o644, &image::noise(seed, 1 << 20))]))
+            .collect::<Result<_>>()?;
         let config = serde_json::json!({ "architecture": image::ARCHITECTURE, "os": "linux" });
         registry.add("test/killed", "v1", &layers, &config)?;
         let name = format!("{}/test/killed:v1", registry.host());

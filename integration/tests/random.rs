@@ -8,7 +8,7 @@ use proptest::{
 };
 use windlass_integration::{
     client::{Client, container, pod},
-    daemon::Daemon,
+    ground::begin,
     leak::Snapshot,
     node,
 };
@@ -299,12 +299,7 @@ fn try_one(client: &Client, pod_id: &str, pod: &cri::PodSandboxConfig, mut confi
 #[test]
 fn any_configuration_makes_a_container_or_names_a_field() -> Result<()> {
     node::run(|| {
-        let daemon = Daemon::start(&[])?;
-        let client = Client::connect(&daemon)?;
-        let warm = pod(&daemon.path("logs"));
-        let id = client.run(&warm)?;
-        client.remove(&id)?;
-        let before = Snapshot::take(&daemon)?;
+        let (daemon, client, before) = begin()?;
         let config_of_pod = pod(&daemon.path("logs"));
         let pod_id = client.run(&config_of_pod)?;
         // The same cases each time: a failure is there for everybody.

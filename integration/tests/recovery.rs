@@ -1,27 +1,15 @@
 //! Sudden deaths: of the daemon, which must disturb nobody, and of a monitor, which must end its pod cleanly.
 
 use anyhow::{Context, Result, ensure};
-use std::{
-    fs,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, time::Duration};
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     leak::Snapshot,
     node,
+    wait::until_true,
 };
 use windlass_proto::cri;
-
-fn wait_for(what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(15);
-    while !check()? {
-        ensure!(Instant::now() < deadline, "{what}: not within 15 s");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
 
 #[test]
 fn a_killed_daemon_loses_no_pod_no_line_and_no_exit_code() -> Result<()> {
@@ -51,7 +39,7 @@ fn a_killed_daemon_loses_no_pod_no_line_and_no_exit_code() -> Result<()> {
         let ended = client.container(&pods[1].2)?;
         ensure!(ended.state() == cri::ContainerState::ContainerExited && ended.exit_code == 42, "{ended:?}");
         ensure!(client.exec(&pods[2].2, &["true"])?.exit_code == 0);
-        wait_for("the writer ends", || Ok(client.container(&pods[0].2)?.state() == cri::ContainerState::ContainerExited))?;
+        until_true("the writer ends", || Ok(client.container(&pods[0].2)?.state() == cri::ContainerState::ContainerExited))?;
         let text = fs::read_to_string(Path::new(&pods[0].0.log_directory).join("main.log"))?;
         let seen: Vec<&str> = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect();
         let expected: Vec<String> = (0..3000).map(|number| format!("line {number}")).collect();
@@ -79,10 +67,7 @@ fn a_killed_monitor_ends_its_pod_before_any_status_says_so() -> Result<()> {
     node::run(|| {
         let daemon = Daemon::start(&[])?;
         let client = Client::connect(&daemon)?;
-        let config = pod(&daemon.path("logs"));
-        let warm = client.run(&config)?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let before = Snapshot::warm(&daemon, &client)?;
         let mut config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;
         let created =
@@ -93,7 +78,7 @@ fn a_killed_monitor_ends_its_pod_before_any_status_says_so() -> Result<()> {
         let leaf = daemon.cgroup_directory().join(&created);
         ensure!(leaf.exists());
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitors[0]), nix::sys::signal::Signal::SIGKILL)?;
-        wait_for("the container is said to have ended", || {
+        until_true("the container is said to have ended", || {
             let status = client.container(&created)?;
             if status.state() != cri::ContainerState::ContainerExited {
                 return Ok(false);
@@ -105,7 +90,7 @@ fn a_killed_monitor_ends_its_pod_before_any_status_says_so() -> Result<()> {
             ensure!(status.exit_code == 255, "{status:?}");
             Ok(true)
         })?;
-        wait_for("NotReady", || Ok(client.pod(&id)?.state() == cri::PodSandboxState::SandboxNotready))?;
+        until_true("NotReady", || Ok(client.pod(&id)?.state() == cri::PodSandboxState::SandboxNotready))?;
         // What kubelet does next: the same pod, one attempt later.
         if let Some(meta) = config.metadata.as_mut() {
             meta.attempt += 1;

@@ -11,69 +11,48 @@ use std::{
     time::{Duration, Instant},
 };
 use windlass_integration::{
-    client::{Client, container, pod},
-    daemon::Daemon,
-    go, image,
-    leak::Snapshot,
-    node,
+    client::Client,
+    daemon::{Daemon, command_lines},
+    go,
+    ground::Ground,
+    image, node,
+    wait::until_true,
 };
 use windlass_proto::cri;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-fn wait_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    while !condition()? {
-        ensure!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-struct Ground {
+struct Sessions {
     tools: go::Tools,
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
+    ground: Ground,
 }
 
 /// The tools are built before the node is entered, which has no network to build them with.
-fn ground(tools: go::Tools) -> Result<Ground> {
-    let layers = image::layers()?.to_vec();
-    let daemon = Daemon::start_with(vec![(image::BUSYBOX, layers, serde_json::json!({}))])?;
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let warm = client.run(&config)?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    let pod = client.run(&config)?;
-    Ok(Ground { tools, daemon, client, config, pod, before })
+fn on_a_node(test: impl FnOnce(&mut Sessions) -> Result<()> + Send + 'static) -> Result<()> {
+    let tools = go::tools()?;
+    node::run(move || {
+        let layers = image::layers()?.to_vec();
+        let daemon = Daemon::start_with(vec![(image::BUSYBOX, layers, serde_json::json!({}))])?;
+        let mut sessions = Sessions { tools, ground: Ground::on(daemon)? };
+        test(&mut sessions)?;
+        sessions.ground.end()
+    })
 }
 
-impl Ground {
-    fn container(&self, name: &str, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
-        let mut wanted = container(&self.config, name, command);
-        change(&mut wanted);
-        let id = self.client.create(&self.pod, &self.config, &wanted)?;
-        self.client.start(&id)?;
-        Ok(id)
-    }
-
+impl Sessions {
     /// The words of a crictl that speaks to this daemon and reads no configuration of the machine.
     fn crictl(&self, words: &str) -> Result<String> {
-        let config = self.daemon.path("crictl.yaml");
+        let config = self.ground.daemon.path("crictl.yaml");
         fs::write(&config, "")?;
         let program = &self.tools.crictl;
-        let (program, config, socket) = (program.display(), config.display(), self.daemon.socket());
+        let (program, config, socket) = (program.display(), config.display(), self.ground.daemon.socket());
         let endpoint = format!("unix://{}", socket.display());
         Ok(format!("{program} --config {config} --runtime-endpoint {endpoint} --image-endpoint {endpoint} {words}"))
     }
 
     /// A container whose input is open.
     fn with_input(&self, name: &str, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
-        self.container(name, command, |config| {
+        self.ground.start(name, command, |config| {
             config.stdin = true;
             change(config);
         })
@@ -84,30 +63,32 @@ impl Ground {
     }
 
     /// Lines of a stream in a container's log.
-    fn logged(&self, name: &str, stream: &str) -> Result<Vec<String>> {
-        let path = Path::new(&self.config.log_directory).join(format!("{name}.log"));
-        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let lines = text.lines().filter_map(|line| {
+    fn logged(&self, name: &str, stream: &str) -> Vec<String> {
+        let log = self.ground.log(name);
+        let lines = log.lines().filter_map(|line| {
             let mut words = line.splitn(4, ' ').skip(1);
             (words.next()? == stream).then(|| words.nth(1).map(str::to_owned))?
         });
-        Ok(lines.collect())
+        lines.collect()
     }
 
     fn exit_code(&self, id: &str) -> Result<i32> {
-        wait_for("the container's end", || Ok(self.client.container(id)?.state() == cri::ContainerState::ContainerExited))?;
-        Ok(self.client.container(id)?.exit_code)
+        Ok(self.ground.client.exited(id)?.exit_code)
     }
 
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
+    /// A shell's program ends by Ctrl-C, and the shell goes on.
+    fn interrupt(&self, talk: &mut Talk, id: &str) -> Result<()> {
+        talk.say("echo sleep''ing; sleep 777\n")?;
+        talk.hear("sleeping")?;
+        until_true("the sleep", || Ok(self.processes(id)?.contains("sleep 777")))?;
+        talk.say("\x03")?;
+        talk.say("echo interrupted $?\n")?;
+        talk.hear("interrupted 130")
     }
 
     /// The processes of a container.
     fn processes(&self, id: &str) -> Result<String> {
-        let listed = self.client.exec(id, &["ps", "-o", "args"])?;
-        Ok(String::from_utf8_lossy(&listed.stdout).into_owned())
+        self.ground.client.shell(id, "ps -o args")
     }
 }
 
@@ -186,12 +167,19 @@ impl Talk {
 
     fn hear(&self, part: &str) -> Result<()> {
         let heard = || self.heard.lock().expect("a result").clone();
-        wait_for(part, || Ok(heard().contains(part))).with_context(|| format!("heard: {:?}", heard()))
+        until_true(part, || Ok(heard().contains(part))).map(drop).with_context(|| format!("heard: {:?}", heard()))
+    }
+
+    /// The terminal gets another size, which the shell sees.
+    fn resize(&mut self, switch: &Path) -> Result<()> {
+        fs::write(switch, "")?;
+        self.say("until [ \"$(stty size)\" = '50 120' ]; do sleep 0.05; done; echo resi''zed\n")?;
+        self.hear("resized")
     }
 
     fn code(&mut self) -> Result<i32> {
         let mut status = None;
-        wait_for("the client's end", || {
+        until_true("the client's end", || {
             status = self.child.try_wait()?;
             Ok(status.is_some())
         })?;
@@ -201,58 +189,47 @@ impl Talk {
 
 #[test]
 fn crictl_exec_on_a_terminal_has_its_size_its_signals_and_its_end() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
-        let id = ground.container("shell", &["sleep", "1000"], |_| {})?;
+    on_a_node(|sessions| {
+        let id = sessions.ground.start("shell", &["sleep", "1000"], |_| {})?;
         for transport in TRANSPORTS {
-            let resize = ground.daemon.path(transport);
-            let command = ground.crictl(&format!("exec --transport {transport} -it {id} sh"))?;
+            let resize = sessions.ground.daemon.path(transport);
+            let command = sessions.crictl(&format!("exec --transport {transport} -it {id} sh"))?;
             let mut talk = Talk::on_terminal(&command, &resize)?;
             talk.say("echo first $(stty size) on $TERM\n")?;
             talk.hear("first 40 100 on xterm")?;
-            fs::write(&resize, "")?;
-            talk.say("until [ \"$(stty size)\" = '50 120' ]; do sleep 0.05; done; echo resi''zed\n")?;
-            talk.hear("resized")?;
-            talk.say("echo sleep''ing; sleep 777\n")?;
-            talk.hear("sleeping")?;
-            wait_for("the sleep", || Ok(ground.processes(&id)?.contains("sleep 777")))?;
-            talk.say("\x03")?;
-            talk.say("echo interrupted $?\n")?;
-            talk.hear("interrupted 130")?;
+            talk.resize(&resize)?;
+            sessions.interrupt(&mut talk, &id)?;
             talk.say("(exit 3)\n\x04")?;
             ensure!(talk.code()? != 0, "{transport}: the shell's code is lost");
-            ensure!(!ground.processes(&id)?.contains("sleep 777"), "{transport}");
+            ensure!(!sessions.processes(&id)?.contains("sleep 777"), "{transport}");
         }
-        ground.end()
+        Ok(())
     })
 }
 
 #[test]
 fn an_exec_whose_caller_goes_away_is_killed_with_all_it_started() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
-        let id = ground.container("main", &["sleep", "1000"], |_| {})?;
+    on_a_node(|sessions| {
+        let id = sessions.ground.start("main", &["sleep", "1000"], |_| {})?;
         let script = "'setsid sleep 778 & sleep 777'";
         for words in [format!("exec --sync {id} sh -c {script}"), format!("exec {id} sh -c {script}")] {
             let mut shell = Command::new("sh");
-            shell.args(["-c", &format!("exec {}", ground.crictl(&words)?)]);
+            shell.args(["-c", &format!("exec {}", sessions.crictl(&words)?)]);
             let mut talk = Talk::start(shell)?;
-            wait_for("both sleeps", || {
-                let found = ground.processes(&id)?;
+            until_true("both sleeps", || {
+                let found = sessions.processes(&id)?;
                 Ok(found.contains("sleep 777") && found.contains("sleep 778"))
             })
             .with_context(|| words.clone())?;
             talk.child.kill()?;
             ensure!(talk.child.wait()?.code() != Some(0), "{words}");
-            wait_for("the end of the exec", || {
-                let found = ground.processes(&id)?;
+            until_true("the end of the exec", || {
+                let found = sessions.processes(&id)?;
                 Ok(!found.contains("sleep 777") && !found.contains("sleep 778"))
             })
             .with_context(|| words.clone())?;
         }
-        ground.end()
+        Ok(())
     })
 }
 
@@ -262,18 +239,18 @@ const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 const ANSWERS: &str =
     "while read line; do [ \"$line\" = quit ] && exit 5; echo \"got $line\"; echo \"saw $line\" >&2; done; exit 6";
 
-fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
-    let id = ground.with_input(transport, &["sh", "-c", ANSWERS], |_| {})?;
+fn several_attached(sessions: &Sessions, transport: &str) -> Result<()> {
+    let id = sessions.with_input(transport, &["sh", "-c", ANSWERS], |_| {})?;
     let mut said = Vec::new();
-    let mut one = ground.attach(transport, "-i", &id)?;
+    let mut one = sessions.attach(transport, "-i", &id)?;
     let count = one.say_until("one\n", "saw one")?;
     said.extend(vec!["one"; count]);
-    let mut two = ground.attach(transport, "-i", &id)?;
+    let mut two = sessions.attach(transport, "-i", &id)?;
     let count = two.say_until("two\n", "saw two")?;
     said.extend(vec!["two"; count]);
     one.hear("saw two")?;
     // One that only listens.
-    let mut three = ground.attach(transport, "", &id)?;
+    let mut three = sessions.attach(transport, "", &id)?;
     while !three.heard.lock().expect("a result").contains("saw three") {
         one.say_until("three\n", "saw three")?;
         said.push("three");
@@ -281,7 +258,7 @@ fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     // What is said last arrives, though its client has gone when it does.
-    let four = ground.crictl(&format!("attach --transport {transport} -i {id}"))?;
+    let four = sessions.crictl(&format!("attach --transport {transport} -i {id}"))?;
     Talk::piped(&format!("printf 'last words\\n' | {four}"))?.code()?;
     said.push("last words");
     for client in [&one, &two, &three] {
@@ -298,9 +275,9 @@ fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
     }
     one.say("quit\n")?;
     ensure!(one.code()? == 0 && three.code()? == 0, "{transport}: the clients end well");
-    ensure!(ground.exit_code(&id)? == 5);
+    ensure!(sessions.exit_code(&id)? == 5);
     for (stream, word) in [("stdout", "got"), ("stderr", "saw")] {
-        let logged = ground.logged(transport, stream)?;
+        let logged = sessions.logged(transport, stream);
         let expected: Vec<String> = said.iter().map(|line| format!("{word} {line}")).collect();
         ensure!(logged == expected, "{transport} {stream}: {logged:?} instead of {expected:?}");
     }
@@ -309,23 +286,16 @@ fn several_attached(ground: &Ground, transport: &str) -> Result<()> {
 
 #[test]
 fn several_clients_are_attached_and_the_log_has_everything() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
-        for transport in TRANSPORTS {
-            several_attached(&ground, transport)?;
-        }
-        ground.end()
-    })
+    on_a_node(|sessions| TRANSPORTS.into_iter().try_for_each(|transport| several_attached(sessions, transport)))
 }
 
 /// The first client that ends its input, or is cut, ends the program's, whoever else is attached.
-fn one_input(ground: &Ground, transport: &str, cut: bool) -> Result<()> {
+fn one_input(sessions: &Sessions, transport: &str, cut: bool) -> Result<()> {
     let name = format!("{transport}-{cut}");
-    let id = ground.with_input(&name, &["sh", "-c", "cat; echo end of input"], |config| config.stdin_once = true)?;
-    let mut first = ground.attach(transport, "-i", &id)?;
+    let id = sessions.with_input(&name, &["sh", "-c", "cat; echo end of input"], |config| config.stdin_once = true)?;
+    let mut first = sessions.attach(transport, "-i", &id)?;
     let firsts = first.say_until("first\n", "first")?;
-    let mut second = ground.attach(transport, "-i", &id)?;
+    let mut second = sessions.attach(transport, "-i", &id)?;
     let seconds = second.say_until("second\n", "second")?;
     first.say("the end\n")?;
     second.hear("the end")?;
@@ -339,8 +309,8 @@ fn one_input(ground: &Ground, transport: &str, cut: bool) -> Result<()> {
     }
     second.hear("end of input")?;
     ensure!(second.code()? == 0, "{name}");
-    ensure!(ground.exit_code(&id)? == 0);
-    let logged = ground.logged(&name, "stdout")?;
+    ensure!(sessions.exit_code(&id)? == 0);
+    let logged = sessions.logged(&name, "stdout");
     let expected = [vec!["first"; firsts], vec!["second"; seconds], vec!["the end", "end of input"]].concat();
     ensure!(logged == expected, "{name}: {logged:?} instead of {expected:?}");
     Ok(())
@@ -348,100 +318,76 @@ fn one_input(ground: &Ground, transport: &str, cut: bool) -> Result<()> {
 
 #[test]
 fn an_input_for_one_client_ends_with_it() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
+    on_a_node(|sessions| {
         for transport in TRANSPORTS {
             for cut in [false, true] {
-                one_input(&ground, transport, cut).with_context(|| format!("{transport}, cut: {cut}"))?;
+                one_input(sessions, transport, cut).with_context(|| format!("{transport}, cut: {cut}"))?;
             }
         }
-        ground.end()
+        Ok(())
     })
-}
-
-/// The command lines of the processes in a cgroup and below it.
-fn command_lines(cgroup: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default().lines() {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        found.push(String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " "));
-    }
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
-        found.extend(command_lines(&entry.path()));
-    }
-    found
 }
 
 #[test]
 fn a_daemon_killed_in_the_middle_of_sessions_leaves_the_container_as_it_was() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let mut ground = ground(tools)?;
+    on_a_node(|sessions| {
         let writes = format!("/probe lines 4000 500; {ANSWERS}");
-        let writer = ground.with_input("writer", &["sh", "-c", &writes], |_| {})?;
-        let answerer = ground.with_input("answerer", &["sh", "-c", ANSWERS], |_| {})?;
-        let leaf = ground.daemon.cgroup_directory().join(&answerer);
-        let mut reading = ground.attach("spdy", "", &writer)?;
-        let mut talking = ground.attach("websocket", "-i", &answerer)?;
+        let writer = sessions.with_input("writer", &["sh", "-c", &writes], |_| {})?;
+        let answerer = sessions.with_input("answerer", &["sh", "-c", ANSWERS], |_| {})?;
+        let leaf = sessions.ground.daemon.cgroup_directory().join(&answerer);
+        let mut reading = sessions.attach("spdy", "", &writer)?;
+        let mut talking = sessions.attach("websocket", "-i", &answerer)?;
         let count = talking.say_until("one\n", "saw one")?;
         reading.hear("line ")?;
-        let kept = ground.client.exec(&answerer, &["sh", "-c", "sleep 779 >/dev/null 2>&1 &"])?;
+        let kept = sessions.ground.client.exec(&answerer, &["sh", "-c", "sleep 779 >/dev/null 2>&1 &"])?;
         ensure!(kept.exit_code == 0, "{kept:?}");
         let script = "'setsid sleep 778 & sleep 777'";
         let mut execs = Vec::new();
         for flags in ["--sync", "--transport spdy", "--transport websocket"] {
-            execs.push(Talk::piped(&ground.crictl(&format!("exec {flags} {answerer} sh -c {script}"))?)?);
+            execs.push(Talk::piped(&sessions.crictl(&format!("exec {flags} {answerer} sh -c {script}"))?)?);
         }
         let running = |name: &str| command_lines(&leaf).iter().filter(|line| *line == name).count();
-        wait_for("the execs", || Ok(running("sleep 777") == 3 && running("sleep 778") == 3))?;
+        until_true("the execs", || Ok(running("sleep 777") == 3 && running("sleep 778") == 3))?;
 
-        ground.daemon.kill9()?;
-        wait_for("the end of the execs", || Ok(running("sleep 777") + running("sleep 778") == 0))?;
+        sessions.ground.daemon.kill9()?;
+        until_true("the end of the execs", || Ok(running("sleep 777") + running("sleep 778") == 0))?;
         ensure!(running("sleep 779") == 1, "what an exec that had ended left goes on: {:?}", command_lines(&leaf));
         for client in [&mut reading, &mut talking].into_iter().chain(&mut execs) {
             // client-go does not tell over SPDY a cut connection from an end that was well.
             client.code()?;
         }
-        ground.daemon.serve()?;
-        ground.client = Client::connect(&ground.daemon)?;
-        let mut talking = ground.attach("spdy", "-i", &answerer)?;
+        sessions.ground.daemon.serve()?;
+        sessions.ground.client = Client::connect(&sessions.ground.daemon)?;
+        let mut talking = sessions.attach("spdy", "-i", &answerer)?;
         let again = talking.say_until("two\n", "saw two")?;
-        let mut reading = ground.attach("websocket", "-i", &writer)?;
+        let mut reading = sessions.attach("websocket", "-i", &writer)?;
         let last = reading.say_until("three\n", "got three")?;
         reading.say("quit\n")?;
-        ensure!(reading.code()? == 0 && ground.exit_code(&writer)? == 5);
+        ensure!(reading.code()? == 0 && sessions.exit_code(&writer)? == 5);
         let lines = (0..4000).map(|number| format!("line {number}"));
         let expected: Vec<String> = lines.chain(vec!["got three".to_owned(); last]).collect();
-        ensure!(ground.logged("writer", "stdout")? == expected, "the log lost lines");
+        ensure!(sessions.logged("writer", "stdout") == expected, "the log lost lines");
         talking.say("quit\n")?;
-        ensure!(talking.code()? == 0 && ground.exit_code(&answerer)? == 5);
+        ensure!(talking.code()? == 0 && sessions.exit_code(&answerer)? == 5);
         let expected = [vec!["got one"; count], vec!["got two"; again]].concat();
-        ensure!(ground.logged("answerer", "stdout")? == expected, "the log of what was said");
-        ground.end()
+        ensure!(sessions.logged("answerer", "stdout") == expected, "the log of what was said");
+        Ok(())
     })
 }
 
-fn attached_terminal(ground: &Ground, transport: &str) -> Result<()> {
-    let id = ground.with_input(transport, &["sh"], |config| config.tty = true)?;
-    let command = ground.crictl(&format!("attach --transport {transport} -it {id}"))?;
-    let resize = ground.daemon.path(&format!("attach-{transport}"));
+fn attached_terminal(sessions: &Sessions, transport: &str) -> Result<()> {
+    let id = sessions.with_input(transport, &["sh"], |config| config.tty = true)?;
+    let command = sessions.crictl(&format!("attach --transport {transport} -it {id}"))?;
+    let resize = sessions.ground.daemon.path(&format!("attach-{transport}"));
     let mut talk = Talk::on_terminal(&command, &resize)?;
     talk.say("until [ \"$(stty size)\" = '40 100' ]; do sleep 0.05; done; echo si''zed\n")?;
     talk.hear("sized")?;
-    let mut other = Talk::on_terminal(&command, &ground.daemon.path("never"))?;
+    let mut other = Talk::on_terminal(&command, &sessions.ground.daemon.path("never"))?;
     other.say_until("echo o''ther\n", "other")?;
     talk.hear("other")?;
-    fs::write(&resize, "")?;
-    talk.say("until [ \"$(stty size)\" = '50 120' ]; do sleep 0.05; done; echo resi''zed\n")?;
-    talk.hear("resized")?;
+    talk.resize(&resize)?;
     other.hear("resized")?;
-    talk.say("echo sleep''ing; sleep 777\n")?;
-    talk.hear("sleeping")?;
-    wait_for("the sleep", || Ok(ground.processes(&id)?.contains("sleep 777")))?;
-    talk.say("\x03")?;
-    talk.say("echo interrupted $?\n")?;
-    talk.hear("interrupted 130")?;
+    sessions.interrupt(&mut talk, &id)?;
     // Ctrl-P Ctrl-Q, by which crictl lets go of a terminal.
     talk.say("\x10\x11")?;
     ensure!(talk.code()? == 0, "{transport}: detached");
@@ -452,8 +398,8 @@ fn attached_terminal(ground: &Ground, transport: &str) -> Result<()> {
     other.hear("once more")?;
     third.say("exit 3\n")?;
     ensure!(third.code()? == 0 && other.code()? == 0, "{transport}: the clients end well");
-    ensure!(ground.exit_code(&id)? == 3);
-    let logged = ground.logged(transport, "stdout")?.join("\n");
+    ensure!(sessions.exit_code(&id)? == 3);
+    let logged = sessions.logged(transport, "stdout").join("\n");
     for part in ["sized", "other", "resized", "interrupted 130", "still there", "once more"] {
         ensure!(logged.contains(part), "{transport}: {part} is not in the log: {logged}");
     }
@@ -462,14 +408,7 @@ fn attached_terminal(ground: &Ground, transport: &str) -> Result<()> {
 
 #[test]
 fn a_terminal_is_attached_resized_let_go_and_taken_up_again() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
-        for transport in TRANSPORTS {
-            attached_terminal(&ground, transport)?;
-        }
-        ground.end()
-    })
+    on_a_node(|sessions| TRANSPORTS.into_iter().try_for_each(|transport| attached_terminal(sessions, transport)))
 }
 
 /// Sends bytes, ends that half, and gets them back.
@@ -489,14 +428,12 @@ fn exchange(port: u16, seed: u8) -> Result<()> {
 
 #[test]
 fn crictl_forwards_ports_of_a_pod() -> Result<()> {
-    let tools = go::tools()?;
-    node::run(move || {
-        let ground = ground(tools)?;
-        ground.container("server", &["/probe", "echo", "80"], |_| {})?;
-        wait_for("the server", || Ok(ground.logged("server", "stdout")? == ["listening"]))?;
+    on_a_node(|sessions| {
+        sessions.ground.start("server", &["/probe", "echo", "80"], |_| {})?;
+        until_true("the server", || Ok(sessions.logged("server", "stdout") == ["listening"]))?;
         for transport in TRANSPORTS {
-            let pod = &ground.pod;
-            let mut talk = Talk::piped(&ground.crictl(&format!("port-forward --transport {transport} {pod} 0:80 0:81"))?)?;
+            let pod = &sessions.ground.pod;
+            let mut talk = Talk::piped(&sessions.crictl(&format!("port-forward --transport {transport} {pod} 0:80 0:81"))?)?;
             let local = |remote: u16| -> Result<u16> {
                 let end = format!(" -> {remote}\n");
                 talk.hear(&end)?;
@@ -520,6 +457,6 @@ fn crictl_forwards_ports_of_a_pod() -> Result<()> {
             // client-go ends with the first connection that fails.
             ensure!(talk.code()? == 1, "{transport}: {:?}", talk.heard.lock().expect("a result"));
         }
-        ground.end()
+        Ok(())
     })
 }

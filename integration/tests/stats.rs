@@ -1,29 +1,19 @@
 //! Statistics against what a known load did, on this host as it is: CPU time is counted by every cgroup v2 tree.
 
 use anyhow::{Context, Result, ensure};
-use std::time::{Duration, Instant};
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
+    ground::begin,
     leak::Snapshot,
     metrics::Metrics,
     node,
+    wait::until,
 };
 use windlass_proto::cri;
 
 fn number(value: Option<cri::UInt64Value>) -> u64 {
     value.map(|value| value.value).unwrap_or_default()
-}
-
-fn wait_for<T>(what: &str, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(found) = check()? {
-            return Ok(found);
-        }
-        ensure!(Instant::now() < deadline, "{what}: not within 30 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn stats(client: &Client, id: &str) -> Result<cri::ContainerStats> {
@@ -34,11 +24,7 @@ fn stats(client: &Client, id: &str) -> Result<cri::ContainerStats> {
 #[test]
 fn statistics_agree_with_what_was_done() {
     node::run(|| {
-        let daemon = Daemon::start(&[])?;
-        let client = Client::connect(&daemon)?;
-        let warm = client.run(&pod(&daemon.path("logs")))?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let (daemon, client, before) = begin()?;
         let config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;
         // Burns half a second of CPU time, writes 5 MB to its layer, keeps a second process, and then is idle.
@@ -47,10 +33,10 @@ fn statistics_agree_with_what_was_done() {
                       touch /done; sleep 1000 & sleep 1000";
         let created = client.create(&id, &config, &container(&config, "load", &["sh", "-c", script]))?;
         client.start(&created)?;
-        wait_for("the load is done", || {
+        until("the load is done", || {
             Ok(client.exec(&created, &["test", "-e", "/done"]).is_ok_and(|reply| reply.exit_code == 0).then_some(()))
         })?;
-        let found = wait_for("every figure is there", || {
+        let found = until("every figure is there", || {
             let found = stats(&client, &created)?;
             let layer = found.writable_layer.as_ref().map_or(0, |layer| number(layer.used_bytes));
             Ok((layer > 0).then_some(found))
@@ -65,7 +51,7 @@ fn statistics_agree_with_what_was_done() {
         let memory = found.memory.context("memory")?;
         ensure!(number(memory.working_set_bytes) > 50_000, "memory: {memory:?}");
         // Idle since then: the rate over a second is next to nothing, and the time stays.
-        wait_for("the rate of an idle container", || {
+        until("the rate of an idle container", || {
             let rate = stats(&client, &created)?.cpu.and_then(|cpu| cpu.usage_nano_cores).map(|rate| rate.value);
             Ok(rate.filter(|rate| *rate < 20_000_000))
         })?;
@@ -98,11 +84,7 @@ const CADVISOR: &str = include_str!("../conformance/cadvisor-metrics.txt");
 #[test]
 fn metrics_are_described_and_agree_with_the_kernel() {
     node::run(|| {
-        let daemon = Daemon::start(&[])?;
-        let client = Client::connect(&daemon)?;
-        let warm = client.run(&pod(&daemon.path("logs")))?;
-        client.remove(&warm)?;
-        let before = Snapshot::take(&daemon)?;
+        let (daemon, client, before) = begin()?;
         let config = pod(&daemon.path("logs"));
         let name = config.metadata.clone().unwrap_or_default().name;
         let id = client.run(&config)?;
@@ -116,7 +98,7 @@ fn metrics_are_described_and_agree_with_the_kernel() {
         let created = client.create(&id, &config, &container(&config, "load", &load))?;
         client.start(&created)?;
         let log = std::path::Path::new(&config.log_directory).join("load.log");
-        wait_for("the load is done", || Ok(std::fs::read_to_string(&log).unwrap_or_default().contains("done").then_some(())))?;
+        until("the load is done", || Ok(std::fs::read_to_string(&log).unwrap_or_default().contains("done").then_some(())))?;
         // A first look counts the writable layer.
         let found = Metrics::take(&client)?;
         let own = [("name", created.as_str())];
@@ -217,7 +199,7 @@ fn a_summed_pods_time_stays_when_its_containers_go() {
         let first =
             client.create(&id, &config, &container(&config, "first", &["/probe", "load", "300", "0", "0", "0", nowhere]))?;
         client.start(&first)?;
-        let used = wait_for("the first has burnt", || Ok(Some(pod_cpu_ns(&client, &id)?).filter(|used| *used >= 300_000_000)))?;
+        let used = until("the first has burnt", || Ok(Some(pod_cpu_ns(&client, &id)?).filter(|used| *used >= 300_000_000)))?;
         client.stop(&first, 0)?;
         let ended = pod_cpu_ns(&client, &id)?;
         ensure!(ended >= used, "{used} ns before its end, {ended} after");
@@ -227,9 +209,8 @@ fn a_summed_pods_time_stays_when_its_containers_go() {
         let second =
             client.create(&id, &config, &container(&config, "second", &["/probe", "load", "100", "0", "0", "0", nowhere]))?;
         client.start(&second)?;
-        let both = wait_for("the second has burnt", || {
-            Ok(Some(pod_cpu_ns(&client, &id)?).filter(|used| *used >= removed + 100_000_000))
-        })?;
+        let both =
+            until("the second has burnt", || Ok(Some(pod_cpu_ns(&client, &id)?).filter(|used| *used >= removed + 100_000_000)))?;
         client.stop(&second, 0)?;
         daemon.kill9()?;
         daemon.serve()?;

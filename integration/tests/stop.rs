@@ -32,9 +32,7 @@ fn ground() -> Result<Ground> {
     let daemon = Daemon::start_with(images)?;
     let client = Client::connect(&daemon)?;
     let config = pod(&daemon.path("logs"));
-    let warm = client.run(&config)?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
+    let before = Snapshot::warm(&daemon, &client)?;
     let pod = client.run(&config)?;
     Ok(Ground { daemon, client, config, pod, before })
 }

@@ -9,6 +9,7 @@ use tonic::Code;
 use windlass_integration::{
     client::{Client, container, host_network, pod},
     daemon::Daemon,
+    ground::begin,
     image,
     leak::Snapshot,
     node,
@@ -32,15 +33,6 @@ fn with_users(mut config: cri::PodSandboxConfig) -> cri::PodSandboxConfig {
 fn options(config: &mut cri::PodSandboxConfig) -> Result<&mut cri::NamespaceOption> {
     let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
     security.and_then(|security| security.namespace_options.as_mut()).context("namespace options")
-}
-
-fn begin() -> Result<(Daemon, Client, Snapshot)> {
-    let daemon = Daemon::start(&[])?;
-    let client = Client::connect(&daemon)?;
-    let warm = client.run(&pod(&daemon.path("logs")))?;
-    client.remove(&warm)?;
-    let before = Snapshot::take(&daemon)?;
-    Ok((daemon, client, before))
 }
 
 fn shell(client: &Client, id: &str, script: &str) -> Result<String> {

@@ -1,15 +1,16 @@
 //! Limits of a container: they are written, they hold, and what they end is told as it was.
 
-use crate::{Bench, counter, expect, in_guest, read, wait_for};
+use crate::{Bench, counter, expect, in_guest, read};
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use windlass_integration::wait::until;
 use windlass_proto::cri::{self, LinuxContainerResources as Resources};
 
 const MIB: i64 = 1 << 20;
 
 /// Waits until the log of the container `main` holds `text`.
 fn logged(bench: &Bench, text: &str) -> Result<()> {
-    wait_for(text, || {
+    until(text, || {
         let pods = fs::read_dir(bench.daemon.path("logs"))?.flatten();
         let found = pods.filter_map(|pod| fs::read_to_string(pod.path().join("main.log")).ok()).any(|log| log.contains(text));
         Ok(found.then_some(()))
@@ -82,7 +83,7 @@ fn a_limit_of_processes_fails_the_next_fork() -> Result<()> {
         let script = "for i in 1 2 3 4 5 6; do sleep 1000 & done; wait";
         let (pod, id) = bench.limited(limits, &["sh", "-c", script])?;
         let leaf = bench.leaf(&id);
-        wait_for("a refused fork", || Ok((counter(&leaf, "pids.events", "max ")? > 0).then_some(())))?;
+        until("a refused fork", || Ok((counter(&leaf, "pids.events", "max ")? > 0).then_some(())))?;
         logged(bench, "can't fork: Resource temporarily unavailable")?;
         bench.client.remove(&pod)?;
         Ok(())
@@ -97,7 +98,7 @@ fn a_quota_throttles_and_shares_are_a_weight() -> Result<()> {
         let leaf = bench.leaf(&id);
         expect(&leaf, "cpu.max", "10000 50000")?;
         expect(&leaf, "cpu.weight", "59")?;
-        wait_for("throttling", || Ok((counter(&leaf, "cpu.stat", "nr_throttled ")? > 2).then_some(())))?;
+        until("throttling", || Ok((counter(&leaf, "cpu.stat", "nr_throttled ")? > 2).then_some(())))?;
         bench.client.remove(&pod)?;
         Ok(())
     })

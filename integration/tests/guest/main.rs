@@ -14,7 +14,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::{Duration, Instant},
+    time::Duration,
 };
 use windlass_integration::{
     client::{Client, container, pod},
@@ -22,6 +22,7 @@ use windlass_integration::{
     guest,
     leak::Snapshot,
     node,
+    wait::until,
 };
 use windlass_proto::cri;
 
@@ -139,7 +140,7 @@ impl Bench {
     }
 
     fn exited(&self, id: &str) -> Result<cri::ContainerStatus> {
-        wait_for("the container exits", || {
+        until("the container exits", || {
             let status = self.client.container(id)?;
             Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
         })
@@ -156,17 +157,6 @@ fn with_resources(mut config: cri::ContainerConfig, resources: cri::LinuxContain
         linux.resources = Some(resources);
     }
     config
-}
-
-fn wait_for<T>(what: &str, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(found) = check()? {
-            return Ok(found);
-        }
-        ensure!(Instant::now() < deadline, "{what}: not within 20 s");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// A file of a cgroup, without its last newline.

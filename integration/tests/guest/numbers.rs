@@ -1,9 +1,9 @@
 //! Statistics and metrics against what a known load did, where every controller tells its figures.
 
-use crate::{TREE, counter, in_guest, read, wait_for, with_resources};
+use crate::{TREE, counter, in_guest, read, with_resources};
 use anyhow::{Context, Result, ensure};
 use std::{fs, path::Path};
-use windlass_integration::{client::container, metrics::Metrics, node::output_of};
+use windlass_integration::{client::container, metrics::Metrics, node::output_of, wait::until};
 use windlass_proto::cri::{self, LinuxContainerResources as Resources};
 
 const MIB: u64 = 1 << 20;
@@ -23,7 +23,7 @@ fn number(value: Option<cri::UInt64Value>) -> Result<u64> {
 fn done(config: &cri::PodSandboxConfig, name: &str) -> Result<String> {
     let log = Path::new(&config.log_directory).join(format!("{name}.log"));
     let text = || fs::read_to_string(&log).unwrap_or_default();
-    wait_for("the load is done", || Ok(Some(text()).filter(|text| text.contains("done")))).with_context(text)
+    until("the load is done", || Ok(Some(text()).filter(|text| text.contains("done")))).with_context(text)
 }
 
 #[test]

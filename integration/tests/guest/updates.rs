@@ -4,6 +4,7 @@ use crate::{Bench, TREE, expect, in_guest, read, with_resources};
 use anyhow::{Context, Result, ensure};
 use std::{fs, path::Path};
 use windlass_integration::client::container;
+use windlass_integration::wait::until;
 use windlass_proto::cri::{self, LinuxContainerResources as Resources};
 
 const MIB: i64 = 1 << 20;
@@ -109,7 +110,7 @@ fn a_memory_limit_below_what_is_in_use_is_refused_at_once() -> Result<()> {
         let limits = Resources { memory_limit_in_bytes: 128 * MIB, cpu_shares: 1024, ..Default::default() };
         let (pod, id) = bench.limited(limits, &["/probe", "hold-mem", "48"])?;
         let leaf = bench.leaf(&id);
-        crate::wait_for("the memory is held", || Ok((read(&leaf, "memory.current")?.parse::<i64>()? > 48 * MIB).then_some(())))?;
+        until("the memory is held", || Ok((read(&leaf, "memory.current")?.parse::<i64>()? > 48 * MIB).then_some(())))?;
         let began = std::time::Instant::now();
         let error = update(bench, &id, Resources { memory_limit_in_bytes: 32 * MIB, cpu_shares: 512, ..Default::default() });
         let (error, took) = (error.err().context("a limit below what is in use was taken")?, began.elapsed());

@@ -2,7 +2,7 @@
 //! nothing. The registry is distribution with a token service; the faults are a proxy's.
 
 use crate::{
-    Ground, directories, login, noise,
+    Ground, directories, login,
     proxy::{Fault, Proxy, Seen},
     servers::{Image, Server, Ways, digest},
     tokens::{Tokens, USER},
@@ -192,8 +192,8 @@ fn whatever_goes_wrong_on_the_way_ends_well_or_leaves_nothing() -> Result<()> {
         let (directory, storage) = directories()?;
         let tokens = Tokens::start(directory.path(), None)?;
         let layers = [
-            image::files_layer(&[("base", 0o644, &noise(1, 100_000))])?,
-            image::files_layer(&[("big", 0o644, &noise(2, LAYER_BYTES))])?,
+            image::files_layer(&[("base", 0o644, &image::noise(1, 100_000))])?,
+            image::files_layer(&[("big", 0o644, &image::noise(2, LAYER_BYTES))])?,
         ];
         let image = Image::new(&layers, json!({}))?;
         let open = Server::distribution(directory.path(), &storage, Ways::default())?;

@@ -1,7 +1,7 @@
 //! How much is fetched at a time, and what is not fetched at all.
 
 use crate::{
-    Ground, directories, noise,
+    Ground, directories,
     proxy::{Fault, Proxy},
     servers::{INDEX, Image, MANIFEST, Server, Ways, described, digest},
 };
@@ -18,7 +18,7 @@ fn two_pulls_fetch_no_more_layers_at_a_time_than_the_node_may() -> Result<()> {
         let registry = Server::distribution(directory.path(), &storage, Ways::default())?;
         let mut images = Vec::new();
         for one in 0..2u64 {
-            let layer = |seed: u64| image::files_layer(&[(&format!("file{seed}"), 0o644, &noise(seed, 50_000))]);
+            let layer = |seed: u64| image::files_layer(&[(&format!("file{seed}"), 0o644, &image::noise(seed, 50_000))]);
             let layers = (one * 5..one * 5 + 5).map(layer).collect::<Result<Vec<_>>>()?;
             let image = Image::new(&layers, json!({}))?;
             registry.push(&format!("team/image{one}"), "v1", &image)?;

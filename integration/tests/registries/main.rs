@@ -137,18 +137,6 @@ fn eventually(what: &str, check: impl Fn() -> Result<()>) -> Result<()> {
     }
 }
 
-/// Bytes that do not compress.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed * 2 + 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(next).take(length / 8).flatten().collect()
-}
-
 /// Entries of an auth file, `registry` and `user:password`.
 fn auth_file(entries: &[(&str, &str)]) -> String {
     use base64::{Engine, engine::general_purpose::STANDARD};

@@ -1,7 +1,7 @@
 //! A daemon that is killed in the midst of a large layer: the next one asks for the rest.
 
 use crate::{
-    Ground, directories, eventually, login, noise,
+    Ground, directories, eventually, login,
     proxy::{Fault, Proxy},
     servers::{Image, Server, Ways, digest},
     tokens::{Tokens, USER},
@@ -21,7 +21,7 @@ fn a_layer_goes_on_where_a_killed_daemon_left_it() -> Result<()> {
     node::run(|| {
         let (directory, storage) = directories()?;
         let tokens = Tokens::start(directory.path(), None)?;
-        let image = Image::new(&[image::files_layer(&[("big", 0o644, &noise(5, LAYER_BYTES))])?], json!({}))?;
+        let image = Image::new(&[image::files_layer(&[("big", 0o644, &image::noise(5, LAYER_BYTES))])?], json!({}))?;
         Server::distribution(directory.path(), &storage, Ways::default())?.push("team/big", "v1", &image)?;
         let registry = Server::distribution(directory.path(), &storage, Ways { tokens: Some(&tokens), ..Ways::default() })?;
         let proxy = Proxy::start(&registry.address)?;

@@ -5,7 +5,7 @@
 //! The file is replaced by rename and not synced: it must survive the daemon, and after a power loss no pod is left whose
 //! address it could protect. Never touches the kernel's network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -121,6 +121,10 @@ impl AddressTable {
         if let Some(held) = self.stored.pods.get(pod_id) {
             return Ok(held.clone());
         }
+        if self.stored.subnets.is_empty() {
+            let reason = "no subnet for pods: IPv6 is off on this host, and network.subnets has no other";
+            return Err(NetworkError::Conflict(reason.to_owned()));
+        }
         let addresses: Vec<IpAddr> =
             self.stored.subnets.iter().map(|subnet| self.next_free(*subnet)).collect::<Result<_, _>>()?;
         let previous = std::mem::replace(&mut self.stored.last, addresses.clone());
@@ -203,7 +207,8 @@ impl AddressTable {
 
     /// Frees the addresses of pods that `live` does not name, and returns those pods.
     pub fn retain(&mut self, live: impl Fn(&str) -> bool) -> Vec<String> {
-        let gone: Vec<String> = self.stored.pods.keys().filter(|pod| !live(pod)).cloned().collect();
+        let known: BTreeSet<&String> = self.stored.pods.keys().chain(self.stored.ports.keys()).collect();
+        let gone: Vec<String> = known.into_iter().filter(|pod| !live(pod)).cloned().collect();
         for pod in &gone {
             self.forget(pod);
         }
@@ -214,13 +219,14 @@ impl AddressTable {
         gone
     }
 
+    /// All that the pod holds; `None`: nothing.
     fn forget(&mut self, pod_id: &str) -> Option<Vec<IpAddr>> {
-        self.stored.ports.remove(pod_id);
-        let addresses = self.stored.pods.remove(pod_id)?;
-        for address in &addresses {
+        let ports = self.stored.ports.remove(pod_id);
+        let addresses = self.stored.pods.remove(pod_id);
+        for address in addresses.iter().flatten() {
             self.by_address.remove(address);
         }
-        Some(addresses)
+        addresses.or(ports.map(|_| Vec::new()))
     }
 
     /// The pod's addresses.
@@ -422,6 +428,28 @@ mod tests {
         table.stored.last = vec!["10.1.0.0".parse().unwrap()];
         assert_eq!(given(&mut table, "c"), ["10.1.0.4"], "neither the old gateway nor what is held");
         assert_eq!(AddressTable::open(&path, &[]).unwrap().served(), subnets(&["10.0.0.0/8", "10.1.0.0/24"]));
+    }
+
+    #[test]
+    fn ports_without_an_address_do_not_outlive_their_pod() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("addresses.json");
+        let one = subnets(&["10.1.0.0/30"]);
+        let port = PortMapping { protocol: super::super::Protocol::Tcp, container_port: 80, host_port: 80, host_ip: None };
+        let claim = |table: &mut AddressTable, pod: &str| table.claim(pod, pod, std::slice::from_ref(&port)).is_ok();
+        let mut table = AddressTable::open(&path, &one).unwrap();
+        given(&mut table, "a");
+        assert!(claim(&mut table, "b") && table.acquire("b").is_err(), "all addresses are in use");
+        table.release("b");
+        // In the file, too.
+        let mut table = AddressTable::open(&path, &one).unwrap();
+        assert!(claim(&mut table, "c"));
+        // Killed between the two.
+        let mut table = AddressTable::open(&path, &one).unwrap();
+        assert!(!claim(&mut table, "d"));
+        assert_eq!(table.retain(|pod| pod == "a"), ["c"]);
+        assert!(claim(&mut table, "d"));
+        assert!(AddressTable::open(&path, &[]).unwrap().acquire("e").is_err(), "no subnet, no address");
     }
 
     #[test]

@@ -244,11 +244,9 @@ impl Inner {
         let limits = Bandwidth::of(&pod.annotations).map_err(NetworkError::Invalid)?;
         let mut bridge = self.installed(false)?;
         let mut addresses = self.acquire(&pod)?;
-        let Some(mac) = addresses.first().map(|address| mac_of(*address)) else {
-            return Err(NetworkError::Conflict(
-                "no subnet for pods: IPv6 is off on this host, and network.subnets has no other".into(),
-            ));
-        };
+        let mac = addresses.first().map(|address| mac_of(*address));
+        let mac = mac.ok_or_else(|| NetworkError::Conflict(format!("pod {pod_id} has no address on record")));
+        let mac = self.release_on_error(pod_id, mac)?;
         let link = host_interface(pod_id);
         let mut connected = self.connect(bridge, &link, mac, &pod.netns);
         if connected.is_err() && self.vanished(bridge) {
@@ -287,7 +285,6 @@ impl Inner {
         table.claim(&pod.pod_id, &format!("{}/{}", pod.namespace, pod.name), &pod.port_mappings)?;
         let acquired = hostport::check_listeners(&pod.port_mappings).and_then(|()| table.acquire(&pod.pod_id));
         acquired.inspect_err(|_| {
-            table.unclaim(&pod.pod_id);
             table.release(&pod.pod_id);
         })
     }
