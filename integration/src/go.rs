@@ -209,17 +209,24 @@ fn unless_built(
 
 /// Calls `build` unless `products` are there and the stamp in `dir` says the same words. One process at a time.
 pub fn unless_stamped(dir: &Path, words: &[&str], products: &[&Path], build: impl FnOnce() -> Result<()>) -> Result<()> {
+    let stamp_file = dir.join("stamp");
+    let stamp = words.join("\n");
+    let current = || {
+        let same = std::fs::read_to_string(&stamp_file).is_ok_and(|found| found == stamp);
+        same && products.iter().all(|product| product.is_file())
+    };
+    // Looked at before anything is written: a guest sees the programs on a read-only file system.
+    if current() {
+        return Ok(());
+    }
     std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let lock = std::fs::File::create(dir.join("lock")).context("create the lock of the tools")?;
     lock.lock().context("wait for the lock of the tools")?;
-    let stamp_file = dir.join("stamp");
-    let stamp = words.join("\n");
-    let current = std::fs::read_to_string(&stamp_file).is_ok_and(|found| found == stamp);
-    if current && products.iter().all(|product| product.is_file()) {
+    if current() {
         return Ok(());
     }
     build()?;
-    std::fs::write(&stamp_file, stamp).context("write the stamp of the tools")
+    std::fs::write(&stamp_file, &stamp).context("write the stamp of the tools")
 }
 
 fn stamp(module: &Path, inputs: &[&str]) -> Result<String> {

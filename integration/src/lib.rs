@@ -9,6 +9,7 @@ pub mod demo;
 pub mod go;
 pub mod ground;
 pub mod guest;
+pub mod guest_tests;
 pub mod image;
 pub mod kubelet;
 pub mod leak;

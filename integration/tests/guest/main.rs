@@ -8,89 +8,38 @@ mod oci;
 mod parents;
 mod updates;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::{
-    collections::BTreeMap,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
-    sync::OnceLock,
     time::Duration,
 };
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
-    guest,
+    guest_tests::GuestTests,
     leak::Snapshot,
     node,
     wait::until,
 };
 use windlass_proto::cri;
 
-/// Set inside the guest: the directory of the results.
-const RESULTS: &str = "WINDLASS_GUEST_RESULTS";
 /// Longest run of all tests in the guest.
 const GUEST_LIMIT: Duration = Duration::from_secs(300);
 /// The tree of the guest.
 const TREE: &str = "/sys/fs/cgroup";
 
-/// The guest's run: its results by name, and what it printed.
-struct Run {
-    results: BTreeMap<String, String>,
-    output: String,
-}
+static GUEST: GuestTests = GuestTests::all(GUEST_LIMIT);
 
 /// The test `name`: in the guest its body, elsewhere the result that it had there.
 fn in_guest(name: &str, body: impl FnOnce(&Bench) -> Result<()> + Send + 'static) -> Result<()> {
-    let Some(results) = env::var_os(RESULTS) else { return result_of(name) };
-    let result = node::run(|| {
-        let bench = Bench::begin()?;
-        body(&bench)?;
-        bench.end()
-    });
-    let text = result.as_ref().map_or_else(|error| format!("{error:#}"), |()| "ok".to_owned());
-    fs::write(Path::new(&results).join(name), text).context("leave the result")?;
-    result
-}
-
-fn result_of(name: &str) -> Result<()> {
-    static RUN: OnceLock<Result<Run, String>> = OnceLock::new();
-    let run = RUN.get_or_init(|| boot().map_err(|error| format!("{error:#}")));
-    let run = run.as_ref().map_err(|error| anyhow::anyhow!("the guest: {error}"))?;
-    match run.results.get(name).map(String::as_str) {
-        Some("ok") => Ok(()),
-        Some(text) => bail!("in the guest: {text}"),
-        None => bail!("left no result in the guest, which said:\n{}", run.output),
-    }
-}
-
-/// Runs this program in the guest, with the words that it was called with.
-fn boot() -> Result<Run> {
-    let directory = guest::scratch()?;
-    let program = env::current_exe()?.to_string_lossy().into_owned();
-    let words: Vec<String> = env::args().skip(1).collect();
-    let mut command: Vec<&str> = vec![&program];
-    command.extend(words.iter().map(String::as_str));
-    if !words.iter().any(|word| word.starts_with("--test-threads")) {
-        command.extend(["--test-threads", "1"]);
-    }
-    let path = |path: Result<PathBuf>| path.map(|path| path.to_string_lossy().into_owned());
-    let (results, programs) = (path(Ok(directory.path().to_owned()))?, path(windlass_integration::setup::programs())?);
-    let mut environment = vec![(RESULTS, results.as_str()), ("WINDLASS_BIN_DIR", programs.as_str())];
-    let log = env::var("WINDLASS_TEST_LOG").unwrap_or_default();
-    if !log.is_empty() {
-        environment.push(("WINDLASS_TEST_LOG", &log));
-    }
-    let outcome = guest::run(directory.path(), &command, &environment, GUEST_LIMIT)?;
-    if !log.is_empty() {
-        eprintln!("{}", outcome.output);
-    }
-    let mut results = BTreeMap::new();
-    for entry in fs::read_dir(directory.path())?.flatten() {
-        if let (Ok(name), Ok(text)) = (entry.file_name().into_string(), fs::read_to_string(entry.path())) {
-            results.insert(name, text);
-        }
-    }
-    Ok(Run { results, output: outcome.output })
+    GUEST.test(name, || {
+        node::run(|| {
+            let bench = Bench::begin()?;
+            body(&bench)?;
+            bench.end()
+        })
+    })
 }
 
 /// A daemon, a pod of it, and what was there before.

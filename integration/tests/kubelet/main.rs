@@ -1,6 +1,7 @@
-//! A real kubelet drives the daemon: static pods of every kind, on this host as it is.
+//! A real kubelet drives the daemon: static pods of every kind, on this host as it is, and in the guest what needs the whole of cgroup v2.
 
 mod ends;
+mod guest;
 mod images;
 mod kinds;
 mod logs;
