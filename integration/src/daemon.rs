@@ -49,13 +49,25 @@ impl Daemon {
 
     /// A daemon that serves, with the test images on it.
     pub fn start(extra: &[&str]) -> Result<Daemon> {
-        let mut daemon = Daemon::prepare(extra)?;
+        Daemon::prepare(extra)?.with_images()
+    }
+
+    /// The same with more of a configuration.
+    pub fn configured(text: &str) -> Result<Daemon> {
+        let daemon = Daemon::prepare(&[])?;
+        let path = daemon.path("config.toml");
+        fs::write(&path, fs::read_to_string(&path)? + text)?;
+        daemon.with_images()
+    }
+
+    fn with_images(mut self) -> Result<Daemon> {
+        let daemon = &mut self;
         let archive = daemon.path("images.tar");
         crate::image::write_archive(&archive)?;
         daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
         fs::remove_file(archive)?;
         daemon.serve()?;
-        Ok(daemon)
+        Ok(self)
     }
 
     /// A daemon that serves, with these images on it: name, uncompressed layers, further fields of the configuration.

@@ -13,6 +13,7 @@ pub struct GuestTests {
     limit: Duration,
     filter: Option<&'static str>,
     prepare: fn() -> Result<()>,
+    disk_mib: u64,
     run: OnceLock<Result<Run, String>>,
 }
 
@@ -25,13 +26,19 @@ struct Run {
 impl GuestTests {
     /// All tests of this program, which together take no longer than `limit`.
     pub const fn all(limit: Duration) -> GuestTests {
-        GuestTests { limit, filter: None, prepare: || Ok(()), run: OnceLock::new() }
+        GuestTests { limit, filter: None, prepare: || Ok(()), disk_mib: 0, run: OnceLock::new() }
     }
 
     /// The tests of this program whose names contain `filter`; `prepare` is called on the host before the guest starts, which can neither
     /// build nor reach a network.
     pub const fn some(limit: Duration, filter: &'static str, prepare: fn() -> Result<()>) -> GuestTests {
-        GuestTests { limit, filter: Some(filter), prepare, run: OnceLock::new() }
+        GuestTests { limit, filter: Some(filter), prepare, disk_mib: 0, run: OnceLock::new() }
+    }
+
+    /// The guest has an empty disk of so many MiB, /dev/ubda.
+    pub const fn with_disk(mut self, mebibytes: u64) -> GuestTests {
+        self.disk_mib = mebibytes;
+        self
     }
 
     /// The test `name`: in the guest its body, elsewhere the result that it had there.
@@ -80,7 +87,11 @@ impl GuestTests {
         if !log.is_empty() {
             environment.push(("WINDLASS_TEST_LOG", &log));
         }
-        let outcome = guest::run(directory.path(), &command, &environment, self.limit)?;
+        let disk = directory.path().join("disk");
+        fs::File::create(&disk)?.set_len(self.disk_mib << 20)?;
+        let disk = (self.disk_mib > 0).then(|| format!("ubda={}", disk.display()));
+        let more: Vec<&str> = disk.iter().map(String::as_str).collect();
+        let outcome = guest::run_with(directory.path(), &command, &environment, self.limit, &more)?;
         if !log.is_empty() {
             eprintln!("{}", outcome.output);
         }

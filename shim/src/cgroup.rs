@@ -35,7 +35,12 @@ impl Tree {
 
     /// Controllers whose limits this host cannot enforce.
     pub fn missing(&self) -> Vec<&'static str> {
-        WANTED.into_iter().filter(|name| !self.controllers.iter().any(|have| have == name)).collect()
+        WANTED.into_iter().filter(|name| !self.has(name)).collect()
+    }
+
+    /// Whether limits of this controller can be enforced.
+    pub fn has(&self, controller: &str) -> bool {
+        self.controllers.iter().any(|have| have == controller)
     }
 
     /// Absolute directory of a cgroup path that begins with `/`.

@@ -26,6 +26,8 @@ pub struct Config {
     pub cgroup: CgroupConfig,
     pub containers: ContainerConfig,
     pub devices: DeviceConfig,
+    /// Classes of block I/O, by the names under which annotations of pods ask for them.
+    pub block_io_classes: BTreeMap<String, BlockIoClass>,
     /// Other OCI runtimes, by the names under which pods ask for them.
     pub handlers: BTreeMap<String, HandlerConfig>,
     pub network: NetworkConfig,
@@ -118,6 +120,37 @@ const ULIMITS: [&str; 16] = [
 pub struct HandlerConfig {
     /// The runtime's program, absolute: runc, crun, or another with the commands of the OCI runtime command line.
     pub path: PathBuf,
+}
+
+/// `[block_io_classes.NAME]`: what a container of the class may do to block devices.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockIoClass {
+    /// Share of busy devices, 10 to 1000, as the OCI configuration has it. 0: not set.
+    #[serde(default)]
+    pub weight: u16,
+    /// Limits of single devices.
+    #[serde(default)]
+    pub devices: Vec<BlockIoLimit>,
+}
+
+/// `[[block_io_classes.NAME.devices]]`: limits of one device. A limit of 0 is none.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockIoLimit {
+    /// A whole block device (not a partition), as `/dev/sda`.
+    pub path: PathBuf,
+    /// Share of this device, 10 to 1000. 0: the class's.
+    #[serde(default)]
+    pub weight: u16,
+    #[serde(default)]
+    pub read_bytes_per_second: u64,
+    #[serde(default)]
+    pub write_bytes_per_second: u64,
+    #[serde(default)]
+    pub reads_per_second: u64,
+    #[serde(default)]
+    pub writes_per_second: u64,
 }
 
 /// `[devices]`
@@ -234,6 +267,7 @@ impl Default for Config {
             cgroup: CgroupConfig::default(),
             containers: ContainerConfig::default(),
             devices: DeviceConfig::default(),
+            block_io_classes: BTreeMap::new(),
             handlers: BTreeMap::new(),
             network: NetworkConfig::default(),
             images: ImageConfig::default(),
@@ -314,6 +348,16 @@ impl ContainerConfig {
     }
 }
 
+impl BlockIoClass {
+    fn check(&self, name: &str) -> std::result::Result<(), String> {
+        let weights = std::iter::once(self.weight).chain(self.devices.iter().map(|device| device.weight));
+        match weights.into_iter().find(|weight| *weight != 0 && !(10..=1000).contains(weight)) {
+            Some(weight) => Err(format!("block_io_classes.{name}: weight {weight} is not 10 to 1000")),
+            None => Ok(()),
+        }
+    }
+}
+
 impl ImageConfig {
     fn check(&self) -> std::result::Result<(), String> {
         if self.max_parallel_layers == 0 {
@@ -346,6 +390,9 @@ impl Config {
         let invalid = |why: String| Error::invalid(format!("configuration {}: {why}", file.display()));
         let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
         config.containers.check().map_err(invalid)?;
+        for (name, class) in &config.block_io_classes {
+            class.check(name).map_err(invalid)?;
+        }
         config.images.check().map_err(invalid)?;
         if config.network.cni_timeout_seconds == 0 {
             return Err(invalid("network.cni_timeout_seconds: 0 seconds for a plugin".into()));
@@ -400,6 +447,7 @@ mod tests {
             ("[containers]\ndefault_ulimits = { nofile = { soft = 3, hard = 2 } }", "nofile: soft 3"),
             ("[containers]\ndefault_ulimits = { nofile = { soft = 3 } }", "hard"),
             ("[containers]\nshm_size_bytes = 0", "shm_size_bytes"),
+            ("[block_io_classes.slow]\nweight = 5", "slow: weight 5"),
             ("[images]\nmax_parallel_layers = 0", "max_parallel_layers"),
             ("[images]\nprogress_timeout_seconds = 0", "progress_timeout_seconds"),
         ] {

@@ -2,6 +2,7 @@
 //! test does its work and leaves its result in a file, here each test reads it. One boot serves all of them.
 
 mod apparmor;
+mod block_io;
 mod limits;
 mod numbers;
 mod oci;
@@ -29,13 +30,22 @@ const GUEST_LIMIT: Duration = Duration::from_secs(300);
 /// The tree of the guest.
 const TREE: &str = "/sys/fs/cgroup";
 
-static GUEST: GuestTests = GuestTests::all(GUEST_LIMIT);
+static GUEST: GuestTests = GuestTests::all(GUEST_LIMIT).with_disk(64);
 
 /// The test `name`: in the guest its body, elsewhere the result that it had there.
 fn in_guest(name: &str, body: impl FnOnce(&Bench) -> Result<()> + Send + 'static) -> Result<()> {
+    in_guest_with(name, "", body)
+}
+
+/// The same with more of a configuration.
+fn in_guest_with(
+    name: &str,
+    configuration: &'static str,
+    body: impl FnOnce(&Bench) -> Result<()> + Send + 'static,
+) -> Result<()> {
     GUEST.test(name, || {
         node::run(|| {
-            let bench = Bench::begin()?;
+            let bench = Bench::begin(configuration)?;
             body(&bench)?;
             bench.end()
         })
@@ -50,8 +60,8 @@ struct Bench {
 }
 
 impl Bench {
-    fn begin() -> Result<Bench> {
-        let daemon = Daemon::start(&[])?;
+    fn begin(configuration: &str) -> Result<Bench> {
+        let daemon = Daemon::configured(configuration)?;
         let client = Client::connect(&daemon)?;
         // The first pod makes what the daemon keeps: bridge, rules, parent cgroup, pipes.
         let id = client.run(&pod(&daemon.path("logs")))?;

@@ -1,7 +1,7 @@
 //! What a bundle may ask that this build does not do: refused by name, never passed over.
 
 use crate::process::{Kind, StepError};
-use oci_spec::runtime::{LinuxBlockIo, LinuxMemory, LinuxNetwork, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxMemory, LinuxNetwork, LinuxResources, Spec};
 
 /// Refuses versions that are none of the specification's first, and every field that would have no effect here. A field with the value
 /// that means nothing (0, false, empty) is no request.
@@ -50,24 +50,10 @@ pub fn check_resources(resources: &LinuxResources) -> Result<(), StepError> {
         ("linux.resources.memory.disableOOMKiller", memory(|memory| memory.disable_oom_killer() == Some(true))),
         ("linux.resources.cpu.realtimeRuntime", cpu.is_some_and(|cpu| cpu.realtime_runtime().is_some_and(|time| time != 0))),
         ("linux.resources.cpu.realtimePeriod", cpu.is_some_and(|cpu| cpu.realtime_period().is_some_and(|time| time != 0))),
-        ("linux.resources.blockIO", resources.block_io().as_ref().is_some_and(block_io)),
         ("linux.resources.network", resources.network().as_ref().is_some_and(network)),
         ("linux.resources.rdma", resources.rdma().as_ref().is_some_and(|limits| !limits.is_empty())),
         ("linux.resources.memory.checkBeforeUpdate", memory(|memory| memory.check_before_update() == Some(true))),
     ])
-}
-
-fn block_io(block: &LinuxBlockIo) -> bool {
-    let weights = [block.weight(), block.leaf_weight()].into_iter().flatten().any(|weight| weight != 0);
-    let throttles = [
-        block.throttle_read_bps_device(),
-        block.throttle_write_bps_device(),
-        block.throttle_read_iops_device(),
-        block.throttle_write_iops_device(),
-    ];
-    weights
-        || block.weight_device().as_ref().is_some_and(|list| !list.is_empty())
-        || throttles.into_iter().flatten().any(|list| !list.is_empty())
 }
 
 fn network(network: &LinuxNetwork) -> bool {
@@ -91,7 +77,6 @@ mod tests {
             (r#"{"ociVersion":"1.0"}"#, "ociVersion \"1.0\""),
             (r#"{"ociVersion":"1.0.0","linux":{"personality":{"domain":"LINUX32"}}}"#, "linux.personality"),
             (r#"{"ociVersion":"1.0.0","linux":{"resources":{"memory":{"swappiness":60}}}}"#, "linux.resources.memory.swappiness"),
-            (r#"{"ociVersion":"1.0.0","linux":{"resources":{"blockIO":{"weight":100}}}}"#, "linux.resources.blockIO"),
             (r#"{"ociVersion":"1.0.0","linux":{"resources":{"network":{"classID":7}}}}"#, "linux.resources.network"),
         ] {
             assert_eq!(refused(json).as_deref(), Some(field), "{json}");

@@ -1,6 +1,6 @@
 //! Limits of one cgroup, from an OCI `LinuxResources`.
 
-use super::weight_of_shares;
+use super::{block_io, weight_of_shares};
 use crate::process::{Kind, StepError};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use std::fs;
@@ -13,10 +13,22 @@ const PERIOD_US: u64 = 100_000;
 
 /// One file to write. `strict`: its absence is an error (the `unified` map names files, not wishes).
 #[derive(Debug, PartialEq, Eq)]
-struct Write {
-    file: String,
-    value: String,
+pub(super) struct Write {
+    pub(super) file: String,
+    pub(super) value: String,
     strict: bool,
+    /// What takes the write back, where that is not what the file held as a whole.
+    pub(super) undo: Option<String>,
+}
+
+impl Write {
+    pub(super) fn of(file: &str, value: String) -> Write {
+        Write { file: file.into(), value, strict: false, undo: None }
+    }
+
+    pub(super) fn undone_by(self, undo: String) -> Write {
+        Write { undo: Some(undo), ..self }
+    }
 }
 
 /// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce: their files
@@ -48,7 +60,7 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
             restore(cgroup, &undo);
             return Err(error);
         }
-        undo.push((write.file, before));
+        undo.push((write.file, write.undo.unwrap_or(before)));
     }
     Ok(not_enforced)
 }
@@ -132,13 +144,16 @@ fn plan(resources: &LinuxResources, now: &dyn Fn(&str) -> Option<String>) -> Res
     for page in resources.hugepage_limits().iter().flatten() {
         push(&mut writes, &format!("hugetlb.{}.max", page.page_size()), limit_text(page.limit()));
     }
+    if let Some(block_io) = resources.block_io() {
+        writes.extend(block_io::plan(block_io, now)?);
+    }
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
     for (file, value) in unified {
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
             return Err(StepError::because(Kind::Invalid, "set limit", file, "not a file of a controller"));
         }
-        writes.push(Write { file: file.clone(), value: value.clone(), strict: true });
+        writes.push(Write { strict: true, ..Write::of(file, value.clone()) });
     }
     Ok(writes)
 }
@@ -194,7 +209,7 @@ fn plan_memory(memory: &LinuxMemory, writes: &mut Vec<Write>) -> Result<(), Step
 }
 
 fn push(writes: &mut Vec<Write>, file: &str, value: String) {
-    writes.push(Write { file: file.into(), value, strict: false });
+    writes.push(Write::of(file, value));
 }
 
 fn limit_text(limit: i64) -> String {

@@ -2,6 +2,7 @@
 //! host, changes nothing. Every field that is not applied yet and would make the container weaker is refused by name.
 
 mod cdi;
+mod classes;
 mod devices;
 mod mounts;
 mod paths;
@@ -89,8 +90,12 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
     let asked = linux.resources.unwrap_or_default();
     let mut oci_resources = serde_json::to_value(resources(&asked)?).map_err(encode)?;
     let (devices, rules) = devices::build(input)?;
-    if let Some(map) = oci_resources.as_object_mut() {
-        map.insert("devices".into(), Value::Array(rules));
+    oci_resources["devices"] = Value::Array(rules);
+    classes::refuse_rdt(input)?;
+    let mut not_enforced = resources::not_enforced(&asked, &input.node.tree);
+    if let Some(block_io) = classes::block_io(input)? {
+        oci_resources["blockIO"] = block_io;
+        not_enforced.extend((!input.node.tree.has("io")).then(|| "io".to_owned()));
     }
     let (masked, readonly) = security::paths(input)?;
     let spec = json!({
@@ -118,7 +123,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
     }
     cdi::apply(&mut spec, input)?;
     let spec = serde_json::from_value(spec).map_err(|error| Error::internal(format!("OCI configuration: {error}")))?;
-    Ok((spec, resources::not_enforced(&asked, &input.node.tree)))
+    Ok((spec, not_enforced))
 }
 
 fn encode(error: serde_json::Error) -> Error {
