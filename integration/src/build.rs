@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 15] = [
+const PACKAGES: [(&str, &str); 17] = [
     ("curl", "/usr/bin/curl"),
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
@@ -29,6 +29,8 @@ const PACKAGES: [(&str, &str); 15] = [
     ("containernetworking-plugins", "/usr/lib/cni/bridge"),
     ("iptables", "/usr/sbin/iptables"),
     ("docker-registry", "/usr/bin/docker-registry"),
+    ("dpkg-dev", "/usr/bin/dpkg-shlibdeps"),
+    ("mmdebstrap", "/usr/bin/mmdebstrap"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.

@@ -14,6 +14,7 @@ use crate::{
     network::{Network, bridge::BridgeConfig, subnet::parse_subnets},
     node::Node,
     pod,
+    service::{self, Socket},
     streaming::Server,
     telemetry,
 };
@@ -25,10 +26,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use tokio::{
-    net::UnixListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{EnvFilter, fmt, prelude::*};
 
 /// A Kubernetes container runtime: serves the CRI to kubelet and crictl, and runs pods as namespaced processes.
@@ -196,13 +194,18 @@ async fn serve(config: Config) -> Result<()> {
     let terminated = terminated()?;
     let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
     let _metrics = telemetry::Endpoint::start(&node).await?;
-    let listener = listener(&node.config.socket)?;
+    let (socket, listener) = Socket::listen(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
         pods = node.pods().len(), containers = node.containers().len(), "serving"
     );
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let watchdog = service::ready(&socket);
+    let terminated = async move {
+        terminated.await;
+        drop(watchdog);
+    };
     let served = cri::serve(node.clone(), streaming, listener, terminated).await;
+    drop(socket);
     leave_nothing_unused(&node).await;
     tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
     served.map_err(|error| Error::internal(format!("serve: {error}")))
@@ -217,9 +220,8 @@ fn keep_seccomp_programs(directory: &Path) -> Result<()> {
     made.map_err(|error| Error::io(format_args!("make {} anew", directory.display()), error))
 }
 
-/// What only the daemon itself needed goes when no pod is left: socket, bridge, rules and the default cgroup.
+/// What only the daemon itself needed goes when no pod is left: bridge, rules and the default cgroup.
 async fn leave_nothing_unused(node: &Node) {
-    let _ = fs::remove_file(&node.config.socket);
     if !node.pods().is_empty() {
         return;
     }
@@ -243,29 +245,6 @@ fn start_network(config: &Config) -> Result<Network> {
         ..BridgeConfig::new(state.clone(), subnets)
     };
     Network::start(network, bridge, &state).map_err(|error| Error::from(error).during("start the pod network"))
-}
-
-/// The socket that systemd passes, else a new one, mode 0660 and root's.
-fn listener(path: &Path) -> Result<UnixListener> {
-    let failed = |error: std::io::Error| Error::io(format_args!("listen on {}", path.display()), error);
-    if let Ok(Some(passed)) = listenfd::ListenFd::from_env().take_unix_listener(0) {
-        passed.set_nonblocking(true).map_err(failed)?;
-        return UnixListener::from_std(passed).map_err(failed);
-    }
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(failed)?;
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    // Bound under another name and moved when its mode is right: nobody can connect in between.
-    let temporary = path.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    let listener = UnixListener::bind(&temporary).map_err(failed)?;
-    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o660)).map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)?;
-    Ok(listener)
 }
 
 /// Ends with SIGTERM or SIGINT, which are the daemon's from this call on, not only once the future is waited for.

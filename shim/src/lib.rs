@@ -20,6 +20,7 @@ pub mod network;
 pub mod node;
 pub mod pod;
 pub mod selinux;
+pub mod service;
 pub mod stats;
 pub mod store;
 pub mod streaming;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, compare, demo, measure, suite};
+use windlass_integration::{build, compare, demo, measure, package, suite};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -27,6 +27,8 @@ enum Command {
     },
     /// Build containerd, CRI-O and what they need, and measure Windlass beside them with one client. Takes half an hour the first time.
     Compare(compare::Options),
+    /// Build, and make the Debian package in target/debian.
+    Package,
     /// Set up, build, and run every test.
     Test,
 }
@@ -48,6 +50,7 @@ fn run(command: &Command) -> Result<bool> {
         Command::Demo => demo::run().map(|()| true),
         Command::Bench { flags } => measure::run(flags.clone()).map(|()| true),
         Command::Compare(options) => compare::run(options).map(|()| true),
+        Command::Package => package::run().map(|()| true),
         Command::Test => suite::run(),
     }
 }

@@ -233,6 +233,12 @@ mod tests {
     }
 
     #[test]
+    fn the_example_is_a_network() {
+        let plugins: &[&str] = &["bridge", "portmap", "bandwidth"];
+        check(include_str!("../../../../manifests/cni/10-bridge.conflist"), Ok(("pods", "1.0.0", plugins)));
+    }
+
+    #[test]
     fn files_are_found_by_name_and_in_order() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["20.conf", "10.conflist", "30.json", "05.conf.bak", "readme"] {

@@ -1,0 +1,193 @@
+//! The Debian package in a clean Debian system: it installs, its programs run pods from there, an upgrade and a removal disturb none, and
+//! after a purge nothing is left. Needs the packages' registry the first time.
+
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Stdio},
+};
+use windlass_integration::{
+    client::{Client, container, pod},
+    daemon::{cgroup_root, remove_cgroup},
+    debian::Debian,
+    image, node, package, wait,
+};
+use windlass_proto::cri;
+
+const SOCKET: &str = "/run/windlass/windlass.sock";
+const CONFIG: &str = "/etc/windlass/config.toml";
+const MONITOR: &str = "/usr/libexec/windlass/windlass-monitor";
+
+/// What the package brings, with its mode.
+const FILES: [(&str, &str); 8] = [
+    ("/usr/bin/windlass", "755"),
+    ("/usr/bin/windlass-oci", "755"),
+    (MONITOR, "755"),
+    (CONFIG, "644"),
+    ("/usr/lib/systemd/system/windlass.service", "644"),
+    ("/usr/lib/systemd/system/windlass-cri.socket", "644"),
+    ("/usr/lib/sysctl.d/50-windlass.conf", "644"),
+    ("/usr/share/doc/windlass/examples/kubelet.yaml", "644"),
+];
+
+/// A Debian system with the package, and the daemon that runs there. Dropping it ends the pods too.
+struct Node {
+    system: Debian,
+    daemon: Option<Child>,
+    /// Parent of the pods' cgroups, which the machine's other daemons do not have.
+    cgroup: String,
+}
+
+impl Node {
+    fn install(&self, package: &Path, name: &str) -> Result<String> {
+        let file = format!("/tmp/{name}.deb");
+        fs::copy(package, self.system.path(&file)).context("copy the package")?;
+        self.system.run(&["dpkg", "--install", &file])
+    }
+
+    /// Starts the installed daemon as the unit does.
+    fn serve(&mut self) -> Result<Client> {
+        let log = fs::File::create(self.system.path("/var/log/windlass"))?;
+        let mut command = self.system.command(&["/usr/bin/windlass", "serve"]);
+        self.daemon = Some(command.stdout(Stdio::null()).stderr(log).spawn().context("start the installed windlass")?);
+        let socket = self.system.path(SOCKET);
+        wait::until("the installed daemon's socket", || Ok(Client::connect_to(&socket).ok())).with_context(|| self.log())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let mut daemon = self.daemon.take().context("the daemon runs")?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
+        let status = daemon.wait()?;
+        ensure!(status.success(), "windlass ended with {status}\n{}", self.log());
+        Ok(())
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.system.path("/var/log/windlass")).unwrap_or_default()
+    }
+
+    fn cgroup_directory(&self) -> std::path::PathBuf {
+        cgroup_root().join(self.cgroup.trim_start_matches('/'))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        let _ = fs::write(self.cgroup_directory().join("cgroup.kill"), "1");
+        remove_cgroup(&self.cgroup_directory());
+    }
+}
+
+/// Where a container's process and its pod's monitor are: their ids, and the monitor's program.
+fn processes(client: &Client, container: &str) -> Result<(String, u32)> {
+    let request = cri::ContainerStatusRequest { container_id: container.into(), verbose: true };
+    let reply = client.container_status(request)?;
+    ensure!(reply.status.context("a status")?.state() == cri::ContainerState::ContainerRunning, "it does not run");
+    let info: serde_json::Value = serde_json::from_str(reply.info.get("info").context("verbose information")?)?;
+    let pid = info["pid"].as_u64().context("its process id")?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).context("its parent")?.trim().parse()?;
+    let program = fs::read_link(format!("/proc/{parent}/exe"))?.to_string_lossy().into_owned();
+    Ok((program, parent))
+}
+
+#[test]
+fn the_package_installs_runs_pods_is_upgraded_under_them_and_leaves_nothing() -> Result<()> {
+    Debian::prepare()?;
+    let directory = tempfile::tempdir()?;
+    let first = package::make(directory.path())?;
+    let second = package::later(&first)?;
+    node::run(move || life_of_the_package(&first, &second))
+}
+
+fn life_of_the_package(first: &Path, second: &Path) -> Result<()> {
+    let mut node = Node { system: Debian::start()?, daemon: None, cgroup: format!("/windlass-package-{}", std::process::id()) };
+    let before = node.system.files()?;
+    node.install(first, "first")?;
+    is_installed(&node.system)?;
+
+    // The administrator's own words in the configuration.
+    let config = fs::read_to_string(node.system.path(CONFIG))?;
+    let own = config.replace("parent = \"/windlass\"", &format!("parent = {:?}", node.cgroup));
+    ensure!(own != config, "the configuration names no parent of cgroups");
+    fs::write(node.system.path(CONFIG), &own)?;
+    let archive = node.system.path("/tmp/image.tar");
+    image::write_archive(&archive)?;
+
+    let client = node.serve()?;
+    node.system.run(&["windlass", "image", "import", "/tmp/image.tar"])?;
+    let config = pod(Path::new("/tmp/logs"));
+    let id = client.run(&config)?;
+    let main = client.create(&id, &config, &container(&config, "main", &["sh", "-c", "echo begun; sleep 1000"]))?;
+    client.start(&main)?;
+    let running = processes(&client, &main)?;
+    ensure!(running.0 == MONITOR, "the monitor is {}", running.0);
+    ensure!(client.pod(&id)?.network.is_some_and(|network| !network.ip.is_empty()), "the pod has no address");
+
+    // The new package's files are there while the old daemon runs, which goes on with what it has.
+    node.install(second, "second")?;
+    ensure!(fs::read_to_string(node.system.path(CONFIG))? == own, "the configuration was not kept");
+    let other = client.run(&pod(Path::new("/tmp/logs")))?;
+    node.stop()?;
+    let client = node.serve()?;
+    ensure!(processes(&client, &main)?.1 == running.1, "another monitor");
+    client.remove(&other)?;
+
+    node.stop()?;
+    node.system.run(&["dpkg", "--remove", "windlass"])?;
+    ensure!(!node.system.path(MONITOR).exists() && node.system.path(CONFIG).exists(), "removed, but for the configuration");
+    ensure!(Path::new(&format!("/proc/{}", running.1)).exists(), "the removal ended a pod");
+    let said = node.system.run(&["dpkg", "--purge", "windlass"])?;
+    ensure!(said.contains("pods still run") && node.system.path("/var/lib/windlass").exists(), "{said}");
+
+    node.install(second, "second")?;
+    fs::write(node.system.path(CONFIG), &own)?;
+    let client = node.serve()?;
+    ensure!(processes(&client, &main)?.1 == running.1, "another monitor");
+    ensure!(client.shell(&main, "echo here")? == "here");
+    let log = fs::read_to_string(node.system.path(&config.log_directory).join("main.log"))?;
+    ensure!(log.contains("begun"), "{log:?}");
+    client.remove(&id)?;
+    node.stop()?;
+    node.system.run(&["dpkg", "--purge", "windlass"])?;
+    nothing_is_left(&node, &before)
+}
+
+fn is_installed(system: &Debian) -> Result<()> {
+    ensure!(system.run(&["dpkg-query", "-W", "-f", "${Status}", "windlass"])? == "install ok installed");
+    ensure!(system.run(&["dpkg", "--audit"])?.is_empty());
+    for (path, mode) in FILES {
+        let found = system.run(&["stat", "-c", "%a %U:%G", path])?;
+        ensure!(found.trim() == format!("{mode} root:root"), "{path}: {found}");
+    }
+    let units = ["/usr/lib/systemd/system/windlass.service", "/usr/lib/systemd/system/windlass-cri.socket"];
+    let said = system.run(&["systemd-analyze", "verify", "--man=no", units[0], units[1]])?;
+    ensure!(said.is_empty(), "systemd-analyze verify: {said}");
+    ensure!(system.run(&["systemctl", "--root=/", "is-enabled", "windlass.service"])?.trim() == "enabled");
+    let socket = system.output(&["systemctl", "--root=/", "is-enabled", "windlass-cri.socket"])?;
+    ensure!(String::from_utf8_lossy(&socket.stdout).trim() == "disabled", "{socket:?}");
+    let sysctls = fs::read_to_string(system.path("/usr/lib/sysctl.d/50-windlass.conf"))?;
+    for key in sysctls.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(" = ")) {
+        ensure!(Path::new("/proc/sys").join(key.0.replace('.', "/")).exists(), "there is no sysctl {}", key.0);
+    }
+    ensure!(system.run(&["windlass", "--help"])?.contains("Serve the CRI"));
+    ensure!(system.run(&["windlass-oci", "--version"])?.contains(env!("CARGO_PKG_VERSION")));
+    Ok(())
+}
+
+fn nothing_is_left(node: &Node, before: &[String]) -> Result<()> {
+    let after = node.system.files()?;
+    let left: Vec<&String> = after.iter().filter(|path| before.binary_search(path).is_err()).collect();
+    let gone: Vec<&String> = before.iter().filter(|path| after.binary_search(path).is_err()).collect();
+    ensure!(left.is_empty() && gone.is_empty(), "left behind: {left:#?}\ngone: {gone:#?}");
+    let run = fs::read_dir(node.system.path("/run"))?.flatten().map(|entry| entry.file_name());
+    let run: Vec<_> = run.filter(|name| name.to_string_lossy().contains("windlass")).collect();
+    ensure!(run.is_empty(), "left in /run: {run:?}");
+    ensure!(!node.cgroup_directory().exists(), "a cgroup is left");
+    Ok(())
+}
