@@ -3,7 +3,9 @@
 
 mod config;
 mod images;
+mod kubelet;
 mod life;
+mod lists;
 mod load;
 mod products;
 mod pull;
@@ -12,16 +14,20 @@ mod sharing;
 mod streams;
 mod table;
 
-use crate::{build, client::Client, go, node, registry::Registry};
+use crate::{build, client::Client, go, guest, node, registry::Registry};
 use anyhow::{Context, Result, ensure};
 use rival::{Ground, Kind, Network, Rival};
-use std::path::Path;
+use std::{
+    env,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use windlass_proto::cri;
 
 /// What to measure, and how often.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Parts: pull, start, cni, parallel, exec, streams, stats, memory, sharing.
+    /// Parts: pull, start, cni, parallel, exec, streams, stats, memory, sharing, many.
     #[arg(long, value_delimiter = ',', default_value = "pull,start,parallel,exec,streams,stats,memory")]
     what: Vec<String>,
     /// Rounds of the part `pull`; each pulls every image once with each runtime.
@@ -39,7 +45,16 @@ pub struct Options {
     /// Measure the programs that are built, without building Windlass again.
     #[arg(long)]
     no_build: bool,
+    /// Measure in a guest whose kernel has the whole of cgroup v2.
+    #[arg(long)]
+    guest: bool,
+    /// Folder of the runtimes' programs: they are not built, and neither is Windlass.
+    #[arg(long, hide = true)]
+    products: Option<PathBuf>,
 }
+
+/// Longest run in a guest.
+const GUEST_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Builds, starts, measures and prints.
 ///
@@ -47,17 +62,43 @@ pub struct Options {
 /// Where a build, the start of a runtime or a call that is measured fails.
 pub fn run(options: &Options) -> Result<()> {
     for part in &options.what {
-        let parts = ["pull", "start", "cni", "parallel", "exec", "streams", "stats", "memory", "sharing"];
+        let parts = ["pull", "start", "cni", "parallel", "exec", "streams", "stats", "memory", "sharing", "many"];
         ensure!(parts.contains(&part.as_str()), "there is no part {part:?}; parts are {}", parts.join(", "));
     }
+    let products = match &options.products {
+        Some(built) => built.clone(),
+        None => prepare(options)?,
+    };
+    if options.guest {
+        return in_guest(options, &products);
+    }
+    let options = options.clone();
+    node::run(move || measure(&options, &products))
+}
+
+/// Builds, before the node is entered, which has no network to build with.
+fn prepare(options: &Options) -> Result<PathBuf> {
     if !options.no_build {
         build::all()?;
     }
-    let products = products::build()?;
-    // Before the node is entered, which has no network to build it with.
     go::streams()?;
-    let options = options.clone();
-    node::run(move || measure(&options, &products))
+    products::build()
+}
+
+/// Runs this command once more inside the guest.
+fn in_guest(options: &Options, products: &Path) -> Result<()> {
+    let shared = guest::scratch()?;
+    let program = env::current_exe()?.to_string_lossy().into_owned();
+    let (what, only, products) = (options.what.join(","), options.only.join(","), products.canonicalize()?);
+    let (pulls, pods, products) = (options.pulls.to_string(), options.pods.to_string(), products.to_string_lossy());
+    let mut words = vec![&*program, "compare", "--what", &what, "--pulls", &pulls, "--pods", &pods, "--products", &products];
+    if !only.is_empty() {
+        words.extend(["--only", &only]);
+    }
+    let outcome = guest::run(shared.path(), &words, &[], GUEST_LIMIT)?;
+    println!("{}", outcome.output);
+    ensure!(outcome.code == 0, "ended in the guest with {}", outcome.code);
+    Ok(())
 }
 
 fn measure(options: &Options, products: &Path) -> Result<()> {
@@ -85,6 +126,9 @@ fn measure(options: &Options, products: &Path) -> Result<()> {
     if wants("stats") || wants("memory") {
         // One after the other: their pods would be in each other's way.
         load::measure(&ground, &kinds(options), &wants)?;
+    }
+    if wants("many") {
+        load::many(&ground, &kinds(options))?;
     }
     Ok(())
 }

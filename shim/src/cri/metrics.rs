@@ -29,7 +29,7 @@ pub(super) fn descriptors() -> Vec<cri::MetricDescriptor> {
 
 /// What one request reads once for all pods.
 struct Look {
-    host: Vec<(String, network::Traffic)>,
+    host: network::Host,
     disk: Option<Disk>,
     budget: usize,
 }
@@ -126,7 +126,7 @@ impl Service {
         let node = self.node.clone();
         aside(move || {
             let disk = Disk::of(&node.config.root.join("containers"));
-            let mut look = Look { host: network::host(), disk, budget: LAYER_BUDGET };
+            let mut look = Look { host: network::Host::default(), disk, budget: LAYER_BUDGET };
             let ready = node.pods().into_iter().filter(|pod| pod.phase() == Phase::Ready);
             ready.filter_map(|pod| of_pod(&node, &pod, &mut look)).collect()
         })

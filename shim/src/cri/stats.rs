@@ -16,7 +16,7 @@ pub(super) const LAYER_BUDGET: usize = 2048;
 
 /// What one request reads once for all pods.
 struct Look {
-    host: Vec<(String, network::Traffic)>,
+    host: network::Host,
     budget: usize,
     layers_at: String,
 }
@@ -24,7 +24,7 @@ struct Look {
 impl Look {
     fn new(node: &Node) -> Look {
         let layers_at = node.config.root.join("containers").to_string_lossy().into_owned();
-        Look { host: network::host(), budget: LAYER_BUDGET, layers_at }
+        Look { host: network::Host::default(), budget: LAYER_BUDGET, layers_at }
     }
 }
 

@@ -99,7 +99,7 @@ impl Disk {
 /// Reads them. `init` is the first process of a container, nothing for the cgroup of a pod.
 pub(super) fn take(files: &mut Files, init: Option<i32>) -> Detail {
     let (cpu_quota_us, cpu_period_us) = files.glance("cpu.max").map_or((None, None), |text| cpu_max(&text));
-    let processes = init.and_then(|init| processes(files.path(), init));
+    let processes = init.and_then(|init| processes(files, init));
     Detail {
         cpu: counters(files.read("cpu.stat")),
         cpu_quota_us,
@@ -178,8 +178,8 @@ fn huge_pages(files: &Files) -> Vec<HugePages> {
     sizes.into_iter().filter_map(read).collect()
 }
 
-fn processes(cgroup: &Path, init: i32) -> Option<Processes> {
-    let members = members(cgroup).filter(|members| members.len() <= PROCESSES_MAX)?;
+fn processes(files: &mut Files, init: i32) -> Option<Processes> {
+    let members = members(files).filter(|members| members.len() <= PROCESSES_MAX)?;
     let mut found = Processes {
         count: u64::try_from(members.len()).ok()?,
         open_files_max: fs::read_to_string(format!("/proc/{init}/limits")).ok().and_then(|text| open_files(&text)),
@@ -270,7 +270,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let own = std::process::id();
         fs::write(folder.path().join("cgroup.procs"), format!("{own}\n")).expect("write");
-        let found = processes(folder.path(), i32::try_from(own).expect("a pid")).expect("found");
+        let mut files = Files::open(folder.path().to_owned()).expect("open");
+        let found = processes(&mut files, i32::try_from(own).expect("a pid")).expect("found");
         assert!(found.count == 1 && found.descriptors >= 4 && found.sockets >= Some(1), "{found:?}");
         assert!(
             found.open_files_max.is_some() && found.states.is_some_and(|states| states.iter().any(|state| state.1 > 0)),

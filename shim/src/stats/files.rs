@@ -53,7 +53,7 @@ pub(super) struct Files {
 impl Files {
     pub(super) fn open(path: PathBuf) -> io::Result<Files> {
         let directory = rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Files { path, directory, open: HashMap::new(), buffer: vec![0; 8192] })
+        Ok(Files { path, directory, open: HashMap::new(), buffer: vec![0; 1024] })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -62,14 +62,23 @@ impl Files {
 
     /// The text of a file; nothing when the cgroup has no such file or is gone.
     pub(super) fn read(&mut self, name: &'static str) -> Option<&str> {
+        self.read_by(name, read_all)
+    }
+
+    /// The text of a file that the kernel gives in parts, such as the list of processes.
+    pub(super) fn read_list(&mut self, name: &'static str) -> Option<&str> {
+        self.read_by(name, read_parts)
+    }
+
+    fn read_by(&mut self, name: &'static str, all: fn(&File, &mut Vec<u8>) -> Option<usize>) -> Option<&str> {
         let length = match self.open.get(name) {
-            Some(Some(kept)) => read_all(&kept.0, &mut self.buffer),
+            Some(Some(kept)) => all(&kept.0, &mut self.buffer),
             // A controller that the group was made without does not come later.
             Some(None) => return None,
             None => match rustix::fs::openat(&self.directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
                 Ok(file) => {
                     let file = File::from(file);
-                    let length = read_all(&file, &mut self.buffer);
+                    let length = all(&file, &mut self.buffer);
                     if let Ok(kept) = Kept::new(file) {
                         self.open.insert(name, Some(kept));
                     }
@@ -94,14 +103,28 @@ impl Files {
     }
 }
 
+/// The kernel gives most of these files whole where there is room.
 fn read_all(file: &File, buffer: &mut Vec<u8>) -> Option<usize> {
+    read_until(file, buffer, |_, whole| whole)
+}
+
+/// Lists end where nothing more comes.
+fn read_parts(file: &File, buffer: &mut Vec<u8>) -> Option<usize> {
+    read_until(file, buffer, |read, _| read == 0)
+}
+
+/// Reads until the last read, of which `ended` is told its length and whether it left room.
+fn read_until(file: &File, buffer: &mut Vec<u8>, ended: impl Fn(usize, bool) -> bool) -> Option<usize> {
     let mut length = 0;
     loop {
         let read = file.read_at(buffer.get_mut(length..)?, u64::try_from(length).ok()?).ok()?;
         length += read;
-        // The kernel gives these files whole where there is room.
-        if length < buffer.len() {
+        let room = length < buffer.len();
+        if ended(read, room) {
             return Some(length);
+        }
+        if room {
+            continue;
         }
         if length >= FILE_LIMIT_BYTES {
             return None;
@@ -123,6 +146,7 @@ mod tests {
         assert_eq!(files.read("cpu.stat"), Some("usage_usec 1\n"));
         std::fs::write(&path, "x".repeat(20_000)).expect("write");
         assert_eq!(files.read("cpu.stat").map(str::len), Some(20_000));
+        assert_eq!(files.read_list("cpu.stat").map(str::len), Some(20_000));
         assert_eq!(files.read("memory.stat"), None);
         assert_eq!(files.glance("memory.stat"), None);
         assert_eq!(files.glance("cpu.stat").map(|text| text.len()), Some(20_000));

@@ -83,12 +83,16 @@ fn walk(root: &Path, budget: &mut usize) -> io::Result<Option<Size>> {
     let stat = rustix::fs::fstat(&top)?;
     let mut size = Size { bytes: blocks(stat.st_blocks), inodes: 1 };
     let mut linked = HashSet::new();
-    let mut waiting: Vec<PathBuf> = vec![PathBuf::from(".")];
+    let mut waiting: Vec<PathBuf> = Vec::new();
+    // Most layers are nearly empty: a few system calls for each.
+    if !add(rustix::io::fcntl_dupfd_cloexec(&top, 0)?, Path::new("."), budget, &mut size, &mut linked, &mut waiting)? {
+        return Ok(None);
+    }
     while let Some(folder) = waiting.pop() {
         // One that was moved away or replaced since is no longer part of it.
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let Ok(directory) = rustix::fs::openat2(&top, &folder, flags, Mode::empty(), beneath) else { continue };
-        if !add(&directory, &folder, budget, &mut size, &mut linked, &mut waiting)? {
+        if !add(directory, &folder, budget, &mut size, &mut linked, &mut waiting)? {
             return Ok(None);
         }
     }
@@ -96,22 +100,23 @@ fn walk(root: &Path, budget: &mut usize) -> io::Result<Option<Size>> {
 }
 
 fn add(
-    directory: &OwnedFd,
+    directory: OwnedFd,
     folder: &Path,
     budget: &mut usize,
     size: &mut Size,
     linked: &mut HashSet<u64>,
     waiting: &mut Vec<PathBuf>,
 ) -> io::Result<bool> {
-    let listing = Dir::read_from(directory)?;
-    for entry in listing.flatten() {
+    let mut listing = Dir::new(directory)?;
+    while let Some(entry) = listing.read() {
+        let Ok(entry) = entry else { continue };
         let name: &CStr = entry.file_name();
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
         let Some(left) = budget.checked_sub(1) else { return Ok(false) };
         *budget = left;
-        let Ok(stat) = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        let Ok(stat) = rustix::fs::statat(listing.fd()?, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
         let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if !is_folder && stat.st_nlink > 1 && !linked.insert(stat.st_ino) {
             continue;

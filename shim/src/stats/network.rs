@@ -5,11 +5,16 @@ pub use super::parse::Traffic;
 
 use super::parse;
 use crate::pod;
-use std::{fs, os::unix::fs::MetadataExt};
+use std::{cell::OnceCell, collections::HashMap, fs, os::unix::fs::MetadataExt};
 
-/// The host's own interfaces, read once for all pods of a request.
-pub fn host() -> Vec<(String, Traffic)> {
-    read("/proc/thread-self/net/dev")
+/// The host's own interfaces, read once for all pods of a request, when one of them needs it.
+#[derive(Default)]
+pub struct Host(OnceCell<HashMap<String, Traffic>>);
+
+impl Host {
+    fn interface(&self, name: &str) -> Option<Traffic> {
+        self.0.get_or_init(|| read("/proc/thread-self/net/dev").into_iter().collect()).get(name).copied()
+    }
 }
 
 fn read(path: &str) -> Vec<(String, Traffic)> {
@@ -17,13 +22,14 @@ fn read(path: &str) -> Vec<(String, Traffic)> {
 }
 
 /// The pod's interfaces but its loopback, the default one first. `pids` are processes that may be the pod's.
-pub fn of(record: &pod::Record, pids: &[i32], host: &[(String, Traffic)]) -> Vec<(String, Traffic)> {
+pub fn of(record: &pod::Record, pids: &[i32], host: &Host) -> Vec<(String, Traffic)> {
     let Some(network) = &record.network else { return Vec::new() };
     let mut found = pids.iter().find_map(|pid| inside(record, *pid)).unwrap_or_default();
     if found.is_empty()
-        && let Some((_, seen)) = host.iter().find(|(name, _)| *name == network.host_interface && !name.is_empty())
+        && !network.host_interface.is_empty()
+        && let Some(seen) = host.interface(&network.host_interface)
     {
-        found.push((network.interface.clone(), other_side(*seen)));
+        found.push((network.interface.clone(), other_side(seen)));
     }
     found.retain(|(name, traffic)| name != "lo" && (*name == network.interface || *traffic != Traffic::default()));
     found.sort_by_key(|(name, _)| *name != network.interface);
