@@ -16,6 +16,9 @@ const VALIDATION_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/oci");
 /// The one that builds the client of streams.
 const STREAMS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/streams");
 
+/// The one that builds a collector of traces.
+const COLLECTOR_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/collector");
+
 /// The one that builds a registry server.
 const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry");
 
@@ -138,6 +141,11 @@ pub fn validation() -> Result<Validation> {
 /// The client of streams, which is client-go's: built unless `<target>/windlass-tools/streams` holds the one of this recipe.
 pub fn streams() -> Result<PathBuf> {
     own_program("streams", STREAMS_MODULE)
+}
+
+/// A collector of traces with OpenTelemetry's own types: built unless `<target>/windlass-tools/collector` holds the one of this recipe.
+pub fn collector() -> Result<PathBuf> {
+    own_program("collector", COLLECTOR_MODULE)
 }
 
 /// go-containerregistry's registry server: built unless `<target>/windlass-tools/registry` holds the one of this recipe.

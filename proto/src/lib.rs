@@ -15,6 +15,13 @@ pub mod image {
     tonic::include_proto!("windlass.image.v1");
 }
 
+/// What an OpenTelemetry collector takes of traces.
+#[cfg(feature = "cri")]
+pub mod trace {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
+}
+
 /// The protocol between the daemon and a monitor. `proto/monitor.proto` describes every message.
 pub mod monitor {
     #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]

@@ -10,13 +10,17 @@ use crate::{
     cri,
     error::{Error, Result},
     image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
+    log,
     monitor::Program,
     network::{Network, bridge::BridgeConfig, subnet::parse_subnets},
     node::Node,
     pod,
     service::{self, Socket},
     streaming::Server,
-    telemetry,
+    telemetry::{
+        self,
+        trace::{self, Exporter},
+    },
 };
 use clap::{Args, Parser, Subcommand};
 use image::ImageCommand;
@@ -26,8 +30,10 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::{EnvFilter, fmt, prelude::*};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::oneshot,
+};
 
 /// A Kubernetes container runtime: serves the CRI to kubelet and crictl, and runs pods as namespaced processes.
 #[derive(Debug, Parser)]
@@ -116,7 +122,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Serve(flags) => (flags.load()?, None),
         Command::Image { flags, command } => (flags.load()?, Some(command)),
     };
-    start_log(&config.log_level)?;
+    let traces = if job.is_none() { trace::start(&config.tracing)? } else { None };
+    let (spans, exporter) = traces.unzip();
+    log::start(&config.log_level, spans)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -124,20 +132,10 @@ pub fn run(cli: Cli) -> Result<()> {
         .map_err(|error| Error::io("start threads", error))?;
     runtime.block_on(async {
         match job {
-            None => serve(config).await,
+            None => serve(config, exporter).await,
             Some(command) => image::run(config, command).await,
         }
     })
-}
-
-fn start_log(level: &str) -> Result<()> {
-    // The transport's own debugging is asked for by its name, for example log_level = "debug,h2=debug".
-    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,tower=warn,rustls=warn,{level}"))
-        .map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_target(false);
-    tracing_subscriber::registry().with(filter).with(layer).init();
-    Ok(())
 }
 
 fn open_store(config: &Config) -> Result<Store> {
@@ -174,7 +172,7 @@ fn lock(config: &Config) -> Result<fs::File> {
     Ok(file)
 }
 
-async fn serve(config: Config) -> Result<()> {
+async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     let _lock = lock(&config)?;
     for directory in [config.state.clone(), config.root.join("pods"), config.root.join("containers")] {
         fs::create_dir_all(&directory).map_err(|error| Error::io(format_args!("create {}", directory.display()), error))?;
@@ -192,6 +190,8 @@ async fn serve(config: Config) -> Result<()> {
     keep_seccomp_programs(&node.seccomp_directory())?;
     pod::recover(&node).await;
     let terminated = terminated()?;
+    let (ended, end) = oneshot::channel::<()>();
+    let exporting = exporter.map(|exporter| tokio::spawn(exporter.run(async move { drop(end.await) })));
     let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
     let _metrics = telemetry::Endpoint::start(&node).await?;
     let (socket, listener) = Socket::listen(&node.config.socket)?;
@@ -207,6 +207,10 @@ async fn serve(config: Config) -> Result<()> {
     let served = cri::serve(node.clone(), streaming, listener, terminated).await;
     drop(socket);
     leave_nothing_unused(&node).await;
+    drop(ended);
+    if let Some(exporting) = exporting {
+        let _ = exporting.await;
+    }
     tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
     served.map_err(|error| Error::internal(format!("serve: {error}")))
 }

@@ -35,6 +35,23 @@ pub struct Config {
     pub streaming: StreamingConfig,
     pub monitor: MonitorConfig,
     pub metrics: MetricsConfig,
+    pub tracing: TracingConfig,
+}
+
+/// `[tracing]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TracingConfig {
+    /// Where an OpenTelemetry collector takes traces by OTLP over gRPC, `http://address:port`. Empty: nowhere.
+    pub otlp_endpoint: String,
+    /// Share of the traces that are exported, from 0 to 1. A caller that brings a trace of its own has decided for it.
+    pub sampling_ratio: f64,
+}
+
+impl Default for TracingConfig {
+    fn default() -> TracingConfig {
+        TracingConfig { otlp_endpoint: String::new(), sampling_ratio: 1.0 }
+    }
 }
 
 /// `[metrics]`
@@ -274,6 +291,7 @@ impl Default for Config {
             streaming: StreamingConfig::default(),
             monitor: MonitorConfig::default(),
             metrics: MetricsConfig::default(),
+            tracing: TracingConfig::default(),
         }
     }
 }

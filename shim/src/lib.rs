@@ -15,6 +15,7 @@ pub mod cri;
 pub mod error;
 pub mod events;
 pub mod image;
+pub mod log;
 pub mod monitor;
 pub mod network;
 pub mod node;

@@ -21,6 +21,7 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 use tokio::sync::watch;
+use tracing::Instrument;
 
 /// Shared by every RPC.
 pub struct Node {
@@ -144,10 +145,12 @@ impl Node {
                     let (sender, receiver) = watch::channel(None);
                     running.insert(key, receiver.clone());
                     let operation = operation();
-                    tokio::spawn(async move {
+                    // The trace of the first caller has its steps.
+                    let run = async move {
                         let result = operation.await;
                         sender.send_replace(Some(result));
-                    });
+                    };
+                    tokio::spawn(run.in_current_span());
                     receiver
                 }
             }

@@ -7,9 +7,10 @@ use crate::{
     node::{Node, now_ns},
     pod::Phase,
     store,
-    telemetry::{Clock, Phase as Timed},
+    telemetry::{Clock, Phase as Timed, trace},
 };
 use std::{sync::Arc, time::Duration};
+use tracing::Instrument;
 use windlass_proto::monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, frame::Body};
 
 /// Longest wait for a killed container to be gone.
@@ -70,7 +71,8 @@ pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duratio
         let request = Body::Signal(SignalRequest { container_id: container.id.clone(), signal });
         match monitor.call(request).await {
             Ok(_) => {
-                if tokio::time::timeout(timeout, container.wait_exited()).await.is_ok() {
+                let waiting = tracing::info_span!(target: trace::TARGET, "wait for the end", container = %container.id);
+                if tokio::time::timeout(timeout, container.wait_exited()).instrument(waiting).await.is_ok() {
                     return Ok(());
                 }
             }

@@ -22,7 +22,14 @@ pub use life::{remove, reopen_log, start, stop};
 pub(crate) use spec::{missing_controllers, resources as limits};
 pub use update::{merge, update};
 
-use crate::{error::Result, events::EventKind, image::Lease, node::Node, store, telemetry};
+use crate::{
+    error::Result,
+    events::EventKind,
+    image::Lease,
+    log::names::{self, Known},
+    node::Node,
+    store, telemetry,
+};
 use ending::Ending;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -124,6 +131,7 @@ pub struct Container {
     ending: Ending,
     /// Cancelled when the one client that its input was for has ended it.
     input_ended: CancellationToken,
+    _names: Known,
 }
 
 impl Container {
@@ -131,6 +139,7 @@ impl Container {
         Container {
             id: record.id.clone(),
             pod_id: record.pod_id.clone(),
+            _names: names::learn(&record.id, || vec![("container_name", record.name().to_owned())]),
             path: node.container_directory(&record.id).join("record.json"),
             ending: Ending::new(matches!(record.state, State::Exited { .. })),
             record: watch::Sender::new(record),

@@ -1,6 +1,6 @@
-//! How long each RPC takes, by its method and code. A caller that goes away is counted as Cancelled.
+//! How long each RPC takes, by its method and code, and the span that its trace begins with. A caller that goes away is counted as Cancelled.
 
-use crate::telemetry;
+use crate::telemetry::{self, trace};
 use std::{
     task::{Context, Poll},
     time::Instant,
@@ -9,6 +9,7 @@ use tonic::{
     Code,
     codegen::{BoxFuture, Service, http},
 };
+use tracing::{Instrument, Span, field::Empty};
 
 #[derive(Clone)]
 pub(super) struct Timing<S>(pub(super) S);
@@ -18,6 +19,7 @@ struct Running {
     path: String,
     began: Instant,
     code: Code,
+    span: Span,
 }
 
 impl Running {
@@ -29,6 +31,10 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         telemetry::called(&self.path, self.code as i32, self.began.elapsed());
+        self.span.record("rpc.grpc.status_code", self.code as i32);
+        if self.code != Code::Ok {
+            self.span.record("error", self.code.description());
+        }
     }
 }
 
@@ -48,9 +54,11 @@ where
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let running = Running { path: request.uri().path().to_owned(), began: Instant::now(), code: Code::Cancelled };
-        let answer = self.0.call(request);
-        Box::pin(async move {
+        let span = span(&request);
+        let running =
+            Running { path: request.uri().path().to_owned(), began: Instant::now(), code: Code::Cancelled, span: span.clone() };
+        let answer = span.in_scope(|| self.0.call(request));
+        let counted = async move {
             let answer = answer.await;
             running.ended(match &answer {
                 // An error has its code in the head; with a success it comes behind the message.
@@ -58,6 +66,18 @@ where
                 Err(_) => Code::Internal,
             });
             answer
-        })
+        };
+        Box::pin(counted.instrument(span))
     }
+}
+
+/// Part of the caller's trace, if it sends one.
+fn span<B>(request: &http::Request<B>) -> Span {
+    let method = request.uri().path().trim_start_matches('/');
+    let name = method.rsplit('/').next().unwrap_or_default();
+    let traceparent = request.headers().get("traceparent").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    tracing::info_span!(
+        target: trace::TARGET, "rpc", otel.name = name, otel.kind = "server", traceparent, rpc.system = "grpc", rpc.method = method,
+        rpc.grpc.status_code = Empty, error = Empty
+    )
 }

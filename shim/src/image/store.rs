@@ -18,6 +18,7 @@ use super::registry::Session;
 use super::tls::Clients;
 use super::transfer::{self, Source, Want};
 use super::trust::TrustFiles;
+use crate::telemetry::trace::TARGET;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use oci_spec::image::ImageConfiguration;
@@ -28,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_blocking};
+use tracing::Instrument;
 
 const MAX_INDEX_DEPTH: u32 = 3;
 const MIN_SHORT_ID: usize = 3;
@@ -241,11 +243,12 @@ impl Store {
         let progress = Arc::new(Progress::default());
         let told = Arc::clone(&progress);
         let (store, (reference, auth, namespace)) = (self.clone(), key.clone());
+        let span = tracing::info_span!(target: TARGET, "pull", image = %reference);
         let pull = async move {
             let context = format!("pull {reference}");
             store.pull_alone(&reference, auth, &namespace, &told).await.map_err(|e| e.within(context))
         };
-        let pull = pull.boxed().shared();
+        let pull = pull.instrument(span).boxed().shared();
         if let Some(weak) = pull.downgrade() {
             pulls.insert(key, (weak, Arc::clone(&progress)));
         }
@@ -264,10 +267,11 @@ impl Store {
         let clients = Arc::clone(&inner.clients);
         let session = Arc::new(Session::new(clients, &inner.config.registries, reference, auth)?);
         let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
-        let (manifest, digest, chosen) = self.resolve(&session, wanted).await?;
+        let (manifest, digest, chosen) =
+            self.resolve(&session, wanted).instrument(tracing::info_span!(target: TARGET, "resolve")).await?;
         let mut digests = vec![digest.as_str()];
         digests.extend(Some(chosen.as_str()).filter(|chosen| *chosen != digest));
-        demand.check(&session, reference, &digests).await?;
+        demand.check(&session, reference, &digests).instrument(tracing::info_span!(target: TARGET, "check signatures")).await?;
         let config = session.small_blob(&manifest.config).await?;
         // A reference with a digest says which image it is; its tag may say another by now.
         let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();
@@ -327,9 +331,10 @@ impl Store {
         let mut tasks = JoinSet::new();
         for want in wants {
             let object = format!("layer {}", want.diff_id);
+            let span = tracing::info_span!(target: TARGET, "layer", diff_id = want.diff_id);
             let (layers, partials) = (Arc::clone(&inner.layers), Arc::clone(&inner.partials));
             let made = transfer::ensure(layers, partials, Arc::clone(&inner.slots), want, inner.limits());
-            tasks.spawn(async move { made.await.map_err(|e| e.within(object)) });
+            tasks.spawn(async move { made.await.map_err(|e| e.within(object)) }.instrument(span));
         }
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
@@ -344,6 +349,7 @@ impl Store {
         result?;
         let inner = Arc::clone(inner);
         let commit = spawn_blocking(move || inner.commit(plan, &chain, lease));
+        let commit = commit.instrument(tracing::info_span!(target: TARGET, "commit"));
         commit.await.map_err(|e| ImageError::Io(format!("record image: {e}")))?
     }
 

@@ -5,7 +5,10 @@
 
 mod socket;
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    telemetry::trace,
+};
 use rustix::fd::{BorrowedFd, OwnedFd};
 use std::{
     collections::HashMap,
@@ -21,6 +24,7 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, oneshot},
 };
+use tracing::Instrument;
 use windlass_proto::{
     frame,
     monitor::{Failure, Frame, failure, frame::Body},
@@ -108,6 +112,7 @@ impl Monitor {
 
     /// Sends a request and waits for its reply, at most `limit`.
     pub async fn call_within(&self, body: Body, limit: Duration) -> Result<Reply> {
+        let span = tracing::info_span!(target: trace::TARGET, "monitor", otel.name = name(&body));
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         match self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
@@ -119,7 +124,7 @@ impl Monitor {
             self.send(bytes).await.map_err(|_| lost())?;
             receiver.await.map_err(|_| lost())
         };
-        let outcome = tokio::time::timeout(limit, exchange).await;
+        let outcome = tokio::time::timeout(limit, exchange).instrument(span).await;
         if let Some(pending) = self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
             pending.remove(&id);
         }
@@ -154,6 +159,24 @@ impl Monitor {
     /// True once the connection has ended.
     pub fn is_closed(&self) -> bool {
         self.pending.lock().expect("never poisoned: no panic while held").is_none()
+    }
+}
+
+/// What a request asks, for traces.
+fn name(request: &Body) -> &'static str {
+    match request {
+        Body::Setup(_) => "monitor: set up",
+        Body::Create(_) => "monitor: create",
+        Body::Start(_) => "monitor: start",
+        Body::Signal(_) => "monitor: signal",
+        Body::Kill(_) => "monitor: kill",
+        Body::Delete(_) => "monitor: delete",
+        Body::Exec(_) => "monitor: exec",
+        Body::Update(_) => "monitor: update",
+        Body::Shutdown(_) => "monitor: shut down",
+        Body::Attach(_) => "monitor: attach",
+        Body::Sockets(_) => "monitor: sockets",
+        _ => "monitor: call",
     }
 }
 

@@ -23,6 +23,7 @@ pub use stop::{remove, stop};
 
 use crate::{
     error::{Error, Result},
+    log::names::{self, Known},
     monitor::Monitor,
     network::{Kind, PodNetwork},
     node::Node,
@@ -82,6 +83,7 @@ pub struct Pod {
     ended: Mutex<Ended>,
     /// Held by the one transition of this pod that is under way.
     pub turn: tokio::sync::Mutex<()>,
+    _names: Known,
 }
 
 const POISON: &str = "never poisoned: no panic while held";
@@ -90,6 +92,10 @@ impl Pod {
     pub fn new(record: Record) -> Pod {
         Pod {
             id: record.id.clone(),
+            _names: names::learn(&record.id, || {
+                let meta = record.config.metadata.clone().unwrap_or_default();
+                vec![("pod", meta.name), ("namespace", meta.namespace)]
+            }),
             ended: Mutex::new(Ended::since(record.removed_cpu_ns)),
             record: RwLock::new(record),
             monitor: Mutex::new(None),

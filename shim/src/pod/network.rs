@@ -5,9 +5,11 @@ use crate::{
     error::{Error, Result},
     network::{Attachment, Detachment, Dns, Kind, PodNetwork, PortMapping, Protocol, subnet::parse_subnets},
     node::Node,
+    telemetry::trace,
 };
 use rustix::fd::OwnedFd;
 use std::{collections::HashMap, path::Path, sync::Arc};
+use tracing::Instrument;
 use windlass_proto::cri::{self, NamespaceMode, PodSandboxConfig};
 
 /// Connects the pod. What it will have to give back is in its record before anything is made.
@@ -22,7 +24,8 @@ pub(super) async fn attach(node: &Node, pod: &Pod, route_socket: OwnedFd) -> Res
 pub(super) async fn release(node: &Node, pod: &Pod) -> Result<()> {
     let record = pod.record();
     if record.network_attached {
-        node.network.detach(record.network_kind, &detachment(&record)).await?;
+        let span = tracing::info_span!(target: trace::TARGET, "network: detach", pod = %pod.id);
+        node.network.detach(record.network_kind, &detachment(&record)).instrument(span).await?;
         pod.change_always(node, |record| record.network_attached = false);
     }
     if !record.netns.as_os_str().is_empty() {

@@ -8,6 +8,7 @@ mod histogram;
 mod process;
 mod server;
 mod text;
+pub mod trace;
 
 pub use server::Endpoint;
 
@@ -20,6 +21,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tracing::Span;
 
 const POISON: &str = "never poisoned: no panic while held";
 
@@ -72,18 +74,33 @@ const PHASES: [(Phase, &str); 6] = [
 
 static PHASE_TIMES: [Histogram; PHASES.len()] = [const { Histogram::new() }; PHASES.len()];
 
-/// Measures a phase from now on. Only a phase that succeeds is counted: [`Clock::done`].
-pub struct Clock(Phase, Instant);
+/// Measures a phase from now on. Only a phase that succeeds is counted: [`Clock::done`]. A trace has those that fail, too.
+pub struct Clock {
+    phase: Phase,
+    began: Instant,
+    span: Option<Span>,
+}
 
 impl Clock {
     pub fn start(phase: Phase) -> Clock {
-        Clock(phase, Instant::now())
+        let name = PHASES.iter().find(|(known, _)| *known == phase).map_or("phase", |(_, name)| name);
+        let span = tracing::info_span!(target: trace::TARGET, "phase", otel.name = name, error = tracing::field::Empty);
+        Clock { phase, began: Instant::now(), span: Some(span) }
     }
 
-    pub fn done(self) {
-        let index = PHASES.iter().position(|(phase, _)| *phase == self.0);
+    pub fn done(mut self) {
+        self.span = None;
+        let index = PHASES.iter().position(|(phase, _)| *phase == self.phase);
         if let Some(histogram) = index.and_then(|index| PHASE_TIMES.get(index)) {
-            histogram.add(self.1.elapsed());
+            histogram.add(self.began.elapsed());
+        }
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        if let Some(span) = &self.span {
+            span.record("error", "not done");
         }
     }
 }
@@ -128,6 +145,10 @@ pub static PULLED_BYTES: Counter = Counter::new();
 pub static OOM_KILLS: Counter = Counter::new();
 /// Containers that have ended.
 pub static EXITS: Counter = Counter::new();
+
+/// Spans that a collector of traces took, and those that it did not.
+static SPANS_EXPORTED: Counter = Counter::new();
+static SPANS_DROPPED: Counter = Counter::new();
 
 /// Counts a pull that a client asked for.
 pub fn pulled(well: bool, took: Duration) {

@@ -1,8 +1,8 @@
 //! All that is counted, as Prometheus' text format (version 0.0.4).
 
 use super::{
-    CALLS, EXITS, OOM_KILLS, PHASE_TIMES, PHASES, POISON, PULL_TIMES, PULLED_BYTES, PULLS, PULLS_FAILED, REPAIRED, REPAIRS,
-    process,
+    CALLS, EXITS, OOM_KILLS, PHASE_TIMES, PHASES, POISON, PULL_TIMES, PULLED_BYTES, PULLS, PULLS_FAILED,
+    REPAIRED, REPAIRS, SPANS_DROPPED, SPANS_EXPORTED, process,
 };
 use crate::{
     container::{self, State},
@@ -74,6 +74,8 @@ fn counts(text: &mut String) {
     single(text, "windlass_container_exits_total", "counter", "Containers that have ended.", EXITS.value());
     let help = "Kills for memory: containers that ended so, and processes of containers that went on.";
     single(text, "windlass_oom_kills_total", "counter", help, OOM_KILLS.value());
+    let spans = [("exported", SPANS_EXPORTED.value()), ("dropped", SPANS_DROPPED.value())];
+    labelled(text, "windlass_trace_spans_total", "counter", "Spans by what became of them.", "outcome", spans);
     let repairs = REPAIRS.iter().zip(&REPAIRED).map(|((_, name), counter)| (*name, counter.value()));
     let help = "What a crash, a lost process or a failed step left, and was put in order.";
     labelled(text, "windlass_repairs_total", "counter", help, "what", repairs);
