@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 17] = [
+const PACKAGES: [(&str, &str); 18] = [
     ("curl", "/usr/bin/curl"),
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
@@ -31,6 +31,7 @@ const PACKAGES: [(&str, &str); 17] = [
     ("docker-registry", "/usr/bin/docker-registry"),
     ("dpkg-dev", "/usr/bin/dpkg-shlibdeps"),
     ("mmdebstrap", "/usr/bin/mmdebstrap"),
+    ("systemd", "/lib/systemd/systemd-journald"),
 ];
 
 /// Runs a program with its output shown, and says how long it took.

@@ -145,6 +145,8 @@ pub static PULLED_BYTES: Counter = Counter::new();
 pub static OOM_KILLS: Counter = Counter::new();
 /// Containers that have ended.
 pub static EXITS: Counter = Counter::new();
+/// Entries of the log that systemd's journal had no room for.
+pub static LOG_ENTRIES_DROPPED: Counter = Counter::new();
 
 /// Spans that a collector of traces took, and those that it did not.
 static SPANS_EXPORTED: Counter = Counter::new();

@@ -1,7 +1,7 @@
 //! All that is counted, as Prometheus' text format (version 0.0.4).
 
 use super::{
-    CALLS, EXITS, OOM_KILLS, PHASE_TIMES, PHASES, POISON, PULL_TIMES, PULLED_BYTES, PULLS, PULLS_FAILED,
+    CALLS, EXITS, LOG_ENTRIES_DROPPED, OOM_KILLS, PHASE_TIMES, PHASES, POISON, PULL_TIMES, PULLED_BYTES, PULLS, PULLS_FAILED,
     REPAIRED, REPAIRS, SPANS_DROPPED, SPANS_EXPORTED, process,
 };
 use crate::{
@@ -74,6 +74,8 @@ fn counts(text: &mut String) {
     single(text, "windlass_container_exits_total", "counter", "Containers that have ended.", EXITS.value());
     let help = "Kills for memory: containers that ended so, and processes of containers that went on.";
     single(text, "windlass_oom_kills_total", "counter", help, OOM_KILLS.value());
+    let help = "Entries of the log that systemd's journal had no room for.";
+    single(text, "windlass_log_entries_dropped_total", "counter", help, LOG_ENTRIES_DROPPED.value());
     let spans = [("exported", SPANS_EXPORTED.value()), ("dropped", SPANS_DROPPED.value())];
     labelled(text, "windlass_trace_spans_total", "counter", "Spans by what became of them.", "outcome", spans);
     let repairs = REPAIRS.iter().zip(&REPAIRED).map(|((_, name), counter)| (*name, counter.value()));
