@@ -11,6 +11,7 @@ use windlass_integration::{
     ground::begin,
     leak::Snapshot,
     node, soak,
+    wait::until,
 };
 use windlass_proto::cri;
 
@@ -49,6 +50,38 @@ fn a_pod_has_both_families_and_reaches_its_neighbour_by_each() -> Result<()> {
         ensure!(listens.stdout == b"0\n", "a neighbour could be its router: {listens:?}");
         client.remove(&first)?;
         client.remove(&second)?;
+        before.expect_same(&Snapshot::take(&daemon)?)
+    })
+}
+
+/// As kube-proxy leads a service's address to its pods, with bridged packets passing the rules as kubeadm wants it.
+#[test]
+fn a_pod_reaches_itself_and_its_neighbour_through_a_service() -> Result<()> {
+    node::run(|| {
+        let (daemon, client, before) = begin()?;
+        fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "1").context("let bridged packets pass the rules")?;
+        let mut pods = Vec::new();
+        for _ in 0..2 {
+            let config = pod(&daemon.path("logs"));
+            let id = client.run(&config)?;
+            let serve = "mkdir /www; hostname -i > /www/address; exec httpd -f -p 8080 -h /www";
+            let shell = client.create(&id, &config, &container(&config, "main", &["sh", "-c", serve]))?;
+            client.start(&shell)?;
+            pods.push((addresses(&client, &id)?.swap_remove(0), shell, id));
+        }
+        for (address, ..) in &pods {
+            let lead = "add table ip service; add chain ip service in { type nat hook prerouting priority dstnat; }; \
+                        add chain ip service out { type nat hook postrouting priority srcnat; }; flush table ip service; ";
+            let to = format!("add rule ip service in ip daddr 10.96.0.9 tcp dport 80 dnat to {address}:8080; ");
+            let from = format!("add rule ip service out ct status dnat ip saddr {address} ip daddr {address} masquerade");
+            node::run_command("nft", &[&format!("{lead}{to}{from}")])?;
+            for (_, shell, _) in &pods {
+                let ask = "printf 'GET /address HTTP/1.0\\r\\n\\r\\n' | nc -w 3 10.96.0.9 80 | tail -n 1";
+                until("the service answers", || Ok((client.shell(shell, ask)? == *address).then_some(())))?;
+            }
+        }
+        node::run_command("nft", &["delete table ip service"])?;
+        pods.iter().try_for_each(|(_, _, id)| client.remove(id))?;
         before.expect_same(&Snapshot::take(&daemon)?)
     })
 }

@@ -295,8 +295,6 @@ impl Inner {
         if elements.is_empty() {
             return Ok(());
         }
-        // Where bridged packets pass the rules (br_netfilter), a pod's way to its own port stays within the bridge.
-        Socket::open()?.execute(&[netlink::hairpin_port(&host_interface(pod_id))])?;
         {
             let _installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner);
             // Somebody flushed the rules, or left a stale element.
@@ -347,10 +345,13 @@ impl Inner {
         match host.execute(&request) {
             Err(error) if errno_of(&error) == Some(Errno::EXIST) => {
                 remove_link(&mut host, link)?;
-                host.execute(&request)
+                host.execute(&request)?;
             }
-            result => result,
+            result => result?,
         }
+        // Where bridged packets pass the rules (br_netfilter), a pod's way to itself, by a service or by its own port of the host, stays
+        // within the bridge.
+        host.execute(&[netlink::hairpin_port(link)])
     }
 
     fn vanished(&self, bridge: Installed) -> bool {
