@@ -103,7 +103,6 @@ pub(super) async fn start(node: &Node, container: &Container, command: Vec<Strin
     let (sender, exit) = oneshot::channel();
     WAITING.lock().expect(POISON).insert(id.clone(), (sender, monitor.clone()));
     let waiting = Waiting(id.clone());
-    let first = command.first().cloned();
     let process = super::spec::exec_process(&node.container_directory(&container.id), command, wanted.tty)?;
     let request = ExecRequest {
         container_id: container.id.clone(),
@@ -114,14 +113,14 @@ pub(super) async fn start(node: &Node, container: &Container, command: Vec<Strin
         stderr: wanted.stderr,
         terminal: wanted.tty,
     };
-    let (_, descriptors) =
-        monitor.call(Body::Exec(request)).await.map_err(|error| error.during(format_args!("exec {first:?}")))?;
+    let during = |error: Error| error.during(format_args!("exec in container {}", container.id));
+    let (_, descriptors) = monitor.call(Body::Exec(request)).await.map_err(during)?;
     Ok(Started { monitor, id, descriptors: descriptors.into_iter(), exit, _waiting: waiting })
 }
 
 /// Runs `command` in the container. `timeout` `None` waits for ever; at its end the exec is killed and the error is `Deadline`.
 pub async fn sync(node: &Node, container: &Container, command: Vec<String>, timeout: Option<Duration>) -> Result<Output> {
-    let first = command.first().cloned();
+    let first = command.first().cloned().unwrap_or_default();
     let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
     let mut started = start(node, container, command, wanted).await?;
     let (Some(stdout), Some(stderr)) = (started.descriptors.next(), started.descriptors.next()) else {
