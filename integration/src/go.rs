@@ -25,6 +25,9 @@ const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry"
 /// The one that builds Kubernetes' own programs.
 const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 
+/// The one that builds etcd.
+const ETCD_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/etcd");
+
 /// The one that builds the plugins of CNI.
 const CNI_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/cni");
 
@@ -200,6 +203,18 @@ pub fn kubernetes(name: &str) -> Result<PathBuf> {
             "-ldflags=-s -w -X {version}.gitVersion=v{KUBERNETES_VERSION} -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
         );
         go_build(module, &["build", "-trimpath", &flags], &program, &[&package])
+    })?;
+    Ok(program)
+}
+
+/// etcd's server: built unless `<target>/windlass-tools/etcd` holds the one of this recipe. Prints what it does.
+pub fn etcd() -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/etcd");
+    let program = dir.join("etcd");
+    let module = Path::new(ETCD_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &[&program], || {
+        println!("building etcd from Go modules into {} (about a minute)", dir.display());
+        go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &program, &["go.etcd.io/etcd/server/v3"])
     })?;
     Ok(program)
 }

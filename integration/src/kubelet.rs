@@ -80,6 +80,13 @@ impl Kubelet {
         Ok(kubelet)
     }
 
+    /// With further flags, which go over earlier ones.
+    #[must_use]
+    pub fn with_arguments(mut self, more: &[&str]) -> Kubelet {
+        self.arguments.extend(more.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
     /// Sets fields of the configuration for the next start.
     pub fn configure(&self, fields: Value) -> Result<()> {
         let file = self.directory.join(CONFIG);

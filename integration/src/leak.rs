@@ -74,6 +74,11 @@ impl Snapshot {
         self
     }
 
+    /// Whether anything in it has this in its name.
+    pub fn names(&self, part: &str) -> bool {
+        self.0.iter().any(|what| what.contains(part))
+    }
+
     /// Fails, listing the differences, unless `after` is the same.
     pub fn expect_same(&self, after: &Snapshot) -> Result<()> {
         let left: Vec<_> = after.0.difference(&self.0).collect();

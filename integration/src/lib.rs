@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod client;
+pub mod cluster;
 pub mod compare;
 pub mod critest;
 pub mod daemon;

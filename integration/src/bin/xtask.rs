@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, compare, demo, measure, package, suite};
+use windlass_integration::{build, cluster::command as cluster, compare, demo, measure, package, suite};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -29,6 +29,13 @@ enum Command {
     Compare(compare::Options),
     /// Build, and make the Debian package in target/debian.
     Package,
+    /// Start a Kubernetes cluster of one node over Windlass, in namespaces of its own, and say how to use it.
+    Up,
+    /// End that cluster and remove all of it.
+    Down,
+    /// What `up` leaves in the background.
+    #[command(hide = true)]
+    KeepCluster,
     /// Set up, build, and run every test.
     Test,
 }
@@ -51,6 +58,9 @@ fn run(command: &Command) -> Result<bool> {
         Command::Bench { flags } => measure::run(flags.clone()).map(|()| true),
         Command::Compare(options) => compare::run(options).map(|()| true),
         Command::Package => package::run().map(|()| true),
+        Command::Up => cluster::up().map(|()| true),
+        Command::Down => cluster::down().map(|()| true),
+        Command::KeepCluster => cluster::keep().map(|()| true),
         Command::Test => suite::run(),
     }
 }
