@@ -1,10 +1,10 @@
 //! Building: Debian packages that are missing, the static target, and the programs side by side.
 
-use crate::{node::output_of, setup};
+use crate::{go, node::output_of, setup};
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
 };
@@ -59,6 +59,20 @@ fn packages() -> Result<()> {
     )
 }
 
+/// Debian's other busybox, which cannot be installed beside the static one: its shell executes its tools, as those of most images do,
+/// where the static one calls them within itself. Fetched once into `<target>/windlass-tools`.
+pub fn executing_busybox() -> Result<PathBuf> {
+    let directory = go::target_dir().join("windlass-tools/busybox");
+    let program = directory.join("bin/busybox");
+    go::unless_stamped(&directory, &["busybox"], &[&program], || {
+        let directory = directory.canonicalize()?;
+        step("fetch the package busybox", Command::new("apt-get").args(["download", "-qq", "busybox"]).current_dir(&directory))?;
+        let script = "dpkg --extract busybox_*.deb . && rm busybox_*.deb";
+        step("unpack the package busybox", Command::new("sh").args(["-c", script]).current_dir(&directory))
+    })?;
+    Ok(program)
+}
+
 /// A cargo of this workspace.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -69,6 +83,7 @@ pub fn cargo() -> Command {
 /// Installs what is missing and builds everything that a node or a test runs.
 pub fn all() -> Result<()> {
     packages()?;
+    executing_busybox()?;
     let installed = output_of("rustup", &["target", "list", "--installed"]).context("rustup is needed for the static target")?;
     if !installed.lines().any(|line| line == STATIC_TARGET) {
         step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;

@@ -1,10 +1,11 @@
 //! The CRI's validation suite against a running daemon: the one digest it hard-wires, its command line, its report, and the
 //! committed lists of specs. The daemon, its namespaces and the registry with the stand-in images are the caller's.
 
+use crate::{go, standin::Images};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -34,6 +35,30 @@ fn replace(bytes: &mut [u8], from: &[u8], to: &[u8]) -> usize {
     places
 }
 
+/// The suite ready to run, and the images that it pulls. Made where the network is, used where it need not be.
+pub struct Prepared {
+    folder: tempfile::TempDir,
+    pub images: Images,
+}
+
+impl Prepared {
+    /// Builds what is missing, and lays the suite and its runner side by side.
+    pub fn new() -> Result<Prepared> {
+        let tools = go::tools()?;
+        let images = Images::build()?;
+        let folder = tempfile::tempdir().context("make a folder for the suite")?;
+        let prepared = Prepared { folder, images };
+        with_digest(&tools.critest, &prepared.images.pinned_digest()?, &prepared.program())?;
+        std::os::unix::fs::symlink(tools.ginkgo.canonicalize()?, prepared.folder.path().join("ginkgo")).context("link ginkgo")?;
+        Ok(prepared)
+    }
+
+    /// The suite, with the digest of these images.
+    pub fn program(&self) -> PathBuf {
+        self.folder.path().join("critest")
+    }
+}
+
 /// How one spec ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
@@ -50,6 +75,8 @@ pub type Outcomes = BTreeMap<String, Outcome>;
 ///
 /// The caller starts this in the daemon's mount and network namespaces. `limit` bounds the whole suite; `focus` is a regular expression
 /// of the specs to run, empty for all; `flags` are further ones of the suite.
+///
+/// With `-parallel N` the suite calls `ginkgo`, which has to lie beside it.
 pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus: &str, flags: &[&str]) -> Result<Outcomes> {
     let report = output.join("critest.json");
     let log = std::fs::File::create(output.join("critest.log")).context("create critest's log")?;
@@ -61,6 +88,7 @@ pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus:
         .arg(&report)
         .args(["-ginkgo.focus", focus])
         .args(flags)
+        .env("PATH", path_with(critest.parent().context("the suite's folder")?)?)
         .current_dir(output)
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("share critest's log")?)
@@ -70,6 +98,12 @@ pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus:
     let text = std::fs::read(&report)
         .with_context(|| format!("critest ended with {status} and left no report; its log is in {}", output.display()))?;
     outcomes(&text)
+}
+
+/// The program search path with one more folder.
+fn path_with(folder: &Path) -> Result<std::ffi::OsString> {
+    let usual = std::env::var_os("PATH").unwrap_or_default();
+    std::env::join_paths(std::iter::once(folder.to_owned()).chain(std::env::split_paths(&usual))).context("a search path")
 }
 
 #[derive(Deserialize)]

@@ -59,6 +59,8 @@ pub struct Tools {
     pub crictl: PathBuf,
     /// The validation suite of the CRI. One digest in it is of an image that only its publisher has: see `critest`.
     pub critest: PathBuf,
+    /// The runner of its kind of suite, which it calls to run specs in parallel.
+    pub ginkgo: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -99,14 +101,16 @@ pub fn target_dir() -> PathBuf {
     }
 }
 
-/// Builds crictl and critest unless `<target>/windlass-tools` holds the ones of this recipe. Prints what it does.
+/// Builds crictl, critest and ginkgo unless `<target>/windlass-tools` holds the ones of this recipe. Prints what it does.
 pub fn tools() -> Result<Tools> {
     let dir = target_dir().join("windlass-tools");
-    let tools = Tools { crictl: dir.join("crictl"), critest: dir.join("critest") };
-    unless_built(&dir, Path::new(TOOLS_MODULE), &["go.mod", "go.sum", "tools.go"], &[&tools.crictl, &tools.critest], || {
-        println!("building crictl and critest v1.34.0 from Go modules into {} (about two minutes)", dir.display());
+    let tools = Tools { crictl: dir.join("crictl"), critest: dir.join("critest"), ginkgo: dir.join("ginkgo") };
+    let products: [&Path; 3] = [&tools.crictl, &tools.critest, &tools.ginkgo];
+    unless_built(&dir, Path::new(TOOLS_MODULE), &["go.mod", "go.sum", "tools.go"], &products, || {
+        println!("building crictl, critest v1.34.0 and ginkgo from Go modules into {} (about two minutes)", dir.display());
         let module = Path::new(TOOLS_MODULE);
         go_build(module, &["build", "-trimpath"], &tools.crictl, &["sigs.k8s.io/cri-tools/cmd/crictl"])?;
+        go_build(module, &["build", "-trimpath"], &tools.ginkgo, &["github.com/onsi/ginkgo/v2/ginkgo"])?;
         go_build(module, &["test", "-c", "-trimpath"], &tools.critest, &["sigs.k8s.io/cri-tools/cmd/critest"])
     })?;
     Ok(tools)

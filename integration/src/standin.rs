@@ -1,11 +1,18 @@
 //! Stand-ins for the images that critest pulls, built the same each time from Debian's static busybox, a small web server and a
 //! set-user-ID program. Owns their contents and names; serving them is `standin_registry`'s.
 
+use crate::{build, node::output_of};
 use anyhow::{Context, Result, ensure};
 use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use std::{collections::BTreeMap, fs, io::Write, path::Path, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::Write,
+    path::Path,
+    process::Command,
+};
 use tar::{Builder, EntryType, Header};
 
 const BUSYBOX: &str = "/bin/busybox";
@@ -83,7 +90,7 @@ fn busybox() -> Result<Tree> {
     let applets = Command::new(BUSYBOX).arg("--list").output().context("list the applets of busybox")?;
     let applets = String::from_utf8(applets.stdout).context("applets of busybox")?;
     // Hard links: a mask over one of them must not cover the others.
-    for applet in applets.lines().filter(|name| *name != "busybox") {
+    for applet in applets.lines().filter(|name| !["busybox", "sh"].contains(name)) {
         tree.link(&format!("bin/{applet}"), "bin/busybox")?;
     }
     // Debian's build lacks these two; the specs need no more of them than this.
@@ -97,9 +104,30 @@ fn busybox() -> Result<Tree> {
     if !applets.lines().any(|name| name == "ipcs") {
         tree.file("bin/ipcs", 0o755, b"#!/bin/sh\necho '------ Shared Memory Segments --------'\ncat /proc/sysvipc/shm\n")?;
     }
+    shell(&mut tree)?;
     tree.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
     tree.file("etc/group", 0o644, GROUP.as_bytes())?;
     Ok(tree)
+}
+
+/// A shell that executes its tools, as a spec about masked paths expects, with the libraries that it is linked to.
+fn shell(tree: &mut Tree) -> Result<()> {
+    let program = build::executing_busybox()?;
+    tree.file("bin/sh", 0o755, &fs::read(&program).context("read busybox")?)?;
+    let needed = output_of("ldd", &[&program.to_string_lossy()])?;
+    // `name => path (address)`, and the loader by its path alone.
+    let mut made = BTreeSet::new();
+    for path in needed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/'))) {
+        let path = Path::new(path);
+        for folder in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev().skip(1) {
+            let name = folder.to_string_lossy().trim_start_matches('/').to_owned();
+            if made.insert(name.clone()) {
+                tree.directory(&name, 0o755)?;
+            }
+        }
+        tree.file(&path.to_string_lossy()[1..], 0o755, &fs::read(path).with_context(|| format!("read {}", path.display()))?)?;
+    }
+    Ok(())
 }
 
 fn predefined_group() -> Result<Tree> {

@@ -2,7 +2,12 @@
 
 use anyhow::Result;
 use std::{path::Path, process::Command, time::Duration};
-use windlass_integration::{critest, daemon::Daemon, go, node, standin::Images, standin_registry::StandinRegistry};
+use windlass_integration::{
+    critest::{self, Prepared},
+    daemon::Daemon,
+    go, node,
+    standin_registry::StandinRegistry,
+};
 
 #[test]
 fn the_tools_are_built_and_the_digest_can_be_replaced() {
@@ -33,27 +38,28 @@ fn list(name: &str) -> String {
 const WEBSOCKET: [&str; 3] = ["-websocket-exec", "-websocket-attach", "-websocket-portforward"];
 
 /// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in this directory of `<target>`.
-fn run_suite(directory: &str, focus: &str, flags: &[&str]) -> Result<critest::Outcomes> {
-    let tools = go::tools()?;
-    let images = Images::build()?;
+fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Result<critest::Outcomes> {
+    let suite = Prepared::new()?;
     let output = go::target_dir().join(directory);
     std::fs::create_dir_all(&output)?;
-    let scratch = tempfile::tempdir()?;
-    let suite = scratch.path().join("critest");
-    critest::with_digest(&tools.critest, &images.pinned_digest()?, &suite)?;
-    let registry = StandinRegistry::start(images)?;
-    let mirrors = scratch.path().join("certs.d");
-    registry.write_mirrors(&mirrors)?;
-    let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-    daemon.serve()?;
-    let outcomes = critest::run(&suite, &daemon.socket(), &output, SUITE_LIMIT, focus, flags);
-    std::fs::write(output.join("daemon.log"), daemon.log())?;
-    outcomes
+    let output = output.canonicalize()?;
+    node::run(move || {
+        let program = suite.program();
+        let scratch = tempfile::tempdir()?;
+        let mirrors = scratch.path().join("certs.d");
+        let registry = StandinRegistry::start(suite.images)?;
+        registry.write_mirrors(&mirrors)?;
+        let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
+        daemon.serve()?;
+        let outcomes = critest::run(&program, &daemon.socket(), &output, SUITE_LIMIT, focus, flags);
+        std::fs::write(output.join("daemon.log"), daemon.log())?;
+        outcomes
+    })
 }
 
 #[test]
 fn the_listed_specs_pass() {
-    let outcomes = node::run(|| run_suite("critest", "", &[])).expect("a run of critest");
+    let outcomes = run_suite("critest", "", &[]).expect("a run of critest");
     let passed = outcomes.values().filter(|outcome| outcome.state == "passed").count();
     let verdict = critest::compare(&outcomes, &list("must-pass.txt"), &list("not-yet.txt"));
     println!("critest: {passed} of {} specs passed", outcomes.len());
@@ -64,10 +70,17 @@ fn the_listed_specs_pass() {
     assert!(verdict.broken.is_empty(), "{} listed specs did not pass:\n{}", verdict.broken.len(), verdict.broken.join("\n"));
 }
 
+/// All of the suite, four specs at a time.
+#[test]
+fn the_listed_specs_pass_in_parallel() {
+    let outcomes = run_suite("critest-parallel", "", &["-parallel", "4"]).expect("a parallel run of critest");
+    let broken = critest::broken(&outcomes, &list("must-pass.txt"));
+    assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
+}
+
 #[test]
 fn the_streaming_specs_pass_over_websocket() {
-    let run = || run_suite("critest-websocket", "Streaming", &WEBSOCKET);
-    let outcomes = node::run(run).expect("a run of critest");
+    let outcomes = run_suite("critest-websocket", "Streaming", &WEBSOCKET).expect("a run of critest");
     let broken = critest::broken(&outcomes, &list("must-pass-over-websocket.txt"));
     assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
 }
