@@ -13,7 +13,7 @@ use std::{
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Debian packages, and a program of each by which its presence is seen.
-const PACKAGES: [(&str, &str); 18] = [
+const PACKAGES: [(&str, &str); 19] = [
     ("curl", "/usr/bin/curl"),
     ("busybox-static", "/bin/busybox"),
     ("runc", "/usr/sbin/runc"),
@@ -23,6 +23,7 @@ const PACKAGES: [(&str, &str); 18] = [
     ("procps", "/usr/bin/pgrep"),
     ("gcc", "/usr/bin/gcc"),
     ("xz-utils", "/usr/bin/xz"),
+    ("dbus", "/usr/bin/dbus-daemon"),
     ("apparmor", "/usr/sbin/apparmor_parser"),
     ("openssl", "/usr/bin/openssl"),
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),

@@ -19,6 +19,9 @@ pub const KERNEL_VARIABLE: &str = "WINDLASS_GUEST_KERNEL";
 /// A ready kernel that may lie beside the checkout.
 const READY: &str = "../shared/lab/guest/linux-uml-7.3.xz";
 
+/// A word for [`run_with`]: the guest's first process is systemd, with a message bus.
+pub const SYSTEMD: &str = "windlass.init=systemd";
+
 /// Most that is read of the output of a guest's command, or of its kernel's.
 const OUTPUT_LIMIT_BYTES: u64 = 8 << 20;
 

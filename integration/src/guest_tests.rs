@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, env, fs, path::Path, sync::OnceLock, time::Dura
 
 /// Set inside the guest: the directory of the results.
 const RESULTS: &str = "WINDLASS_GUEST_RESULTS";
+/// Set inside the guest: its first process is systemd.
+const SYSTEMD: &str = "WINDLASS_GUEST_SYSTEMD";
 
 /// The tests of one program that run in the guest.
 pub struct GuestTests {
@@ -14,6 +16,7 @@ pub struct GuestTests {
     filter: Option<&'static str>,
     prepare: fn() -> Result<()>,
     disk_mib: u64,
+    systemd: bool,
     run: OnceLock<Result<Run, String>>,
 }
 
@@ -26,13 +29,13 @@ struct Run {
 impl GuestTests {
     /// All tests of this program, which together take no longer than `limit`.
     pub const fn all(limit: Duration) -> GuestTests {
-        GuestTests { limit, filter: None, prepare: || Ok(()), disk_mib: 0, run: OnceLock::new() }
+        GuestTests { limit, filter: None, prepare: || Ok(()), disk_mib: 0, systemd: false, run: OnceLock::new() }
     }
 
     /// The tests of this program whose names contain `filter`; `prepare` is called on the host before the guest starts, which can neither
     /// build nor reach a network.
     pub const fn some(limit: Duration, filter: &'static str, prepare: fn() -> Result<()>) -> GuestTests {
-        GuestTests { limit, filter: Some(filter), prepare, disk_mib: 0, run: OnceLock::new() }
+        GuestTests { limit, filter: Some(filter), prepare, disk_mib: 0, systemd: false, run: OnceLock::new() }
     }
 
     /// The guest has an empty disk of so many MiB, /dev/ubda.
@@ -41,9 +44,18 @@ impl GuestTests {
         self
     }
 
-    /// The test `name`: in the guest its body, elsewhere the result that it had there.
+    /// The guest's first process is systemd.
+    pub const fn under_systemd(mut self) -> GuestTests {
+        self.systemd = true;
+        self
+    }
+
+    /// The test `name`: in the guest its body, in another guest of the same program nothing, elsewhere the result that it had there.
     pub fn test(&self, name: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
         let Some(results) = env::var_os(RESULTS) else { return self.result_of(name) };
+        if env::var_os(SYSTEMD).is_some() != self.systemd {
+            return Ok(());
+        }
         let result = body();
         let text = result.as_ref().map_or_else(|error| format!("{error:#}"), |()| "ok".to_owned());
         fs::write(Path::new(&results).join(name), text).context("leave the result")?;
@@ -90,7 +102,11 @@ impl GuestTests {
         let disk = directory.path().join("disk");
         fs::File::create(&disk)?.set_len(self.disk_mib << 20)?;
         let disk = (self.disk_mib > 0).then(|| format!("ubda={}", disk.display()));
-        let more: Vec<&str> = disk.iter().map(String::as_str).collect();
+        let mut more: Vec<&str> = disk.iter().map(String::as_str).collect();
+        if self.systemd {
+            environment.push((SYSTEMD, "1"));
+            more.push(guest::SYSTEMD);
+        }
         let outcome = guest::run_with(directory.path(), &command, &environment, self.limit, &more)?;
         if !log.is_empty() {
             eprintln!("{}", outcome.output);

@@ -4,7 +4,7 @@ mod image;
 
 use crate::{
     apparmor::AppArmor,
-    cgroup::Tree,
+    cgroup::{self, Driver, Tree},
     config::{Config, LayerChoice},
     container::stream::Sessions,
     cri,
@@ -183,10 +183,11 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     if !tree.missing().is_empty() {
         tracing::warn!(missing = %tree.missing().join(", "), tree = %tree.root.display(), "limits of these controllers are not enforced on this host");
     }
+    let driver = Driver::start(&config.cgroup).await?;
     let program = Program::open(&config.monitor_path())?;
     let images = open_store(&config)?;
     let network = start_network(&config)?;
-    let node = Arc::new(Node::new(config, tree, images, network, program, AppArmor::start().await));
+    let node = Arc::new(Node::new(config, (tree, driver), images, network, program, AppArmor::start().await));
     keep_seccomp_programs(&node.seccomp_directory())?;
     pod::recover(&node).await;
     let terminated = terminated()?;
@@ -197,7 +198,7 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     let (socket, listener) = Socket::listen(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
-        pods = node.pods().len(), containers = node.containers().len(), "serving"
+        cgroup_driver = %node.driver.describe(), pods = node.pods().len(), containers = node.containers().len(), "serving"
     );
     let watchdog = service::ready(&socket);
     let terminated = async move {
@@ -232,8 +233,15 @@ async fn leave_nothing_unused(node: &Node) {
     if let Err(error) = node.network.teardown_if_unused().await {
         tracing::warn!(error = %Error::from(error), "pod network not removed");
     }
-    // Fails while somebody else's group is below it, which is right.
-    let _ = fs::remove_dir(node.tree.directory(&node.config.cgroup.parent));
+    let Ok(parent) = node.driver.place("", &node.config.cgroup.parent, "").map(|place| place.parent) else { return };
+    let removed = match &node.driver {
+        // Fails while somebody else's group is below it, which is right.
+        Driver::Cgroupfs => fs::remove_dir(node.tree.directory(&parent)).or(Ok(())),
+        Driver::Systemd(_) => cgroup::stop_slice(&node.driver, &node.tree, &parent).await,
+    };
+    if let Err(error) = removed {
+        tracing::warn!(%error, "default cgroup parent not removed");
+    }
 }
 
 fn start_network(config: &Config) -> Result<Network> {

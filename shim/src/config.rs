@@ -84,10 +84,25 @@ impl Default for StreamingConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CgroupConfig {
-    /// Parent of pods that name none.
+    /// Who makes the cgroups of pods.
+    pub driver: DriverChoice,
+    /// Parent of pods that name none: a path, or a slice. Under systemd a path is the slice of that name, `/a/b` is `a-b.slice`.
     pub parent: String,
     /// Refuse a limit that this host cannot enforce, instead of saying so and running without it.
     pub strict: bool,
+}
+
+/// `cgroup.driver`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriverChoice {
+    /// systemd where it is the first process and answers, else cgroupfs.
+    #[default]
+    Auto,
+    /// This runtime alone.
+    Cgroupfs,
+    /// systemd down to a scope for each pod, or the daemon does not start.
+    Systemd,
 }
 
 /// `[containers]`
@@ -298,7 +313,7 @@ impl Default for Config {
 
 impl Default for CgroupConfig {
     fn default() -> CgroupConfig {
-        CgroupConfig { parent: "/windlass".into(), strict: false }
+        CgroupConfig { driver: DriverChoice::Auto, parent: "/windlass".into(), strict: false }
     }
 }
 

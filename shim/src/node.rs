@@ -2,7 +2,7 @@
 
 use crate::{
     apparmor::AppArmor,
-    cgroup::Tree,
+    cgroup::{Driver, Tree},
     config::Config,
     container::Container,
     error::{Error, Kind, Result},
@@ -27,6 +27,7 @@ use tracing::Instrument;
 pub struct Node {
     pub config: Config,
     pub tree: Tree,
+    pub driver: Driver,
     pub images: Store,
     pub network: Network,
     pub program: Program,
@@ -42,10 +43,18 @@ pub struct Node {
 const POISON: &str = "never poisoned: no panic while held";
 
 impl Node {
-    pub fn new(config: Config, tree: Tree, images: Store, network: Network, program: Program, apparmor: AppArmor) -> Node {
+    pub fn new(
+        config: Config,
+        (tree, driver): (Tree, Driver),
+        images: Store,
+        network: Network,
+        program: Program,
+        apparmor: AppArmor,
+    ) -> Node {
         Node {
             config,
             tree,
+            driver,
             images,
             network,
             program,

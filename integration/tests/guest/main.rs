@@ -1,5 +1,6 @@
 //! What only a kernel with the whole of cgroup v2 and with AppArmor can show. This program runs itself once more inside the guest; there each
-//! test does its work and leaves its result in a file, here each test reads it. One boot serves all of them.
+//! test does its work and leaves its result in a file, here each test reads it. One boot serves all of them, and one more those that need
+//! systemd as the first process.
 
 mod apparmor;
 mod block_io;
@@ -7,6 +8,7 @@ mod limits;
 mod numbers;
 mod oci;
 mod parents;
+mod systemd;
 mod updates;
 
 use anyhow::{Context, Result, ensure};
@@ -61,7 +63,10 @@ struct Bench {
 
 impl Bench {
     fn begin(configuration: &str) -> Result<Bench> {
-        let daemon = Daemon::configured(configuration)?;
+        Bench::of(Daemon::configured(configuration)?)
+    }
+
+    fn of(daemon: Daemon) -> Result<Bench> {
         let client = Client::connect(&daemon)?;
         // The first pod makes what the daemon keeps: bridge, rules, parent cgroup, pipes.
         let id = client.run(&pod(&daemon.path("logs")))?;

@@ -21,6 +21,9 @@ const CONTROLLERS: [&str; 6] = ["cpu", "memory", "pids", "cpuset", "io", "hugetl
 /// How often a path is made before it is given up that loses a parent meanwhile.
 const CREATE_TRIES: u32 = 5;
 
+/// How long a process that is ending may take to leave its cgroup.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
 /// How often removal of a directory that the kernel still counts as busy is tried, 1 ms apart: a process leaves its cgroup a
 /// moment before its end is complete.
 const REMOVE_TRIES: u32 = 50;
@@ -85,6 +88,41 @@ impl Cgroup {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = open(path, flags, Mode::empty()).context("open cgroup", path.display())?;
         Ok(Cgroup { path: path.into(), directory })
+    }
+
+    /// As [`Cgroup::create`], but with nothing enabled in its parent when this process is in that: true then. It would become the root of a
+    /// threaded subtree (cgroup-v2, "Threads"), in which no process can be.
+    pub fn create_beside_own(path: &Path) -> Result<(Cgroup, bool), StepError> {
+        let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        let own = own.map(|own| mount_point().map(|root| root.join(own))).transpose()?;
+        match (own, path.file_name().and_then(|name| name.to_str())) {
+            (Some(own), Some(name)) if path.parent() == Some(&own) => Ok((Self::create(&own)?.create_child(name)?, true)),
+            _ => Ok((Self::create(path)?, false)),
+        }
+    }
+
+    /// Enables the controllers in its parent once the processes in that have left it, which they are about to.
+    pub fn enable_when_alone(&self) -> Result<(), StepError> {
+        let Some(parent) = self.path.parent() else { return Ok(()) };
+        let deadline = Instant::now() + LEAVE_LIMIT;
+        loop {
+            // All in one write: with any controller but cpu, cpuset and pids among them a process is an error, and no threaded root.
+            let wanted: Vec<String> = not_enabled(parent).into_iter().map(|name| format!("+{name}")).collect();
+            let alone = fs::read_to_string(parent.join("cgroup.procs")).is_ok_and(|text| text.is_empty());
+            let written = alone.then(|| fs::write(parent.join("cgroup.subtree_control"), wanted.join(" ")));
+            match written {
+                Some(Ok(())) => return Ok(()),
+                Some(Err(error)) if error.raw_os_error() != Some(libc::EBUSY) => {
+                    enable_controllers(parent);
+                    return Ok(());
+                }
+                _ if Instant::now() > deadline => {
+                    return Err(StepError::errno("enable controllers in", parent.display(), libc::EBUSY));
+                }
+                _ => std::thread::sleep(Duration::from_micros(200)),
+            }
+        }
     }
 
     /// Absolute path.
@@ -188,12 +226,17 @@ fn make_directory(path: &Path) -> Result<(), StepError> {
 /// One write for each, so that one that cannot be enabled does not keep the others off. What stays off is found out, and
 /// reported, when a limit is applied.
 fn enable_controllers(at: &Path) {
+    for name in not_enabled(at) {
+        let _ = fs::write(at.join("cgroup.subtree_control"), format!("+{name}"));
+    }
+}
+
+/// The controllers that are available in a cgroup and not enabled for those below it.
+fn not_enabled(at: &Path) -> Vec<&'static str> {
     let available = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
     let enabled = fs::read_to_string(at.join("cgroup.subtree_control")).unwrap_or_default();
     let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
-    for name in CONTROLLERS.into_iter().filter(|name| has(&available, name) && !has(&enabled, name)) {
-        let _ = fs::write(at.join("cgroup.subtree_control"), format!("+{name}"));
-    }
+    CONTROLLERS.into_iter().filter(|name| has(&available, name) && !has(&enabled, name)).collect()
 }
 
 fn remove_tree(path: &Path) -> std::io::Result<()> {

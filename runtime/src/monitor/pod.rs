@@ -351,12 +351,14 @@ pub(super) fn check(request: &SetupRequest) -> Result<(), StepError> {
 /// fork; a migration waits up to 20 ms for the kernel (a grace period of RCU under `cgroup_threadgroup_rwsem`), and what
 /// the pod's first requests would wait for is this. Signal descriptors and the reaper's role are the caller's to take up again.
 pub(super) fn settle(cgroup: &Path) -> Result<(), StepError> {
-    let leaf = Cgroup::create(cgroup)?;
+    // In a scope of systemd's, which puts the monitor into the group that its leaf and the containers' are made in.
+    let (leaf, inside) = Cgroup::create_beside_own(cgroup)?;
     // SAFETY: the monitor has one thread.
     match unsafe { sys::clone::fork_into(leaf.as_fd(), false) }.context("go on in cgroup", cgroup.display()) {
         Ok(Forked::Child) => {
             rustix::process::setsid().context("make session", "")?;
-            rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("become the pod's reaper", "")
+            rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("become the pod's reaper", "")?;
+            if inside { leaf.enable_when_alone() } else { Ok(()) }
         }
         Ok(Forked::Parent { .. }) => sys::process::exit_now(0),
         Err(error) => {

@@ -80,10 +80,10 @@ fn of_container(node: &Node, pod: &Pod, container: &Container, look: &mut Look) 
         layer: layer.zip(look.disk.as_ref()),
         traffic: &[],
     };
-    let ([pod_name, namespace], parent) = pod.look(|record| (names(record), record.cgroup_parent.clone()));
+    let ([pod_name, namespace], cgroup) = pod.look(|record| (names(record), record.container_path(&container.id)));
     let (image, name) = container.look(|record| (record.image_name.clone(), record.name().to_owned()));
     let id = container.id.clone();
-    let labels = [format!("{parent}/{id}"), id.clone(), image, pod_name, namespace, name];
+    let labels = [cgroup, id.clone(), image, pod_name, namespace, name];
     Some(cri::ContainerMetrics { container_id: id, metrics: metrics(&figures, &labels, sample.at_ns) })
 }
 
@@ -111,11 +111,7 @@ fn of_pod(node: &Node, pod: &Pod, look: &mut Look) -> Option<cri::PodSandboxMetr
         traffic: &traffic,
     };
     let [pod_name, namespace] = names(&record);
-    let cgroup = if record.owns_parent() {
-        record.cgroup_parent.clone()
-    } else {
-        format!("{}/{}-monitor", record.cgroup_parent, record.id)
-    };
+    let cgroup = record.own_cgroup().unwrap_or_else(|| record.monitor_path());
     let labels = [cgroup, record.id.clone(), String::new(), pod_name, namespace, String::new()];
     Some(cri::PodSandboxMetrics { pod_sandbox_id: record.id, metrics: metrics(&figures, &labels, at_ns), container_metrics })
 }

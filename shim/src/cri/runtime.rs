@@ -6,6 +6,7 @@ use super::{
     view,
 };
 use crate::{
+    cgroup::Driver,
     config::NATIVE_HANDLER,
     container::{self, Container},
     error::{Kind, Result as Outcome},
@@ -68,7 +69,7 @@ impl Service {
     fn node_info(&self) -> HashMap<String, String> {
         let node = &self.node;
         let cgroup = serde_json::json!({
-            "root": node.tree.root, "controllers": node.tree.controllers, "notEnforced": node.tree.missing(),
+            "driver": node.driver.describe(), "root": node.tree.root, "controllers": node.tree.controllers, "notEnforced": node.tree.missing(),
         });
         HashMap::from([
             ("config".to_owned(), serde_json::json!(node.config).to_string()),
@@ -266,7 +267,11 @@ impl RuntimeService for Service {
     }
 
     async fn runtime_config(&self, _: Request<cri::RuntimeConfigRequest>) -> Reply<cri::RuntimeConfigResponse> {
-        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: cri::CgroupDriver::Cgroupfs.into() };
+        let driver = match self.node.driver {
+            Driver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+            Driver::Systemd(_) => cri::CgroupDriver::Systemd,
+        };
+        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: driver.into() };
         Ok(Response::new(cri::RuntimeConfigResponse { linux: Some(linux) }))
     }
 

@@ -130,7 +130,7 @@ fn sum(node: &Node, pod: &Pod, living: &[Arc<Container>], mut samples: Vec<Sampl
 
 fn of_pod(node: &Node, pod: &Pod, look: &mut Look) -> cri::PodSandboxStats {
     // From before the living are listed, so that each container is counted once.
-    let mut ended = pod.look(|record| !record.owns_parent()).then(|| pod.ended());
+    let mut ended = pod.look(|record| record.own_cgroup().is_none()).then(|| pod.ended());
     let (living, pids): (Vec<Arc<Container>>, Vec<i32>) = node
         .containers_of(&pod.id)
         .into_iter()

@@ -22,6 +22,7 @@ use std::{
 };
 use tokio::{
     net::UnixStream,
+    process::{Child, Command},
     sync::{mpsc, oneshot},
 };
 use tracing::Instrument;
@@ -64,13 +65,14 @@ impl Program {
         Ok(Program { file })
     }
 
-    /// Starts a monitor for the pod whose run directory is given and connects to it. It keeps the tree of layers.
-    pub fn start(&self, run_directory: &Path, layers: BorrowedFd<'_>) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
+    /// Starts a monitor for the pod whose run directory is given and connects to it. It keeps the tree of layers. Until the process is
+    /// dropped its number is nobody else's; tokio reaps it if it ends while this daemon lives, and init afterwards.
+    pub fn start(&self, run_directory: &Path, layers: BorrowedFd<'_>) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>, Child)> {
         use std::os::fd::AsRawFd;
         let failed = |error: std::io::Error| Error::io("start monitor", error);
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
-        let mut command = tokio::process::Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        let mut command = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
         command
             .arg0("windlass-monitor")
             .arg("--dir")
@@ -79,9 +81,9 @@ impl Program {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(layers.try_clone_to_owned().map_err(failed)?))
             .stderr(Stdio::null());
-        // The handle is dropped: tokio reaps the process if it ends while this daemon lives, and init afterwards.
-        let _child = command.spawn().map_err(failed)?;
-        Ok(Monitor::over(UnixStream::from_std(ours).map_err(failed)?))
+        let process = command.spawn().map_err(failed)?;
+        let (monitor, events) = Monitor::over(UnixStream::from_std(ours).map_err(failed)?);
+        Ok((monitor, events, process))
     }
 }
 

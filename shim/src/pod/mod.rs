@@ -11,6 +11,7 @@ mod network;
 mod recover;
 mod resources;
 mod run;
+mod scope;
 mod stop;
 pub mod userns;
 mod watch;
@@ -55,6 +56,9 @@ pub struct Record {
     pub network: Option<PodNetwork>,
     /// Parent of the pod's cgroups in the v2 tree, beginning with `/`.
     pub cgroup_parent: String,
+    /// The systemd scope in it that holds them; empty where the parent does.
+    #[serde(default)]
+    pub scope: String,
     /// The parent is the pod's alone, and was not there before the pod.
     #[serde(default)]
     pub made_parent: bool,
@@ -159,23 +163,63 @@ impl Pod {
 }
 
 impl Record {
+    /// Path in the v2 tree of the cgroup that the pod's leaves are made in.
+    pub fn cgroup(&self) -> String {
+        if self.scope.is_empty() { self.cgroup_parent.clone() } else { below(&self.cgroup_parent, &self.scope) }
+    }
+
+    /// The slice that the scope is in.
+    fn slice(&self) -> &str {
+        self.cgroup_parent.rsplit('/').next().filter(|last| last.ends_with(".slice")).unwrap_or("-.slice")
+    }
+
+    /// Path of the monitor's leaf in the v2 tree.
+    pub fn monitor_path(&self) -> String {
+        self.leaf("monitor")
+    }
+
+    /// Path of a container's leaf in the v2 tree.
+    pub fn container_path(&self, container_id: &str) -> String {
+        below(&self.cgroup(), container_id)
+    }
+
     /// Absolute directory of the monitor's leaf.
     pub fn monitor_cgroup(&self, node: &Node) -> PathBuf {
-        node.tree.directory(&self.cgroup_parent).join(format!("{}-monitor", self.id))
+        node.tree.directory(&self.monitor_path())
     }
 
     /// Absolute directory of the leaf of the built-in init of a shared pid namespace.
     pub fn init_cgroup(&self, node: &Node) -> PathBuf {
-        node.tree.directory(&self.cgroup_parent).join(format!("{}-init", self.id))
+        node.tree.directory(&self.leaf("init"))
     }
 
     /// Absolute directory of a container's leaf.
     pub fn container_cgroup(&self, node: &Node, container_id: &str) -> PathBuf {
-        node.tree.directory(&self.cgroup_parent).join(container_id)
+        node.tree.directory(&self.container_path(container_id))
+    }
+
+    /// A leaf of the pod itself: a parent may hold those of several pods.
+    fn leaf(&self, name: &str) -> String {
+        if self.scope.is_empty() {
+            below(&self.cgroup_parent, &format!("{}-{name}", self.id))
+        } else {
+            below(&self.cgroup(), name)
+        }
+    }
+
+    /// Path in the v2 tree of the cgroup that holds this pod and nothing else, where there is one: kubelet's, else the scope.
+    pub fn own_cgroup(&self) -> Option<String> {
+        if self.owns_parent() { Some(self.cgroup_parent.clone()) } else { (!self.scope.is_empty()).then(|| self.cgroup()) }
+    }
+
+    /// Path in the v2 tree of the cgroup that holds this pod and nothing else, and that this runtime made.
+    pub fn made_cgroup(&self) -> Option<String> {
+        let kubelets = self.owns_parent() && !self.made_parent;
+        (!kubelets && (self.made_parent || !self.scope.is_empty())).then(|| self.cgroup())
     }
 
     /// True when the cgroup parent is the pod's alone: kubelet puts the pod's uid into its last part, with `_` for `-` under systemd.
-    pub fn owns_parent(&self) -> bool {
+    fn owns_parent(&self) -> bool {
         let uid = self.config.metadata.as_ref().map(|meta| meta.uid.as_str()).unwrap_or_default();
         let last = self.cgroup_parent.rsplit('/').next().unwrap_or_default();
         !uid.is_empty()
@@ -191,6 +235,11 @@ impl Record {
     pub fn name(&self) -> String {
         self.config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default()
     }
+}
+
+/// A path below another one of the v2 tree.
+fn below(path: &str, name: &str) -> String {
+    format!("{}/{name}", path.trim_end_matches('/'))
 }
 
 /// The pod's wish for SELinux labels.

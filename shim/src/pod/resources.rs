@@ -1,7 +1,7 @@
 //! What a pod may use as a whole. Its cgroup is kubelet's, which writes it itself: the numbers are recorded, and enforced only where this
 //! runtime had to make that cgroup.
 
-use super::{Phase, Pod};
+use super::{Phase, Pod, Record, scope};
 use crate::{
     container::{limits, merge, missing_controllers},
     error::{Error, Kind, Result},
@@ -44,10 +44,7 @@ pub async fn update(
 pub(super) async fn enforce(node: &Node, pod: &Pod, config: &PodSandboxConfig) -> Result<()> {
     let Some(wanted) = together(config) else { return Ok(()) };
     let oci = limits(&wanted)?;
-    let (made, cgroup) = pod.look(|record| (record.made_parent, node.tree.directory(&record.cgroup_parent)));
-    if !made {
-        return Ok(());
-    }
+    let Some(cgroup) = pod.look(Record::made_cgroup).map(|path| node.tree.directory(&path)) else { return Ok(()) };
     let missing = missing_controllers(&wanted, &node.tree);
     if !missing.is_empty() {
         tracing::info!(pod = %pod.id, limits = %missing.join(", "), "limits of the pod not enforced: this host's cgroup v2 tree lacks the controllers");
@@ -55,7 +52,10 @@ pub(super) async fn enforce(node: &Node, pod: &Pod, config: &PodSandboxConfig) -
     let resources = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
     let request = UpdatePodRequest { cgroup: cgroup.to_string_lossy().into_owned(), resources };
     match pod.monitor()?.call(Body::UpdatePod(request)).await {
-        Ok(_) => Ok(()),
+        Ok(_) => {
+            scope::keep_limits(node, pod, &cgroup).await;
+            Ok(())
+        }
         Err(error) if error.kind == Kind::Unimplemented => {
             tracing::warn!(pod = %pod.id, "limits of the pod not enforced: its monitor is of an earlier version");
             Ok(())

@@ -4,7 +4,7 @@
 //! writes the files and sets the limits, and records `Ready`. A step that fails takes back what the steps before it made, by the same code
 //! that stops and removes a pod.
 
-use super::{Phase, Pod, Record, files, namespace_modes, network, resources, stop, userns, watch};
+use super::{Phase, Pod, Record, files, namespace_modes, network, resources, scope, stop, userns, watch};
 use crate::{
     config::NATIVE_HANDLER,
     error::{Error, Kind, Result},
@@ -96,25 +96,19 @@ fn check_security(config: &PodSandboxConfig) -> Result<()> {
     userns::of(&namespace_modes(config)).map(drop)
 }
 
-fn cgroup_parent(node: &Node, config: &PodSandboxConfig) -> Result<String> {
-    let asked = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
-    let parent = if asked.is_empty() { node.config.cgroup.parent.as_str() } else { asked };
-    if parent.split('/').any(|part| part == "..") {
-        return Err(Error::invalid(format!("config.linux.cgroup_parent {parent:?} contains \"..\"")));
-    }
-    Ok(format!("/{}", parent.trim_matches('/')))
-}
-
 async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
     let own_network = namespace_modes(&config).network() != NamespaceMode::Node;
     let taken: Vec<String> = node.pods().iter().map(|pod| pod.look(|record| record.selinux_categories.clone())).collect();
+    let asked = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
+    let place = node.driver.place(asked, &node.config.cgroup.parent, &id)?;
     let mut record = Record {
         netns: if own_network {
             node.config.network.netns_dir.join(format!("windlass-{}", &id[..32]))
         } else {
             Default::default()
         },
-        cgroup_parent: cgroup_parent(&node, &config)?,
+        cgroup_parent: place.parent,
+        scope: place.scope,
         selinux_categories: node.selinux.categories(&id, &taken),
         id: id.clone(),
         config,
@@ -149,9 +143,10 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
 async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()> {
     prepare_directories(node, pod)?;
     let (whole, making) = (Clock::start(Timed::Pod), Clock::start(Timed::PodMonitor));
-    let (monitor, events) =
+    let (monitor, events, process) =
         node.program.start(&node.run_directory(&pod.id), node.images.layer_tree().map_err(Error::of_image)?)?;
     pod.set_monitor(Some(monitor.clone()));
+    scope::start(node, pod, &process).await?;
     let route_socket = setup(node, pod, &monitor).await?;
     making.done();
     // The network needs none of this, and so is made beside it.

@@ -1,6 +1,6 @@
 //! StopPodSandbox and RemovePodSandbox. Both need no living monitor, succeed on what is absent, and may be called any number of times.
 
-use super::{Phase, Pod, network, watch};
+use super::{Phase, Pod, network, scope, watch};
 use crate::{
     cgroup, container,
     error::{Kind, Result},
@@ -49,10 +49,7 @@ pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     stop_processes(node, pod).await;
     network::release(node, pod).await?;
     network::gone(node, pod).await?;
-    let parent = pod.look(|record| record.made_parent.then(|| node.tree.directory(&record.cgroup_parent)));
-    if let Some(Err(error)) = parent.as_deref().map(cgroup::remove) {
-        tracing::warn!(pod = %pod.id, %error, "cgroup of the pod not removed");
-    }
+    scope::end(node, pod).await?;
     store::remove_tree(&node.run_directory(&pod.id))?;
     store::remove_tree(&node.pod_directory(&pod.id))
 }

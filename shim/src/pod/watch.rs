@@ -59,9 +59,11 @@ pub(super) async fn lost(node: &Node, pod: &Pod) {
     let containers = node.containers_of(&pod.id);
     let mut leaves = vec![record.init_cgroup(node), record.monitor_cgroup(node)];
     leaves.extend(containers.iter().map(|container| record.container_cgroup(node, &container.id)));
-    for leaf in &leaves {
-        if let Err(error) = cgroup::kill(leaf, KILL_LIMIT).await {
-            tracing::error!(pod = %pod.id, cgroup = %leaf.display(), %error, "cgroup not killed");
+    // A monitor that has not come to its leaf is in the scope itself, which is the pod's alone.
+    let scope = (!record.scope.is_empty()).then(|| vec![node.tree.directory(&record.cgroup())]);
+    for killed in scope.as_ref().unwrap_or(&leaves) {
+        if let Err(error) = cgroup::kill(killed, KILL_LIMIT).await {
+            tracing::error!(pod = %pod.id, cgroup = %killed.display(), %error, "cgroup not killed");
         }
     }
     for container in containers {

@@ -131,7 +131,7 @@ impl Stats {
 
     /// Keeps the processor time of a container that has ended, where its pod's use is a sum.
     pub fn note_ended(&self, node: &Node, pod: &Pod, container_id: &str, ended: &mut Ended) {
-        let (own, directory) = pod.look(|record| (record.owns_parent(), record.container_cgroup(node, container_id)));
+        let (own, directory) = pod.look(|record| (record.own_cgroup().is_some(), record.container_cgroup(node, container_id)));
         if !own {
             ended.note(container_id, || sample::usage_ns(&Files::open(directory).ok()?.glance("cpu.stat")?));
         }
@@ -163,5 +163,5 @@ impl Stats {
 
 /// A pod's own cgroup and when its life began.
 fn own_cgroup(node: &Node, pod: &Pod) -> Option<(PathBuf, i64)> {
-    pod.look(|record| record.owns_parent().then(|| (node.tree.directory(&record.cgroup_parent), record.created_at_ns)))
+    pod.look(|record| record.own_cgroup().map(|path| (node.tree.directory(&path), record.created_at_ns)))
 }

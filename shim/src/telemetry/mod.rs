@@ -51,6 +51,8 @@ impl Counter {
 pub enum Phase {
     /// The monitor starts and makes the pod's namespaces.
     PodMonitor,
+    /// systemd starts the pod's scope; a part of the former.
+    PodScope,
     /// The network is attached.
     PodNetwork,
     /// All of it.
@@ -63,8 +65,9 @@ pub enum Phase {
     ContainerStart,
 }
 
-const PHASES: [(Phase, &str); 6] = [
+const PHASES: [(Phase, &str); 7] = [
     (Phase::PodMonitor, "pod_monitor"),
+    (Phase::PodScope, "pod_scope"),
     (Phase::PodNetwork, "pod_network"),
     (Phase::Pod, "pod"),
     (Phase::ContainerBundle, "container_bundle"),

@@ -106,7 +106,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
         "annotations": annotations(input),
         "linux": {
             "namespaces": namespaces(input)?,
-            "cgroupsPath": format!("{}/{}", input.pod.cgroup_parent.trim_end_matches('/'), input.id),
+            "cgroupsPath": input.pod.container_path(input.id),
             "resources": oci_resources,
             "devices": devices,
             "mountLabel": given(labels(input)?.file),

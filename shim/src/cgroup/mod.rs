@@ -1,6 +1,13 @@
-//! The daemon's view of the cgroup v2 tree: where it is, which leaf belongs to whom, and the last resort of killing a leaf
+//! The daemon's view of the cgroup v2 tree: where it is, who makes the groups in it, and the last resort of killing a leaf
 //! whose monitor is gone. Limits are the monitor's work.
 
+mod driver;
+mod place;
+mod systemd;
+
+pub use driver::Driver;
+
+use crate::error::{Error, Result};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -71,6 +78,27 @@ pub async fn kill(directory: &Path, limit: Duration) -> io::Result<()> {
 /// True while a process is in the cgroup or below it.
 pub fn populated(directory: &Path) -> bool {
     fs::read_to_string(directory.join("cgroup.events")).is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+}
+
+/// Path in the v2 tree of the cgroup that a process is in.
+pub fn of_process(pid: u32) -> Result<String> {
+    let file = format!("/proc/{pid}/cgroup");
+    let text = fs::read_to_string(&file).map_err(|error| Error::io(format_args!("read {file}"), error))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(str::to_owned).ok_or_else(|| Error::internal(format!("{file} has no line of cgroup v2")))
+}
+
+/// Stops the slice at this path of the tree if nothing is in it: stopping one ends everything that is.
+pub async fn stop_slice(driver: &Driver, tree: &Tree, path: &str) -> Result<()> {
+    let directory = tree.directory(path);
+    let (Some(systemd), Some(slice)) = (driver.systemd(), path.rsplit('/').next().filter(|last| last.ends_with(".slice"))) else {
+        return Ok(());
+    };
+    let empty = |listing: fs::ReadDir| !listing.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    if fs::read_dir(&directory).is_ok_and(empty) && !populated(&directory) {
+        systemd.stop(slice).await?;
+    }
+    Ok(())
 }
 
 /// Removes an empty cgroup and the ones below it. An absent one is fine.
