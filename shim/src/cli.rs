@@ -183,7 +183,7 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     if !tree.missing().is_empty() {
         tracing::warn!(missing = %tree.missing().join(", "), tree = %tree.root.display(), "limits of these controllers are not enforced on this host");
     }
-    let driver = Driver::start(&config.cgroup).await?;
+    let driver = Driver::start(&config.cgroup, config.monitor.account).await?;
     let program = Program::open(&config.monitor_path())?;
     let images = open_store(&config)?;
     let network = start_network(&config)?;

@@ -287,6 +287,19 @@ pub enum LayerChoice {
 pub struct MonitorConfig {
     /// The `windlass-monitor` program. Empty: the one beside this program, else /usr/libexec/windlass/windlass-monitor.
     pub path: PathBuf,
+    /// Whose limits hold for the monitor of a pod, and whose use its own is.
+    pub account: Account,
+}
+
+/// `monitor.account`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Account {
+    /// The pod's: nobody pays for a pod but the pod. One that has used up its processor's time slows its own stops and execs.
+    #[default]
+    Pod,
+    /// The system's: monitors are below `cgroup.parent`, beside each other.
+    System,
 }
 
 impl Default for Config {

@@ -1,11 +1,12 @@
 //! Where groups are made: below kubelet's, whatever its driver calls them, and below our own.
 
-use crate::{Bench, TREE, expect, in_guest, with_resources};
+use crate::{Bench, TREE, expect, in_guest, in_guest_with, with_resources};
 use anyhow::{Context, Result, ensure};
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    time::Instant,
 };
 use windlass_integration::client::container;
 use windlass_proto::cri::LinuxContainerResources as Resources;
@@ -112,6 +113,59 @@ fn a_pods_limit_holds_for_its_containers_together() -> Result<()> {
         ensure!(bench.client.pod(&pod)?.state() == windlass_proto::cri::PodSandboxState::SandboxReady, "the monitor was killed");
         bench.client.remove(&pod)?;
         drop(kubelet);
+        Ok(())
+    })
+}
+
+/// Runs a pod that has a hundredth of a processor and wants all of one, with this configuration; where its monitor is, and seconds that an
+/// exec, a stop and the removal took.
+fn saturated(bench: &Bench, name: &str) -> Result<(PathBuf, [f64; 3])> {
+    let kubelet = Kubelet::make(&format!("/kubepods/{name}"), "max")?;
+    fs::write(kubelet.pod()?.join("cpu.max"), "1000 100000")?;
+    let mut config = bench.pod();
+    config.linux.as_mut().context("linux")?.cgroup_parent = format!("/kubepods/{name}");
+    let pod = bench.client.run(&config)?;
+    let id = bench.client.create(&pod, &config, &container(&config, "main", &["sh", "-c", "while :; do :; done"]))?;
+    bench.client.start(&id)?;
+    let monitors = [kubelet.pod()?.to_owned(), bench.daemon.cgroup_directory()].map(|at| at.join(format!("{pod}-monitor")));
+    let found: Vec<&PathBuf> = monitors.iter().filter(|leaf| leaf.exists()).collect();
+    let [leaf] = found[..] else { anyhow::bail!("the monitor is in {found:?}") };
+    let leaf = leaf.clone();
+    let procs = fs::read_to_string(leaf.join("cgroup.procs"))?;
+    ensure!(procs.lines().count() == 1, "the monitor is alone in its group: {procs:?}");
+    let mut took = [0.0; 3];
+    let mut timed = |at: usize, result: Result<(), tonic::Status>, begun: Instant| -> Result<()> {
+        took[at] = begun.elapsed().as_secs_f64();
+        Ok(result?)
+    };
+    let begun = Instant::now();
+    timed(0, bench.client.exec(&id, &["true"]).map(drop), begun)?;
+    let begun = Instant::now();
+    timed(1, bench.client.stop(&id, 0), begun)?;
+    let begun = Instant::now();
+    timed(2, bench.client.remove(&pod), begun)?;
+    let left = children(kubelet.pod()?)?;
+    ensure!(left.is_empty() && !leaf.exists(), "left: {left:?}, {}", leaf.display());
+    drop(kubelet);
+    Ok((leaf, took))
+}
+
+#[test]
+fn a_pods_limits_hold_for_its_monitor() -> Result<()> {
+    in_guest("a_pods_limits_hold_for_its_monitor", |bench| {
+        let (leaf, took) = saturated(bench, "pod9")?;
+        println!("exec, stop and removal in a pod of ten millicores: {took:.2?} s");
+        ensure!(leaf.starts_with(Path::new(TREE).join("kubepods")), "the monitor is in {}", leaf.display());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_monitor_of_the_systems_is_not_held_by_its_pods_limits() -> Result<()> {
+    in_guest_with("a_monitor_of_the_systems_is_not_held_by_its_pods_limits", "[monitor]\naccount = \"system\"\n", |bench| {
+        let (leaf, took) = saturated(bench, "pod10")?;
+        println!("exec, stop and removal in a pod of ten millicores: {took:.2?} s");
+        ensure!(leaf.starts_with(bench.daemon.cgroup_directory()), "the monitor is in {}", leaf.display());
         Ok(())
     })
 }

@@ -5,7 +5,7 @@ use super::{
     systemd::{self, Systemd},
 };
 use crate::{
-    config::{CgroupConfig, DriverChoice},
+    config::{Account, CgroupConfig, DriverChoice},
     error::{Error, Result},
 };
 
@@ -18,7 +18,7 @@ pub enum Driver {
 impl Driver {
     /// The configured one, or an error where systemd does not answer; `auto` is systemd where it is the first process and answers: with a
     /// second writer in its tree, what either has set may be undone by the other.
-    pub async fn start(config: &CgroupConfig) -> Result<Driver> {
+    pub async fn start(config: &CgroupConfig, account: Account) -> Result<Driver> {
         let connected = match config.driver {
             DriverChoice::Cgroupfs => return Ok(Driver::Cgroupfs),
             DriverChoice::Auto if !systemd::booted() => return Ok(Driver::Cgroupfs),
@@ -33,6 +33,9 @@ impl Driver {
             }
             Err(error) => return Err(error.during("cgroup.driver = \"systemd\"")),
         };
+        if account == Account::System {
+            return Err(Error::invalid("monitor.account = \"system\": a pod's scope of systemd needs its monitor in it"));
+        }
         driver.place("", &config.parent, "").map_err(|error| error.during("cgroup.parent"))?;
         Ok(driver)
     }

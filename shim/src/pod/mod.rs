@@ -59,6 +59,9 @@ pub struct Record {
     /// The systemd scope in it that holds them; empty where the parent does.
     #[serde(default)]
     pub scope: String,
+    /// Path in the v2 tree of the cgroup that the monitor's leaf is made in; empty where that is the pod's.
+    #[serde(default)]
+    pub monitor_parent: String,
     /// The parent is the pod's alone, and was not there before the pod.
     #[serde(default)]
     pub made_parent: bool,
@@ -175,7 +178,10 @@ impl Record {
 
     /// Path of the monitor's leaf in the v2 tree.
     pub fn monitor_path(&self) -> String {
-        self.leaf("monitor")
+        match self.monitor_parent.as_str() {
+            "" => self.leaf("monitor"),
+            parent => below(parent, &format!("{}-monitor", self.id)),
+        }
     }
 
     /// Path of a container's leaf in the v2 tree.

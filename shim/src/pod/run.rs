@@ -6,7 +6,7 @@
 
 use super::{Phase, Pod, Record, files, namespace_modes, network, resources, scope, stop, userns, watch};
 use crate::{
-    config::NATIVE_HANDLER,
+    config::{Account, NATIVE_HANDLER},
     error::{Error, Kind, Result},
     events::EventKind,
     monitor::Monitor,
@@ -109,6 +109,10 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         },
         cgroup_parent: place.parent,
         scope: place.scope,
+        monitor_parent: match node.config.monitor.account {
+            Account::Pod => String::new(),
+            Account::System => node.driver.place("", &node.config.cgroup.parent, &id)?.parent,
+        },
         selinux_categories: node.selinux.categories(&id, &taken),
         id: id.clone(),
         config,
