@@ -17,6 +17,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .build_transport(false)
             .type_attribute(".", "#[derive(serde::Serialize)]")
             .compile_fds(image)?;
+        let files = ["containers", "tasks", "version"].map(|name| format!("proto/containerd/{name}.proto"));
+        tonic_prost_build::configure().build_transport(false).compile_fds(protox::compile(files, ["proto"])?)?;
         let trace = protox::compile(["proto/trace.proto"], ["proto"])?;
         tonic_prost_build::configure().build_transport(false).compile_fds(trace)?;
     }

@@ -198,6 +198,13 @@ impl Kubelet {
         self.act("POST", &format!("/run/default/{pod}-{NODE}/{container}?cmd={}", command.replace(' ', "%20")))
     }
 
+    /// The lines of kubelet's own log that have one of these words, at most 60.
+    pub fn log_of(&self, words: &[&str]) -> String {
+        let text = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().filter(|line| words.iter().any(|word| line.contains(word))).take(60).collect();
+        lines.join("\n")
+    }
+
     /// The end of kubelet's own log.
     pub fn log(&self) -> String {
         let text = fs::read_to_string(self.directory.join("log")).unwrap_or_default();

@@ -22,6 +22,21 @@ pub mod trace {
     tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
 }
 
+/// The calls of containerd's API that cAdvisor makes.
+#[cfg(feature = "cri")]
+pub mod containerd {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    pub mod containers {
+        tonic::include_proto!("containerd.services.containers.v1");
+    }
+    pub mod tasks {
+        tonic::include_proto!("containerd.services.tasks.v1");
+    }
+    pub mod version {
+        tonic::include_proto!("containerd.services.version.v1");
+    }
+}
+
 /// The protocol between the daemon and a monitor. `proto/monitor.proto` describes every message.
 pub mod monitor {
     #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]

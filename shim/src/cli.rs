@@ -195,6 +195,7 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     let exporting = exporter.map(|exporter| tokio::spawn(exporter.run(async move { drop(end.await) })));
     let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
     let _metrics = telemetry::Endpoint::start(&node).await?;
+    let _cadvisor = cri::cadvisor::start(&node)?;
     let (socket, listener) = Socket::listen(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),

@@ -36,6 +36,15 @@ pub struct Config {
     pub monitor: MonitorConfig,
     pub metrics: MetricsConfig,
     pub tracing: TracingConfig,
+    pub cadvisor: CadvisorConfig,
+}
+
+/// `[cadvisor]`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CadvisorConfig {
+    /// Where kubelet's own cAdvisor is answered as by containerd: it looks at `/run/containerd/containerd.sock`. Empty: nowhere.
+    pub containerd_socket: PathBuf,
 }
 
 /// `[tracing]`
@@ -320,6 +329,7 @@ impl Default for Config {
             monitor: MonitorConfig::default(),
             metrics: MetricsConfig::default(),
             tracing: TracingConfig::default(),
+            cadvisor: CadvisorConfig::default(),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     image::Store,
     monitor::Program,
     network::Network,
-    pod::Pod,
+    pod::{Phase, Pod},
     selinux::SeLinux,
     stats::Stats,
 };
@@ -18,7 +18,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, RwLock, Weak},
 };
 use tokio::sync::watch;
 use tracing::Instrument;
@@ -37,6 +37,7 @@ pub struct Node {
     pub stats: Stats,
     pods: RwLock<BTreeMap<String, Arc<Pod>>>,
     containers: RwLock<BTreeMap<String, Arc<Container>>>,
+    unfinished: Mutex<Vec<Weak<Pod>>>,
     running: Mutex<HashMap<String, watch::Receiver<Option<Result<String>>>>>,
 }
 
@@ -64,6 +65,7 @@ impl Node {
             stats: Stats::default(),
             pods: RwLock::default(),
             containers: RwLock::default(),
+            unfinished: Mutex::default(),
             running: Mutex::default(),
         }
     }
@@ -99,6 +101,18 @@ impl Node {
     /// Containers of one pod.
     pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
         self.containers.read().expect(POISON).values().filter(|c| c.pod_id == pod_id).cloned().collect()
+    }
+
+    /// A pod that is being made is in no list; [`Node::unfinished`] finds it.
+    pub fn begin_pod(&self, pod: &Arc<Pod>) {
+        let mut unfinished = self.unfinished.lock().expect(POISON);
+        unfinished.retain(|pod| pod.upgrade().is_some_and(|pod| pod.phase() == Phase::Creating));
+        unfinished.push(Arc::downgrade(pod));
+    }
+
+    /// The pod of this id, if it is being made.
+    pub fn unfinished(&self, id: &str) -> Option<Arc<Pod>> {
+        self.unfinished.lock().expect(POISON).iter().filter_map(Weak::upgrade).find(|pod| pod.id == id)
     }
 
     pub fn insert_pod(&self, pod: Arc<Pod>) {

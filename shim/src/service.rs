@@ -42,7 +42,8 @@ impl Drop for Socket {
     }
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
+/// A new socket at `path` in place of what is there, mode 0660 and root's.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }

@@ -63,7 +63,7 @@ fn check(bench: &Bench, asked: &str, parent: &Path) -> Result<()> {
     let id = bench.client.create(&pod, &config, &wanted)?;
     bench.client.start(&id)?;
     let mut expected = before.clone();
-    expected.extend([id.clone(), format!("{pod}-monitor")]);
+    expected.extend([id.clone(), pod.clone()]);
     let found = children(parent)?;
     ensure!(found == expected, "below {}: {found:?}", parent.display());
     expect(&parent.join(&id), "memory.max", "16777216")?;
@@ -72,7 +72,7 @@ fn check(bench: &Bench, asked: &str, parent: &Path) -> Result<()> {
     ensure!(inside.stdout == b"16777216\n", "seen from inside: {inside:?}");
     let first = fs::read_to_string(parent.join(&id).join("cgroup.procs"))?;
     ensure!(first.lines().count() == 1, "the container's own group holds its first process alone: {first:?}");
-    let monitor = fs::read_to_string(parent.join(format!("{pod}-monitor")).join("cgroup.procs"))?;
+    let monitor = fs::read_to_string(parent.join(&pod).join("cgroup.procs"))?;
     ensure!(monitor.lines().count() == 1, "the monitor is alone in its group: {monitor:?}");
     bench.client.remove(&pod)?;
     let found = children(parent)?;
@@ -127,7 +127,7 @@ fn saturated(bench: &Bench, name: &str) -> Result<(PathBuf, [f64; 3])> {
     let pod = bench.client.run(&config)?;
     let id = bench.client.create(&pod, &config, &container(&config, "main", &["sh", "-c", "while :; do :; done"]))?;
     bench.client.start(&id)?;
-    let monitors = [kubelet.pod()?.to_owned(), bench.daemon.cgroup_directory()].map(|at| at.join(format!("{pod}-monitor")));
+    let monitors = [kubelet.pod()?.to_owned(), bench.daemon.cgroup_directory()].map(|at| at.join(&pod));
     let found: Vec<&PathBuf> = monitors.iter().filter(|leaf| leaf.exists()).collect();
     let [leaf] = found[..] else { anyhow::bail!("the monitor is in {found:?}") };
     let leaf = leaf.clone();

@@ -1,5 +1,6 @@
 //! The RPC face: the only module that knows tonic. Requests become calls of `pod`, `container` and `image`; their results become messages.
 
+pub mod cadvisor;
 mod deadline;
 mod image;
 pub mod images;

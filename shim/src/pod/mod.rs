@@ -68,6 +68,9 @@ pub struct Record {
     /// SELinux categories of the pod, `c1,c2`; empty where there are none.
     #[serde(default)]
     pub selinux_categories: String,
+    /// The monitor's leaf has the pod's id for its name; in records from before it does not.
+    #[serde(default)]
+    pub leaf_has_id: bool,
     /// Processor time of removed containers, where the pod has no cgroup that counts it.
     #[serde(default)]
     pub removed_cpu_ns: u64,
@@ -176,11 +179,26 @@ impl Record {
         self.cgroup_parent.rsplit('/').next().filter(|last| last.ends_with(".slice")).unwrap_or("-.slice")
     }
 
-    /// Path of the monitor's leaf in the v2 tree.
+    /// Path of the monitor's leaf in the v2 tree. Without a scope, which has the pod's id, the leaf has it for its name: kubelet and cAdvisor
+    /// look there for the sandbox.
     pub fn monitor_path(&self) -> String {
+        let in_scope = !self.scope.is_empty();
         match self.monitor_parent.as_str() {
-            "" => self.leaf("monitor"),
+            "" if in_scope => below(&self.cgroup(), "monitor"),
+            "" if self.leaf_has_id => below(&self.cgroup(), &self.id),
+            "" => below(&self.cgroup(), &format!("{}-monitor", self.id)),
+            parent if in_scope => below(parent, &format!("monitor-{}", self.short_id())),
+            parent if self.leaf_has_id => below(parent, &self.id),
             parent => below(parent, &format!("{}-monitor", self.id)),
+        }
+    }
+
+    /// Path of the leaf of the built-in init of a shared pid namespace. No id is in it, which would name a second sandbox.
+    fn init_path(&self) -> String {
+        match (self.scope.is_empty(), self.leaf_has_id) {
+            (false, _) => below(&self.cgroup(), "init"),
+            (true, true) => below(&self.cgroup(), &format!("init-{}", self.short_id())),
+            (true, false) => below(&self.cgroup(), &format!("{}-init", self.id)),
         }
     }
 
@@ -196,7 +214,7 @@ impl Record {
 
     /// Absolute directory of the leaf of the built-in init of a shared pid namespace.
     pub fn init_cgroup(&self, node: &Node) -> PathBuf {
-        node.tree.directory(&self.leaf("init"))
+        node.tree.directory(&self.init_path())
     }
 
     /// Absolute directory of a container's leaf.
@@ -204,13 +222,9 @@ impl Record {
         node.tree.directory(&self.container_path(container_id))
     }
 
-    /// A leaf of the pod itself: a parent may hold those of several pods.
-    fn leaf(&self, name: &str) -> String {
-        if self.scope.is_empty() {
-            below(&self.cgroup_parent, &format!("{}-{name}", self.id))
-        } else {
-            below(&self.cgroup(), name)
-        }
+    /// Names a leaf that no id names: a parent may hold those of several pods.
+    fn short_id(&self) -> &str {
+        self.id.get(..32).unwrap_or(&self.id)
     }
 
     /// Path in the v2 tree of the cgroup that holds this pod and nothing else, where there is one: kubelet's, else the scope.

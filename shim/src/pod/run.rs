@@ -122,11 +122,13 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         network_attached: false,
         network_kind: node.network.kind(),
         network: None,
+        leaf_has_id: true,
         removed_cpu_ns: 0,
         made_parent: false,
     };
     record.made_parent = record.owns_parent() && !node.tree.directory(&record.cgroup_parent).exists();
     let pod = Arc::new(Pod::new(record));
+    node.begin_pod(&pod);
     let _turn = pod.turn.lock().await;
     match build(&node, &pod, own_network).await {
         Ok(()) => {
