@@ -439,16 +439,49 @@ fn a_parent_of_the_other_syntax_holds_the_pod_too() -> Result<()> {
 }
 
 #[test]
-fn a_message_bus_that_was_restarted_is_connected_to_again() -> Result<()> {
-    under_systemd("a_message_bus_that_was_restarted_is_connected_to_again", |bench| {
+fn a_message_bus_that_was_restarted_or_is_absent_hinders_nothing() -> Result<()> {
+    under_systemd("a_message_bus_that_was_restarted_or_is_absent_hinders_nothing", |bench| {
         run_command("systemctl", &["restart", "dbus.service"])?;
         let pod = bench.client.run(&bench.pod())?;
         ensure!(shown(&scope(&pod), "ActiveState")? == "active");
-        // Without one no pod is run, and one that runs can be removed: a scope ends by itself.
+        // Without one, over systemd's own socket: the daemon that runs, and one that starts.
         run_command("systemctl", &["stop", "dbus.socket", "dbus.service"])?;
-        let error = bench.client.run(&bench.pod()).err().context("it was run without a bus")?;
-        ensure!(error.code() == tonic::Code::Unavailable && error.message().contains("message bus"), "{error}");
+        for start in [false, true] {
+            if start {
+                bench.daemon.kill9()?;
+                bench.daemon.serve()?;
+                bench.client = Client::connect(&bench.daemon)?;
+            }
+            let other = bench.client.run(&bench.pod())?;
+            ensure!(shown(&scope(&other), "ActiveState")? == "active", "not a scope over systemd's own socket");
+            let mut root = bench.pod();
+            root.linux.as_mut().context("linux")?.cgroup_parent = "-.slice".into();
+            let at_root = bench.client.run(&root)?;
+            ensure!(shown(&scope(&at_root), "ControlGroup")? == format!("/{}", scope(&at_root)));
+            bench.client.remove(&at_root)?;
+            bench.client.remove(&other)?;
+        }
         bench.client.remove(&pod)?;
+        run_command("systemctl", &["start", "dbus.socket"])?;
+        let pod = bench.client.run(&bench.pod())?;
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_systemd_that_goes_away_fails_what_needs_it_alone() -> Result<()> {
+    under_systemd("a_systemd_that_goes_away_fails_what_needs_it_alone", |bench| {
+        let pod = bench.client.run(&bench.pod())?;
+        // Only for this test's daemon: its mounts are its own.
+        run_command("systemctl", &["stop", "dbus.socket", "dbus.service"])?;
+        run_command("mount", &["--bind", "/dev/null", "/run/systemd/private"])?;
+        let error = bench.client.run(&bench.pod()).err().context("it was run without systemd")?;
+        let named = ["over the message bus", "over /run/systemd/private"];
+        ensure!(error.code() == tonic::Code::Unavailable && named.iter().all(|name| error.message().contains(name)), "{error}");
+        // A scope ends by itself.
+        bench.client.remove(&pod)?;
+        run_command("umount", &["/run/systemd/private"])?;
         run_command("systemctl", &["start", "dbus.socket"])?;
         let pod = bench.client.run(&bench.pod())?;
         bench.client.remove(&pod)?;
@@ -472,8 +505,9 @@ fn said_of(driver: &str) -> Result<(bool, String)> {
 fn a_systemd_that_does_not_answer_is_an_error_or_left_out() -> Result<()> {
     in_its_guest("a_systemd_that_does_not_answer_is_an_error_or_left_out", || {
         run_command("mount", &["-t", "tmpfs", "none", "/run/dbus"])?;
+        run_command("mount", &["--bind", "/dev/null", "/run/systemd/private"])?;
         let (served, log) = said_of("systemd")?;
-        let named = ["cgroup.driver = \"systemd\"", "connect to systemd over the message bus"];
+        let named = ["cgroup.driver = \"systemd\"", "over the message bus", "over /run/systemd/private"];
         ensure!(!served && named.iter().all(|text| log.contains(text)), "{log}");
         let (served, log) = said_of("auto")?;
         ensure!(served && log.contains("cgroup.driver is cgroupfs"), "{log}");

@@ -3,6 +3,7 @@
 
 mod driver;
 mod place;
+mod private;
 mod systemd;
 
 pub use driver::Driver;

@@ -1,9 +1,10 @@
 //! systemd over D-Bus: the scope of a pod is started, told its limits and ended. Below a scope the cgroups are ours (`Delegate=yes`), and
 //! systemd is asked about nothing: one call, and one signal that its job is done, for each pod that is run.
 //!
-//! Over the message bus: systemd's own socket (/run/systemd/private) is systemctl's, and no interface of systemd's to others. A connection
-//! that is lost is made again by the next call.
+//! Over the message bus, or where there is none over systemd's own socket, as runc and kubelet do. A connection that is lost is made again by
+//! the next call.
 
+use super::private::{self, Private};
 use crate::error::{Error, Kind, Result};
 use futures_util::StreamExt;
 use std::{
@@ -141,16 +142,15 @@ impl Systemd {
 
 impl Bus {
     async fn connect() -> Result<Bus> {
-        let failed = |why: String| Error::new(Kind::Unavailable, format!("connect to systemd over the message bus: {why}"));
-        match tokio::time::timeout(CONNECT_LIMIT, Bus::make()).await {
-            Ok(made) => made.map_err(|error| failed(error.to_string())),
-            Err(_) => Err(failed(format!("no answer in {} s", CONNECT_LIMIT.as_secs()))),
-        }
+        let bus = within_limit(async { Bus::over(Builder::system()).await }).await;
+        let Err(no_bus) = bus else { return bus.map_err(unavailable) };
+        let own = within_limit(async { Bus::over(Builder::socket(Private::connect().await?).p2p()).await }).await;
+        own.map_err(|error| unavailable(format!("over the message bus: {no_bus}; over {}: {error}", private::PATH)))
     }
 
     /// Connects, and listens to the ends of jobs.
-    async fn make() -> zbus::Result<Bus> {
-        let connection = Builder::system().method_timeout(CALL_LIMIT).build().await?;
+    async fn over(builder: Builder<'_>) -> zbus::Result<Bus> {
+        let connection = builder.method_timeout(CALL_LIMIT).build().await?;
         let rule = MatchRule::builder().msg_type(message::Type::Signal).sender(SERVICE).path(OBJECT);
         let rule = rule.interface(MANAGER).member("JobRemoved").build()?;
         let ends = MessageStream::for_match_rule(rule, &connection, None).await?;
@@ -214,6 +214,17 @@ async fn tell(mut ends: MessageStream, waiting: Arc<Waiting>) {
         }
     }
     waiting.lock().expect(POISON).clear();
+}
+
+async fn within_limit(connecting: impl Future<Output = zbus::Result<Bus>>) -> Result<Bus, String> {
+    match tokio::time::timeout(CONNECT_LIMIT, connecting).await {
+        Ok(made) => made.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no answer in {} s", CONNECT_LIMIT.as_secs())),
+    }
+}
+
+fn unavailable(why: String) -> Error {
+    Error::new(Kind::Unavailable, format!("connect to systemd {why}"))
 }
 
 fn lost() -> Error {
