@@ -51,7 +51,7 @@ pub(crate) fn a_service_leads_to_each_of_its_pods(kubectl: &Kubectl) -> Result<(
     // Once there is no pod, a client is refused at once.
     kubectl.run(&["scale", "deployment/web", "--replicas=0"])?;
     eventually("a client is refused", || {
-        let try_it = "nc -w 20 $WEB_SERVICE_HOST $WEB_SERVICE_PORT < /dev/null";
+        let try_it = "nc -w 2 $WEB_SERVICE_HOST $WEB_SERVICE_PORT < /dev/null";
         let begun = Instant::now();
         let tried = kubectl.outcome(&["exec", "client", "--", "sh", "-c", try_it], b"")?;
         let said = String::from_utf8_lossy(&tried.stderr).into_owned();
