@@ -1,6 +1,8 @@
 //! Kubelet with its cgroups for pods and kinds of pods, and with every figure that it takes from the runtime: in the guest, where the
 //! whole of cgroup v2 is.
 
+mod resize;
+
 use crate::{Bench, built, restarts, sleeper, with};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -23,7 +25,7 @@ const PODS: &str = "/sys/fs/cgroup/kubepods";
 
 static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "guest::", || {
     built();
-    Ok(())
+    resize::built()
 });
 
 /// The test `name` with a daemon and a kubelet of its own in the guest.
