@@ -44,21 +44,25 @@ impl Kubelet {
 
     /// The same with a kubelet that was built before.
     pub fn prepare_with(program: &Path, daemon: &Daemon, fields: Value) -> Result<Kubelet> {
+        // cgroups for kinds of pods need every controller in one tree; without them kubelet leaves the host's trees alone.
+        let by_kind = daemon.cgroup_directory().parent().is_some_and(has_every_controller);
+        Kubelet::prepare_over(program, &daemon.path("kubelet"), &daemon.socket(), by_kind, fields)
+    }
+
+    /// The same over any runtime's socket, with files in `directory`. `by_kind`: with cgroups for kinds of pods.
+    pub fn prepare_over(program: &Path, directory: &Path, socket: &Path, by_kind: bool, fields: Value) -> Result<Kubelet> {
         for place in COVERED {
             fs::create_dir_all(place).with_context(|| format!("create {place}"))?;
             mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
                 .with_context(|| format!("cover {place}"))?;
         }
-        let directory = daemon.path("kubelet");
         for name in ["manifests", "root", "volume-plugins"] {
             fs::create_dir_all(directory.join(name))?;
         }
         let text = |name: &str| directory.join(name).to_string_lossy().into_owned();
-        // cgroups for kinds of pods need every controller in one tree; without them kubelet leaves the host's trees alone.
-        let by_kind = daemon.cgroup_directory().parent().is_some_and(has_every_controller);
         let config = json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-            "containerRuntimeEndpoint": format!("unix://{}", daemon.socket().display()),
+            "containerRuntimeEndpoint": format!("unix://{}", socket.display()),
             "staticPodPath": text("manifests"), "podLogsDir": "/var/log/pods", "volumePluginDir": text("volume-plugins"),
             "failCgroupV1": false, "cgroupsPerQOS": by_kind, "enforceNodeAllocatable": if by_kind { vec!["pods"] } else { vec![] },
             "enableServer": true, "address": "127.0.0.1", "port": 10250, "readOnlyPort": 10255, "healthzPort": 10248,
@@ -75,7 +79,7 @@ impl Kubelet {
             .chain(["--hostname-override", NODE, "--node-ip", "127.0.0.1", "--v", "2"])
             .map(str::to_owned)
             .collect();
-        let kubelet = Kubelet { process: None, program: program.to_owned(), directory, arguments };
+        let kubelet = Kubelet { process: None, program: program.to_owned(), directory: directory.to_owned(), arguments };
         kubelet.configure(fields)?;
         Ok(kubelet)
     }

@@ -66,6 +66,11 @@ impl Programs {
             kubectl: go::kubernetes("kubectl")?,
         })
     }
+
+    /// For a kubelet that the caller prepares.
+    pub fn kubelet(&self) -> &Path {
+        &self.kubelet
+    }
 }
 
 /// A running cluster. Dropping it ends its programs; pods stay with the runtime.

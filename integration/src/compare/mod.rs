@@ -1,6 +1,7 @@
 //! `cargo xtask compare`: Windlass and the runtimes that are used today, on one machine, in one run, by one client through the CRI
 //! socket, in rounds that take turns. Prints tables with ratios to Windlass. Needed by no test.
 
+mod cluster;
 mod config;
 mod images;
 mod kubelet;
@@ -14,7 +15,7 @@ mod sharing;
 mod streams;
 mod table;
 
-use crate::{build, client::Client, go, guest, node, registry::Registry};
+use crate::{build, client::Client, cluster::Programs, go, guest, node, registry::Registry};
 use anyhow::{Context, Result, ensure};
 use rival::{Ground, Kind, Network, Rival};
 use std::{
@@ -27,7 +28,7 @@ use windlass_proto::cri;
 /// What to measure, and how often.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Parts: pull, start, cni, parallel, exec, streams, stats, memory, sharing, many.
+    /// Parts: pull, start, cni, parallel, exec, streams, stats, memory, sharing, many, cluster.
     #[arg(long, value_delimiter = ',', default_value = "pull,start,parallel,exec,streams,stats,memory")]
     what: Vec<String>,
     /// Rounds of the part `pull`; each pulls every image once with each runtime.
@@ -62,7 +63,7 @@ const GUEST_LIMIT: Duration = Duration::from_secs(3600);
 /// Where a build, the start of a runtime or a call that is measured fails.
 pub fn run(options: &Options) -> Result<()> {
     for part in &options.what {
-        let parts = ["pull", "start", "cni", "parallel", "exec", "streams", "stats", "memory", "sharing", "many"];
+        let parts = ["pull", "start", "cni", "parallel", "exec", "streams", "stats", "memory", "sharing", "many", "cluster"];
         ensure!(parts.contains(&part.as_str()), "there is no part {part:?}; parts are {}", parts.join(", "));
     }
     let products = match &options.products {
@@ -82,6 +83,9 @@ fn prepare(options: &Options) -> Result<PathBuf> {
         build::all()?;
     }
     go::streams()?;
+    if options.what.iter().any(|what| what == "cluster") {
+        Programs::build()?;
+    }
     products::build()
 }
 
@@ -129,6 +133,9 @@ fn measure(options: &Options, products: &Path) -> Result<()> {
     }
     if wants("many") {
         load::many(&ground, &kinds(options))?;
+    }
+    if wants("cluster") {
+        cluster::measure(&ground, &kinds(options))?;
     }
     Ok(())
 }

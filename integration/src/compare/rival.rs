@@ -9,6 +9,7 @@ use crate::{daemon, daemon::Daemon, node, registry::Registry};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -96,13 +97,16 @@ impl Ground<'_> {
     /// Starts a runtime in namespaces of its own; they live as long as its processes.
     pub(super) fn start(&self, kind: Kind, network: Network) -> Result<Rival> {
         let (products, registry, tmpfs, layers) = (self.products.to_owned(), self.registry.twin(), self.tmpfs, self.layers);
-        node::run(move || {
-            let registry = registry.listen()?;
-            match kind {
-                Kind::Windlass => windlass(&products, registry, network, tmpfs, layers),
-                _ => other(kind, &products, registry, tmpfs),
-            }
-        })
+        node::run(move || Ground { products: &products, registry: &registry, tmpfs, layers }.start_here(kind, network))
+    }
+
+    /// Starts a runtime in the namespaces of the calling thread.
+    pub(super) fn start_here(&self, kind: Kind, network: Network) -> Result<Rival> {
+        let registry = self.registry.twin().listen()?;
+        match kind {
+            Kind::Windlass => windlass(self.products, registry, network, self.tmpfs, self.layers),
+            _ => other(kind, self.products, registry, self.tmpfs),
+        }
         .with_context(|| format!("start {}", kind.name()))
     }
 }
@@ -268,6 +272,28 @@ impl Rival {
         (pss_kib(self.pid).unwrap_or(0), helpers)
     }
 
+    /// What of its pods the machine has, in the namespaces of the calling thread and in its own: links, pins of namespaces, mounts, cgroups,
+    /// and processes.
+    pub(super) fn traces(&self) -> Result<BTreeSet<String>> {
+        let mut found = BTreeSet::new();
+        for line in node::output_of("ip", &["-o", "link"])?.lines() {
+            found.insert(format!("link {}", line.split(": ").nth(1).unwrap_or(line)));
+        }
+        for entry in fs::read_dir("/run/netns")?.flatten() {
+            found.insert(format!("pin {}", entry.file_name().to_string_lossy()));
+        }
+        for process in ["thread-self".to_owned(), self.pid.to_string()] {
+            let text = fs::read_to_string(format!("/proc/{process}/mountinfo"))?;
+            let points = text.lines().filter_map(|line| line.split(' ').nth(4));
+            found.extend(points.map(|point| format!("mount {point} of {process}")));
+        }
+        for cgroup in &self.cgroups {
+            below(cgroup, &mut found);
+            found.extend(processes(cgroup).into_iter().map(|pid| format!("process {pid}")));
+        }
+        Ok(found)
+    }
+
     /// Proportional set size in KiB of all processes of containers.
     pub(super) fn containers_pss_kib(&self) -> u64 {
         let all = self.cgroups.iter().flat_map(|cgroup| processes(cgroup)).filter(|pid| *pid != self.pid);
@@ -306,6 +332,13 @@ fn usage(cgroup: &Path) -> Option<f64> {
     let stat = fs::read_to_string(cgroup.join("cpu.stat")).ok()?;
     let microseconds: f64 = stat.lines().find_map(|line| line.strip_prefix("usage_usec "))?.parse().ok()?;
     Some(microseconds / 1e6)
+}
+
+fn below(cgroup: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+        found.insert(format!("cgroup {}", entry.path().display()));
+        below(&entry.path(), found);
+    }
 }
 
 /// Processes in a cgroup and below it.
