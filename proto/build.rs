@@ -4,6 +4,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let monitor = protox::compile(["proto/monitor.proto"], ["proto"])?;
     prost_build::Config::new().compile_fds(monitor)?;
+    let criu = protox::compile(["proto/criu.proto"], ["proto"])?;
+    prost_build::Config::new().compile_fds(criu)?;
 
     if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
         let cri = protox::compile(["proto/cri.proto"], ["proto"])?;

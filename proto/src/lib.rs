@@ -43,4 +43,10 @@ pub mod monitor {
     include!(concat!(env!("OUT_DIR"), "/windlass.monitor.v1.rs"));
 }
 
+/// What CRIU is told and answers. `proto/criu.proto` describes every message.
+pub mod criu {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/criu.rs"));
+}
+
 pub mod frame;

@@ -213,9 +213,11 @@ impl Monitor {
             stdio,
             id: &request.container_id,
         };
-        match request.runtime.as_str() {
-            "" => process::create(spawn),
-            program => process::create_by(Path::new(program), &spawn),
+        match (&request.restore, request.runtime.as_str()) {
+            (Some(_), runtime) if !runtime.is_empty() => Err(invalid("another runtime restores nothing")),
+            (Some(restore), _) => process::create_from_checkpoint(Path::new(&restore.criu), &spawn),
+            (None, "") => process::create(spawn),
+            (None, program) => process::create_by(Path::new(program), &spawn),
         }
     }
 
@@ -356,10 +358,11 @@ impl Monitor {
     }
 
     pub(super) fn signal(&mut self, to: Reply, id: &str, signal: i32) -> Result<(), StepError> {
+        let held = self.held(id);
         let (_, container) = self.living("signal", id)?;
         send_signal(container.pidfd.as_fd(), signal, id)?;
-        if container.cgroup.frozen()? {
-            // Nothing that is held still can obey.
+        if !held && container.cgroup.frozen()? {
+            // Nothing that is held still can obey. After a checkpoint it goes on, and does.
             container.cgroup.freeze(false, Duration::ZERO)?;
         }
         self.done(to);

@@ -11,6 +11,7 @@
 //! sees EXITED may unmount its volumes.
 
 mod attach;
+mod checkpoint;
 mod connection;
 mod container;
 mod exec;

@@ -18,6 +18,7 @@ pub(super) enum Source {
     ContainerReport(u64),
     Output(u64, Stream),
     ExecReport(u64),
+    CheckpointReport(u64),
 }
 
 impl Source {
@@ -30,6 +31,7 @@ impl Source {
             Source::Output(key, Stream::Stdout) => key << 3 | 4,
             Source::Output(key, Stream::Stderr) => key << 3 | 5,
             Source::ExecReport(key) => key << 3 | 6,
+            Source::CheckpointReport(key) => key << 3 | 7,
         }
     }
 
@@ -42,7 +44,8 @@ impl Source {
             3 => Source::ContainerReport(key),
             4 => Source::Output(key, Stream::Stdout),
             5 => Source::Output(key, Stream::Stderr),
-            _ => Source::ExecReport(key),
+            6 => Source::ExecReport(key),
+            _ => Source::CheckpointReport(key),
         }
     }
 }
@@ -98,6 +101,7 @@ mod tests {
             Source::Output(3, Stream::Stdout),
             Source::Output(4, Stream::Stderr),
             Source::ExecReport(1 << 40),
+            Source::CheckpointReport(5),
         ] {
             assert_eq!(Source::decode(source.encode()), source);
         }

@@ -64,7 +64,7 @@ impl Monitor {
         if let Some(key) = known(self) {
             return Some(key);
         }
-        let creating = |phase: &Phase| matches!(phase, Phase::Creating(_));
+        let creating = |phase: &Phase| matches!(phase, Phase::Creating(_) | Phase::Starting(_));
         let keys: Vec<u64> = self.containers.iter().filter(|(_, c)| creating(&c.phase)).map(|(key, _)| *key).collect();
         for key in keys {
             self.on_container_report(key);

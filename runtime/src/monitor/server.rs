@@ -1,5 +1,6 @@
 //! The loop and the requests. What a request does is in the file of its object; here it is found, refused or answered.
 
+use super::checkpoint::Checkpoint;
 use super::connection::{Connection, Lost};
 use super::container::{Container, Phase};
 use super::exec::Exec;
@@ -46,6 +47,7 @@ pub(super) struct Monitor {
     pub(super) pod: Option<Pod>,
     pub(super) containers: BTreeMap<u64, Container>,
     pub(super) execs: BTreeMap<u64, Exec>,
+    pub(super) checkpoint: Option<Checkpoint>,
     last_key: u64,
     pub(super) shutdown: Option<Reply>,
 }
@@ -72,6 +74,7 @@ impl Monitor {
             pod: None,
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
+            checkpoint: None,
             last_key: 0,
             shutdown: None,
         };
@@ -98,6 +101,7 @@ impl Monitor {
                     Source::ContainerReport(key) => self.on_container_report(key),
                     Source::Output(key, stream) => self.on_output(key, stream),
                     Source::ExecReport(key) => self.on_exec_report(key),
+                    Source::CheckpointReport(_) => self.on_checkpoint_report(),
                 }
             }
             self.check_due(Instant::now());
@@ -158,8 +162,13 @@ impl Monitor {
                 self.connections.remove(&key);
                 self.kill_execs_of(key);
                 self.detach_all_of(key);
+                self.end_checkpoint_of(key);
             }
         }
+    }
+
+    pub(super) fn connected(&self, key: u64) -> bool {
+        self.connections.contains_key(&key)
     }
 
     /// Answers. A connection that is gone takes the answer and its descriptors with it.
@@ -187,7 +196,7 @@ impl Monitor {
     }
 
     fn request(&mut self, to: Reply, body: Option<Body>) {
-        let makes = matches!(body, Some(Body::Setup(_) | Body::Create(_) | Body::Start(_) | Body::Exec(_)));
+        let makes = matches!(body, Some(Body::Setup(_) | Body::Create(_) | Body::Start(_) | Body::Exec(_) | Body::Checkpoint(_)));
         if makes && self.shutdown.is_some() {
             return self.fail(to, StepError::because(Kind::WrongState, "serve", "", "the pod is shutting down"));
         }
@@ -214,6 +223,8 @@ impl Monitor {
             Some(Body::Sockets(_)) => self.sockets(to),
             Some(Body::Update(request)) => self.update(to, &request.container_id, &request.resources),
             Some(Body::UpdatePod(request)) => self.update_pod(to, &request.cgroup, &request.resources),
+            Some(Body::Checkpoint(request)) => self.checkpoint(to, &request),
+            Some(Body::Resume(_)) => self.resume(to),
             Some(Body::Shutdown(request)) => self.begin_shutdown(to, &request),
             _ => Err(StepError::because(Kind::Unsupported, "serve", "", "not a request that this monitor knows")),
         };

@@ -315,6 +315,7 @@ impl<'a> Build<'a> {
         if let Some(slave) = &self.slave {
             stdio::install_terminal(slave.as_fd())?;
         }
+        stdio::own_null()?;
         let user = self.process()?.user();
         stdio::give_to(user.uid(), user.gid())?;
         match identity::assume(self.process()?, self.available, self.filter.is_some()) {

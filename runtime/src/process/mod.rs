@@ -3,20 +3,26 @@
 //! process is the caller's.
 
 mod beside;
+mod capture;
 mod child;
+mod criu;
 mod entrypoint;
 mod error;
 mod exec;
 mod external;
 pub mod hooks;
 mod identity;
+mod privileges;
 mod report;
+mod restore;
 mod spawn;
 mod stdio;
 
+pub use capture::{Captured, capture};
 pub use error::{Kind, StepError};
 pub use external::create_by;
 pub use report::{Message, Report};
+pub use restore::create_from_checkpoint;
 pub use spawn::{create, create_behind, enter};
 
 pub(crate) use beside::beside;

@@ -41,6 +41,21 @@ fn dup2_onto(from: &OwnedFd, to: &mut OwnedFd) -> Result<(), Errno> {
     dup2(from, to)
 }
 
+/// Where a stream is the host's /dev/null, puts the container's in its place, after the root was changed: a checkpoint holds what is inside
+/// alone. A root without one leaves the host's.
+pub(super) fn own_null() -> Result<(), StepError> {
+    let Ok(null) = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) else { return Ok(()) };
+    let device = |fd: BorrowedFd<'_>| fstat(fd).map_or(0, |found| found.st_rdev);
+    if device(null.as_fd()) != makedev(1, 3) {
+        return Ok(());
+    }
+    let mut targets = crate::sys::descriptors::standard().map(ManuallyDrop::new);
+    for target in targets.iter_mut().filter(|target| device(target.as_fd()) == makedev(1, 3)) {
+        dup2_onto(&null, target).context("set standard streams", "/dev/null")?;
+    }
+    Ok(())
+}
+
 /// Gives pipes and terminals to the user, so that a program may open /dev/stdout or /proc/self/fd/1 again. Files that belong to
 /// everybody (/dev/null) and file systems that refuse are passed over.
 pub(super) fn give_to(uid: u32, gid: u32) -> Result<(), StepError> {

@@ -19,12 +19,14 @@ mod mask;
 mod mounts;
 mod options;
 mod overlay;
+mod stage;
 mod target;
 
 pub(crate) use dev::open_pty;
 pub(crate) use expose::{CGROUP, expose};
 pub use mounts::{Ground, Sources};
 pub use options::{ATTRIBUTES as MOUNT_ATTRIBUTES, NAMES as MOUNT_OPTIONS};
+pub(crate) use stage::{Staged, stage};
 pub use target::{Made, open_in_root};
 
 use crate::bundle::RootfsPlan;

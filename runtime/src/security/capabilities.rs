@@ -131,6 +131,11 @@ pub(super) fn raise_for_filter() -> Result<(), StepError> {
     Ok(())
 }
 
+/// The bounding set of a `Process`; none without any sets.
+pub(crate) fn bounding_set(wanted: Option<&LinuxCapabilities>) -> u64 {
+    bits(wanted.and_then(|wanted| wanted.bounding().as_ref()))
+}
+
 /// The calling process's bounding set.
 pub(crate) fn own_bounding_set() -> u64 {
     (0..NAMES.len()).map(|number| 1u64 << number).filter(|bit| held(*bit)).sum()

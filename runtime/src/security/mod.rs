@@ -8,8 +8,8 @@ mod seccomp;
 mod selinux;
 
 pub use apparmor::confine_at_exec;
-pub(crate) use capabilities::own_bounding_set;
 pub use capabilities::{Capabilities, NAMES as CAPABILITIES};
+pub(crate) use capabilities::{bounding_set, own_bounding_set};
 pub use limits::{reachable_rlimit, set_oom_score, set_rlimits};
 pub use seccomp::Filter;
 pub use selinux::{check, label_at_exec};
