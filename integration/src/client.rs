@@ -57,7 +57,9 @@ calls! {
     runtime_service: list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
     runtime_service: attach(AttachRequest) -> AttachResponse;
     runtime_service: port_forward(PortForwardRequest) -> PortForwardResponse;
+    runtime_service: checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;
     runtime_service: checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
+    runtime_service: restore_pod(RestorePodRequest) -> RestorePodResponse;
     runtime_service: container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
     runtime_service: pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
     runtime_service: list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;

@@ -43,7 +43,7 @@ impl Snapshot {
         walk(&daemon.cgroup_directory(), &mut |path| {
             note("cgroup", path.to_string());
         });
-        for directory in ["pods", "containers", "network/cni"] {
+        for directory in ["pods", "containers", "network/cni", "checkpoints"] {
             walk(&daemon.root().join(directory), &mut |path| {
                 note("file", path.to_string());
             });

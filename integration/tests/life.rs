@@ -220,13 +220,3 @@ fn ids_may_be_prefixes_and_lists_are_filtered() -> Result<()> {
         before.expect_same(&Snapshot::take(&daemon)?)
     })
 }
-
-#[test]
-fn an_rpc_that_is_not_built_names_itself() -> Result<()> {
-    node::run(|| {
-        let (_daemon, client, _) = begin()?;
-        let error = client.checkpoint_pod(cri::CheckpointPodRequest::default()).expect_err("not built");
-        ensure!(error.code() == tonic::Code::Unimplemented && error.message().contains("CheckpointPod"), "{error}");
-        Ok(())
-    })
-}

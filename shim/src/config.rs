@@ -26,6 +26,7 @@ pub struct Config {
     pub cgroup: CgroupConfig,
     pub containers: ContainerConfig,
     pub devices: DeviceConfig,
+    pub checkpoint: CheckpointConfig,
     /// Classes of block I/O, by the names under which annotations of pods ask for them.
     pub block_io_classes: BTreeMap<String, BlockIoClass>,
     /// Other OCI runtimes, by the names under which pods ask for them.
@@ -60,6 +61,22 @@ pub struct TracingConfig {
 impl Default for TracingConfig {
     fn default() -> TracingConfig {
         TracingConfig { otlp_endpoint: String::new(), sampling_ratio: 1.0 }
+    }
+}
+
+/// `[checkpoint]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// The CRIU program, 4.0 or newer: a name that is looked for in PATH and the system's directories, or an absolute path.
+    pub criu: PathBuf,
+    /// Whether an image may be a checkpoint. What it holds runs as whoever made it wants, with ids and a seccomp filter of its own.
+    pub restore_images: bool,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> CheckpointConfig {
+        CheckpointConfig { criu: "criu".into(), restore_images: false }
     }
 }
 
@@ -321,6 +338,7 @@ impl Default for Config {
             cgroup: CgroupConfig::default(),
             containers: ContainerConfig::default(),
             devices: DeviceConfig::default(),
+            checkpoint: CheckpointConfig::default(),
             block_io_classes: BTreeMap::new(),
             handlers: BTreeMap::new(),
             network: NetworkConfig::default(),

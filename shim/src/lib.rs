@@ -8,6 +8,7 @@
 pub mod apparmor;
 pub mod cdi;
 pub mod cgroup;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod container;

@@ -5,7 +5,7 @@
 //! A Go module is built in its own unpacked folder, so that its own go.mod and go.sum decide everything below it; what comes is pinned
 //! here by the checksum of the module.
 
-use crate::{build::step, go, setup};
+use crate::{build::step, go, next_release::NextRelease, setup};
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
@@ -168,39 +168,21 @@ fn pinns(output: &Path) -> Result<()> {
 
 /// crun of Debian's next release: the one of this release does not know the version of the specification that CRI-O writes.
 fn crun(output: &Path) -> Result<()> {
-    let scratch = tempfile::tempdir().context("make a folder to build crun in")?;
-    for folder in ["lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(scratch.path().join(folder))?;
-    }
-    // apt's own mirror, another release.
-    let site = crate::node::output_of("apt-get", &["indextargets", "--format", "$(SITE)", "Origin: Debian"])?;
-    let site = site.lines().next().context("apt has a mirror of Debian")?;
-    let list = format!("deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {site} trixie main\n");
-    fs::write(scratch.path().join("sources.list"), list)?;
-    let apt = || {
-        let mut command = Command::new("apt-get");
-        command.current_dir(scratch.path()).arg("-qq");
-        for (key, value) in [("Etc::sourcelist", "sources.list"), ("State::lists", "lists"), ("Cache", "cache")] {
-            command.arg("-o").arg(format!("Dir::{key}={}", scratch.path().join(value).display()));
-        }
-        command.args(["-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root"]);
-        command
-    };
-    step("apt-get update, of the next release in a folder of its own", apt().arg("update"))?;
+    let release = NextRelease::open("deb-src")?;
+    let scratch = release.path();
     // A mirror may lack the files of the package beside the source, which are not needed; apt verified what it leaves here.
-    let _ = apt().args(["source", "--download-only", "crun"]).stderr(Stdio::null()).status();
-    let mut archives = fs::read_dir(scratch.path())?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let _ = release.apt().args(["source", "--download-only", "crun"]).stderr(Stdio::null()).status();
+    let mut archives = fs::read_dir(scratch)?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     let Some(archive) = archives.find(|name| name.starts_with("crun_") && name.contains(".orig.tar.")) else {
-        bail!("download crun's source: apt left no crun_*.orig.tar.* in {}", scratch.path().display());
+        bail!("download crun's source: apt left no crun_*.orig.tar.* in {}", scratch.display());
     };
     let script = "tar xf $0 && cd crun-*/ && { [ -x configure ] || ./autogen.sh; } && \
                   ./configure --quiet --disable-systemd --disable-criu --disable-shared && \
                   echo '#define GIT_VERSION \"debian\"' > git-version.h && make -s crun && cp crun $1";
-    let log = fs::File::create(scratch.path().join("log"))?;
+    let log = fs::File::create(scratch.join("log"))?;
     let mut shell = Command::new("sh");
-    shell.args(["-ec", script, &archive]).arg(output).current_dir(scratch.path()).stdout(log.try_clone()?).stderr(log);
-    step("build crun (half a minute)", &mut shell)
-        .with_context(|| fs::read_to_string(scratch.path().join("log")).unwrap_or_default())
+    shell.args(["-ec", script, &archive]).arg(output).current_dir(scratch).stdout(log.try_clone()?).stderr(log);
+    step("build crun (half a minute)", &mut shell).with_context(|| fs::read_to_string(scratch.join("log")).unwrap_or_default())
 }
 
 /// The program that holds a pod's namespaces where the runtime wants one.

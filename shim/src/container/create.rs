@@ -2,6 +2,7 @@
 
 use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, spec, text};
 use crate::{
+    checkpoint::{Loaded, Source},
     error::{Error, Kind, Result},
     events::EventKind,
     image::{Image, Reference},
@@ -19,11 +20,20 @@ use std::{
 use tracing::Instrument;
 use windlass_proto::{
     cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode},
-    monitor::{CreateRequest, DeleteRequest, create_request::PidMode, frame::Body},
+    monitor::{CreateRequest, DeleteRequest, Restore, create_request::PidMode, frame::Body},
 };
 
 /// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
 pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> Result<String> {
+    create_of(node, pod, config, None).await
+}
+
+/// Creates a container of a pod's checkpoint, whose process the configuration describes.
+pub(crate) async fn restore(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from: Source) -> Result<String> {
+    create_of(node, pod, config, Some(from)).await
+}
+
+async fn create_of(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from: Option<Source>) -> Result<String> {
     let meta = config.metadata.clone().ok_or_else(|| Error::invalid("config.metadata is missing"))?;
     if meta.name.is_empty() {
         return Err(Error::invalid("config.metadata.name is empty"));
@@ -48,7 +58,7 @@ pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> 
         let id = new_id()?;
         let span = tracing::info_span!("create", pod = %pod.id, container = %id, name = %meta.name);
         let name = meta.name.clone();
-        build(node, pod, id, config).instrument(span).await.map_err(|error| match error.kind {
+        build(node, pod, id, config, from).instrument(span).await.map_err(|error| match error.kind {
             Kind::Prefixed => error,
             _ => error.during(format_args!("create container {name}")),
         })
@@ -56,7 +66,7 @@ pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> 
     .await
 }
 
-async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConfig) -> Result<String> {
+async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConfig, from: Option<Source>) -> Result<String> {
     if pod.phase() != Phase::Ready {
         return Err(Error::precondition(format!("pod {} is not ready", pod.id)));
     }
@@ -64,17 +74,11 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     if image_name.is_empty() {
         return Err(Error::invalid("config.image.image is empty"));
     }
-    let image = node
-        .images
-        .get(&image_name)
-        .ok_or_else(|| Error::not_found(format!("image {image_name:?} is not on this node; pull it first")))?;
     let directory = node.container_directory(&id);
-    let result = assemble(&node, &pod, &id, config, &image, &directory).await;
-    match result {
+    match of_origin(&node, &pod, &id, config, from, &directory).await {
         Ok(container) => {
             node.insert_container(Arc::new(container));
             node.tell(&pod, &id, EventKind::ContainerCreatedEvent);
-            tracing::info!(image = %image.id, "container created");
             Ok(id)
         }
         Err(error) => {
@@ -90,6 +94,34 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     }
 }
 
+/// A container of an image, or of the checkpoint that is given or named in its place.
+async fn of_origin(
+    node: &Arc<Node>,
+    pod: &Pod,
+    id: &str,
+    config: ContainerConfig,
+    from: Option<Source>,
+    directory: &Path,
+) -> Result<Container> {
+    let strict = from.is_some();
+    let source = from.map_or_else(|| Source::of(node, &config), |source| Ok(Some(source)))?;
+    let Some(source) = source else {
+        let image_name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
+        let missing = || Error::not_found(format!("image {image_name:?} is not on this node; pull it first"));
+        let image = node.images.get(image_name).ok_or_else(missing)?;
+        return assemble(node, pod, id, config, &image, directory, None).await;
+    };
+    let (own, place) = (node.clone(), directory.to_owned());
+    let loaded = tokio::task::spawn_blocking(move || source.load(&own, &place)).await;
+    let loaded = loaded.map_err(|error| Error::internal(format!("load the checkpoint: {error}")))??;
+    let image = loaded.image.clone();
+    let asked = config.image.as_ref().and_then(|image| node.images.get(&image.image));
+    if strict && asked.is_some_and(|asked| asked.id != image.id) {
+        return Err(Error::invalid(format!("image: the checkpoint has {}, the configuration another", image.id)));
+    }
+    assemble(node, pod, id, config, &image, directory, Some((loaded, strict))).await
+}
+
 async fn assemble(
     node: &Node,
     pod: &Pod,
@@ -97,6 +129,7 @@ async fn assemble(
     config: ContainerConfig,
     image: &Arc<Image>,
     directory: &Path,
+    checkpoint: Option<(Loaded, bool)>,
 ) -> Result<Container> {
     let monitor = pod.monitor()?;
     let bundling = Clock::start(Timed::ContainerBundle);
@@ -117,13 +150,21 @@ async fn assemble(
         }
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
+    if let Some((loaded, strict)) = &checkpoint {
+        loaded.check(&oci, *strict)?;
+    }
     relabel(&input, spec::labels(&input)?.file).await?;
     let program = seccomp_program(node, &oci)?;
     write_bundle(directory, &oci, image, &volumes, program.as_deref())?;
     let log_path = log_path(&pod_record, &config)?;
     bundling.done();
     let building = Clock::start(Timed::ContainerBuild);
-    let reply = monitor.call(Body::Create(request(node, &pod_record, id, &config, directory, &log_path)?)).await?;
+    let mut request = request(node, &pod_record, id, &config, directory, &log_path)?;
+    request.restore = checkpoint.as_ref().map(|(loaded, _)| Restore { criu: text(&loaded.criu) });
+    if request.restore.is_some() && !request.runtime.is_empty() {
+        return Err(Error::precondition(format!("runtime_handler {:?} restores no checkpoint", pod_record.runtime_handler)));
+    }
+    let reply = monitor.call(Body::Create(request)).await?;
     let (pid, not_enforced) = match reply.0 {
         Body::CreateReply(reply) => (reply.pid, reply.not_enforced),
         other => return Err(Error::internal(format!("unexpected reply of the monitor: {other:?}"))),
@@ -141,11 +182,13 @@ async fn assemble(
         stop_signal: spec::stop_signal(&config, image)?,
         not_enforced,
         created_at_ns: now_ns(),
+        from_checkpoint: checkpoint.is_some(),
         state: State::Created { pid },
         config,
     };
     let container = Container::new(node, record, lease);
     container.change(|_| {})?;
+    tracing::info!(image = %image.id, "container created");
     Ok(container)
 }
 
@@ -298,5 +341,6 @@ fn request(
         stdin_once: config.stdin_once,
         terminal: config.tty,
         runtime: text(program),
+        restore: None,
     })
 }

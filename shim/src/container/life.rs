@@ -2,8 +2,10 @@
 
 use super::{Container, Exit, State};
 use crate::{
+    checkpoint,
     error::{Error, Kind, Result},
     events::EventKind,
+    monitor::Monitor,
     node::{Node, now_ns},
     pod::Phase,
     store,
@@ -11,7 +13,9 @@ use crate::{
 };
 use std::{sync::Arc, time::Duration};
 use tracing::Instrument;
-use windlass_proto::monitor::{DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, frame::Body};
+use windlass_proto::monitor::{
+    DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, StateRequest, frame::Body,
+};
 
 /// Longest wait for a killed container to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
@@ -36,6 +40,14 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
         Ok(_) => {
             clock.done();
+            if container.look(|record| record.from_checkpoint) {
+                find_restored(node, container, &monitor).await;
+                // What its memory was, and takes as much.
+                let images = node.container_directory(&container.id).join(checkpoint::IMAGES);
+                if let Err(error) = store::remove_tree(&images) {
+                    tracing::warn!(container = %container.id, %error, "files of a restored checkpoint not removed");
+                }
+            }
             tracing::info!(pod = %container.pod_id, container = %container.id, pid, "container started");
             container.tell_started(node);
             Ok(())
@@ -49,6 +61,19 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
                 container.tell_stopped(node);
             });
             Err(error)
+        }
+    }
+}
+
+/// A restored container's first process is another than the one that waited to restore it.
+async fn find_restored(node: &Node, container: &Container, monitor: &Monitor) {
+    match monitor.call(Body::State(StateRequest {})).await {
+        Ok((Body::StateReply(state), _)) => {
+            let own = state.containers.iter().find(|one| one.container_id == container.id);
+            own.into_iter().for_each(|state| container.adopt(node, state));
+        }
+        other => {
+            tracing::warn!(container = %container.id, outcome = ?other.map(drop), "process of a restored container not known")
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod stream;
 mod update;
 
 pub use create::create;
+pub(crate) use create::restore;
 pub use life::{remove, reopen_log, start, stop};
 pub(crate) use spec::{missing_controllers, resources as limits};
 pub use update::{merge, update};
@@ -28,7 +29,7 @@ use crate::{
     image::Lease,
     log::names::{self, Known},
     node::Node,
-    store, telemetry,
+    pod, store, telemetry,
 };
 use ending::Ending;
 use serde::{Deserialize, Serialize};
@@ -39,7 +40,7 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use windlass_proto::{
-    cri::{ContainerConfig, LinuxContainerUser},
+    cri::{ContainerConfig, LinuxContainerUser, NamespaceOption},
     monitor::{self, ContainerState},
 };
 
@@ -65,6 +66,9 @@ pub struct Record {
     /// Limits that were asked for and that this host does not enforce.
     pub not_enforced: Vec<String>,
     pub created_at_ns: i64,
+    /// Its processes come from a checkpoint.
+    #[serde(default)]
+    pub from_checkpoint: bool,
     pub state: State,
 }
 
@@ -250,6 +254,12 @@ impl Container {
 }
 
 impl Record {
+    /// Which namespaces are its own: what it asks for, else what its pod does.
+    pub fn namespaces(&self, pod: &pod::Record) -> NamespaceOption {
+        let security = self.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        security.and_then(|security| security.namespace_options.clone()).unwrap_or_else(|| pod::namespace_modes(&pod.config))
+    }
+
     /// Name within the pod.
     pub fn name(&self) -> &str {
         self.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default()

@@ -3,11 +3,14 @@
 
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tonic::Status;
 use tonic::codegen::{BoxFuture, Service, http};
+use tonic::{Request, Status};
 
 /// How much earlier than the transport this answers.
 const AHEAD: Duration = Duration::from_millis(5);
+
+/// Most that is kept of the caller's time for putting things back.
+const PUT_BACK: Duration = Duration::from_secs(3);
 
 #[derive(Clone)]
 pub(super) struct Deadline<S>(pub(super) S);
@@ -38,6 +41,12 @@ where
             }
         })
     }
+}
+
+/// Of the caller's time, as much as an operation may use that has something to put back when it is over.
+pub(super) fn of<T>(request: &Request<T>) -> Option<Duration> {
+    let limit = parse(request.metadata().get("grpc-timeout")?.to_str().ok()?)?;
+    Some(limit.saturating_sub((limit / 5).min(PUT_BACK)))
 }
 
 /// At most eight digits and a unit.

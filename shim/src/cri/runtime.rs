@@ -1,12 +1,13 @@
 //! RuntimeService.
 
 use super::{
-    Service, status,
+    Service, deadline, status,
     stream::{Batches, EventStream, batches},
     view,
 };
 use crate::{
     cgroup::Driver,
+    checkpoint,
     config::NATIVE_HANDLER,
     container::{self, Container},
     error::{Kind, Result as Outcome},
@@ -323,16 +324,44 @@ impl RuntimeService for Service {
         Ok(Response::new(cri::UpdateRuntimeConfigResponse {}))
     }
 
-    async fn checkpoint_container(&self, _: Request<cri::CheckpointContainerRequest>) -> Reply<cri::CheckpointContainerResponse> {
-        Err(status::not_built("CheckpointContainer"))
+    async fn checkpoint_container(
+        &self,
+        request: Request<cri::CheckpointContainerRequest>,
+    ) -> Reply<cri::CheckpointContainerResponse> {
+        let limit = deadline::of(&request);
+        let request = request.into_inner();
+        let timeout = Some(seconds("timeout", request.timeout)?).filter(|timeout| !timeout.is_zero());
+        let limit = limit.into_iter().chain(timeout).min();
+        let container = self.container(&request.container_id)?;
+        checkpoint::container(self.node.clone(), container, request.location.into(), limit).await.map_err(status::of)?;
+        Ok(Response::new(cri::CheckpointContainerResponse {}))
     }
 
-    async fn checkpoint_pod(&self, _: Request<cri::CheckpointPodRequest>) -> Reply<cri::CheckpointPodResponse> {
-        Err(status::not_built("CheckpointPod"))
+    async fn checkpoint_pod(&self, request: Request<cri::CheckpointPodRequest>) -> Reply<cri::CheckpointPodResponse> {
+        let limit = deadline::of(&request);
+        let request = request.into_inner();
+        let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
+        let (output, ids) = (request.output_path.into(), request.container_ids);
+        let done = checkpoint::capture_pod(self.node.clone(), pod, output, ids, request.options, limit).await;
+        done.map_err(status::of)?;
+        Ok(Response::new(cri::CheckpointPodResponse {}))
     }
 
-    async fn restore_pod(&self, _: Request<cri::RestorePodRequest>) -> Reply<cri::RestorePodResponse> {
-        Err(status::not_built("RestorePod"))
+    async fn restore_pod(&self, request: Request<cri::RestorePodRequest>) -> Reply<cri::RestorePodResponse> {
+        let limit = deadline::of(&request);
+        let request = request.into_inner();
+        let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+        let restore = checkpoint::restore_pod(
+            self.node.clone(),
+            request.checkpoint_path.into(),
+            config,
+            request.runtime_handler,
+            request.container_configs,
+            request.options,
+            limit,
+        );
+        let (pod_sandbox_id, restored_containers) = restore.await.map_err(status::of)?;
+        Ok(Response::new(cri::RestorePodResponse { pod_sandbox_id, restored_containers }))
     }
 
     async fn list_metric_descriptors(

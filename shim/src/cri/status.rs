@@ -38,8 +38,3 @@ pub(super) fn of_image(error: ImageError) -> Status {
         _ => Status::internal(message),
     }
 }
-
-/// The answer of an RPC that is not built yet.
-pub(super) fn not_built(rpc: &str) -> Status {
-    Status::unimplemented(format!("{rpc} is not implemented by this version of windlass"))
-}

@@ -9,6 +9,7 @@ use super::error::ImageError;
 use super::layers::LayerFormat;
 use super::replaced::Replaced;
 use super::split::Recorder;
+use super::store::Store;
 use rustix::fs::{self, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
@@ -81,6 +82,14 @@ pub(super) fn extract<R: Read>(
         recorder.set_replaced(replaced);
     }
     Ok((extractor.written, reader, recorder))
+}
+
+/// Unpacks an archive in a layer's form, uncompressed, into an existing directory, within the bounds of a layer.
+///
+/// # Errors
+/// `Io`, `TooMany`, `NoSpace`.
+pub fn unpack_archive(store: &Store, reader: impl Read, dir: &Path) -> Result<(), ImageError> {
+    extract(reader, dir, store.limits(), None).map(drop)
 }
 
 /// The time of what no entry describes, as in an image: the same archive always becomes the same directory.

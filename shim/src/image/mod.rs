@@ -55,6 +55,7 @@ mod tests;
 
 pub use auth::RegistryAuth;
 pub use error::ImageError;
+pub use extract::unpack_archive;
 #[doc(hidden)]
 pub use fuzz::fuzz_layer;
 pub use hosts::RegistryFiles;

@@ -457,6 +457,12 @@ impl Store {
     }
 }
 
+impl Store {
+    pub(super) fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+}
+
 impl Inner {
     pub(super) fn limits(&self) -> Limits {
         Limits { bytes: self.config.layer_limit_bytes, entries: self.config.layer_limit_entries }

@@ -2,6 +2,7 @@
 
 use super::{Phase, Pod, Record, network, stop, watch};
 use crate::{
+    checkpoint,
     container::{self, Container},
     error::Result,
     monitor::Monitor,
@@ -17,6 +18,9 @@ const UNFINISHED_LIMIT: Duration = Duration::from_secs(10);
 
 /// Loads every record and makes it agree with what runs.
 pub async fn recover(node: &Arc<Node>) {
+    if let Err(error) = store::remove_tree(&node.config.root.join(checkpoint::SCRATCH)) {
+        tracing::warn!(%error, "files of unfinished checkpoints not removed");
+    }
     for id in store::entries(&node.config.root.join("pods")) {
         match store::read::<Record>(&node.pod_directory(&id).join("record.json")) {
             Some(record) => node.insert_pod(Arc::new(Pod::new(record))),

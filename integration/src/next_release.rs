@@ -1,0 +1,67 @@
+//! Packages of Debian's next release, from apt's own mirror, with lists of their own: nothing of them is installed on the machine.
+
+use crate::{build::step, node::output_of};
+use anyhow::{Context, Result};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+/// The release's name.
+const RELEASE: &str = "trixie";
+
+/// Its package lists in a directory that goes with this value. What is fetched lies there too.
+pub struct NextRelease(tempfile::TempDir);
+
+impl NextRelease {
+    /// Fetches the lists of packages (`deb`) or of their sources (`deb-src`).
+    pub fn open(kind: &str) -> Result<NextRelease> {
+        let release = NextRelease(tempfile::tempdir().context("make a folder for packages")?);
+        for folder in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(release.path().join(folder))?;
+        }
+        // Where nothing is installed, a package is fetched with everything that it needs.
+        fs::write(release.path().join("status"), "")?;
+        // apt's own mirror, another release.
+        let site = output_of("apt-get", &["indextargets", "--format", "$(SITE)", "Origin: Debian"])?;
+        let site = site.lines().next().context("apt has a mirror of Debian")?;
+        let list = format!("{kind} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {site} {RELEASE} main\n");
+        fs::write(release.path().join("sources.list"), list)?;
+        step("apt-get update, of the next release in a folder of its own", release.apt().arg("update"))?;
+        Ok(release)
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// An `apt-get` of this release, which begins in the directory.
+    pub fn apt(&self) -> Command {
+        let mut command = Command::new("apt-get");
+        command.current_dir(self.path()).arg("-qq");
+        let places =
+            [("Etc::sourcelist", "sources.list"), ("State::lists", "lists"), ("State::status", "status"), ("Cache", "cache")];
+        for (key, value) in places {
+            command.arg("-o").arg(format!("Dir::{key}={}", self.path().join(value).display()));
+        }
+        command.args(["-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root"]);
+        command
+    }
+
+    /// Unpacks a package and all that it needs into `to`. Nothing of it is run.
+    pub fn unpack(&self, package: &str, to: &Path) -> Result<()> {
+        let mut fetch = self.apt();
+        fetch.args(["install", "-y", "--download-only", "--no-install-recommends", package]).stdout(Stdio::null());
+        step(&format!("fetch {package} of Debian {RELEASE}"), &mut fetch)?;
+        for entry in fs::read_dir(self.path().join("cache/archives"))?.flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "deb") {
+                let status = Command::new("dpkg-deb").arg("-x").arg(&path).arg(to).status().context("run dpkg-deb")?;
+                anyhow::ensure!(status.success(), "unpack {}: {status}", path.display());
+            }
+        }
+        Ok(())
+    }
+}
