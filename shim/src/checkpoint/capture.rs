@@ -1,5 +1,6 @@
 //! Capturing: containers are held still, CRIU writes them, what they had written to their layers is copied, and they go on whatever happened.
 
+use super::bounds::{Bounds, to_its_end};
 use super::{SCRATCH, diff, files, program};
 use crate::{
     container::{Container, State},
@@ -16,58 +17,18 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
 use windlass_proto::{
     cri::NamespaceMode,
     monitor::{Capture, CheckpointRequest, ResumeRequest, frame::Body},
 };
 
-/// Time of a checkpoint whose caller names none.
-pub(super) const DEFAULT_LIMIT: Duration = Duration::from_secs(600);
+/// The bounds of the operation end a capture, not the monitor's answer.
+const UNBOUNDED: Duration = Duration::from_secs(24 * 3600);
 
 /// A container and the empty directory that gets its checkpoint.
 pub(super) struct Wanted {
     pub(super) container: Arc<Container>,
     pub(super) directory: PathBuf,
-}
-
-/// How long it may take, and whether anybody waits for it.
-pub(super) struct Bounds {
-    pub(super) deadline: Instant,
-    pub(super) cancelled: CancellationToken,
-}
-
-impl Bounds {
-    /// Fails when the time is over or the caller has gone.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.cancelled.is_cancelled() || Instant::now() >= self.deadline {
-            return Err(Error::new(Kind::Deadline, "the time for it is over, or the caller has gone"));
-        }
-        Ok(())
-    }
-
-    /// Runs `work` unless the time is over or the caller has gone.
-    pub(super) async fn hold<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::select! {
-            done = timeout_at(self.deadline, work) => {
-                done.unwrap_or_else(|_| Err(Error::new(Kind::Deadline, "the time for the checkpoint is over")))
-            }
-            () = self.cancelled.cancelled() => Err(Error::new(Kind::Deadline, "the caller has gone")),
-        }
-    }
-}
-
-/// Runs an operation to its end, which is soon when the caller has gone: it always lets containers go on and takes back its files.
-pub(super) async fn to_its_end<T: Send + 'static, F>(limit: Option<Duration>, work: impl FnOnce(Bounds) -> F) -> Result<T>
-where
-    F: Future<Output = Result<T>> + Send + 'static,
-{
-    let cancelled = CancellationToken::new();
-    let _guard = cancelled.clone().drop_guard();
-    let deadline = Instant::now() + limit.unwrap_or(DEFAULT_LIMIT);
-    let done = tokio::spawn(work(Bounds { deadline, cancelled })).await;
-    done.unwrap_or_else(|error| Err(Error::internal(format!("the operation ended early: {error}"))))
 }
 
 /// Writes a running container's checkpoint to the new archive `location`.
@@ -85,7 +46,7 @@ async fn archive(node: &Node, container: Arc<Container>, location: &Path, bounds
     let wanted = [Wanted { container, directory: scratch.0.clone() }];
     capture(node, &pod, &wanted, bounds).await?;
     let (from, to) = (scratch.0.clone(), location.to_owned());
-    bounds.hold(files::pack(from, to)).await
+    files::pack(from, to, bounds).await
 }
 
 fn check_location(location: &Path) -> Result<()> {
@@ -136,25 +97,23 @@ pub(super) async fn capture(node: &Node, pod: &Pod, wanted: &[Wanted], bounds: &
         .iter()
         .map(|one| Capture { container_id: one.container.id.clone(), directory: one.directory.to_string_lossy().into_owned() });
     let request = CheckpointRequest { criu: criu.to_string_lossy().into_owned(), containers: captures.collect() };
-    let outcome = bounds.hold(write(node, &monitor, wanted, request)).await;
+    let outcome = write(node, &monitor, wanted, request, bounds).await;
     // One that was refused because of another must not end that other one.
     let busy = matches!(&outcome, Err(error) if error.kind == Kind::Precondition);
     let resumed = if busy { Ok(()) } else { monitor.call(Body::Resume(ResumeRequest {})).await.map(drop) };
     outcome.and(resumed.map_err(|error| error.during("let the containers go on")))
 }
 
-async fn write(node: &Node, monitor: &Monitor, wanted: &[Wanted], request: CheckpointRequest) -> Result<()> {
-    // The caller's bound ends it.
-    monitor.call_within(Body::Checkpoint(request), DEFAULT_LIMIT.saturating_mul(10)).await?;
+async fn write(node: &Node, monitor: &Monitor, wanted: &[Wanted], request: CheckpointRequest, bounds: &Bounds) -> Result<()> {
+    bounds.hold(monitor.call_within(Body::Checkpoint(request), UNBOUNDED)).await?;
     for one in wanted {
-        let upper = node.container_directory(&one.container.id);
+        let bundle = node.container_directory(&one.container.id);
         let (record, directory) = (one.container.record(), one.directory.clone());
-        let copy = move || {
-            files::describe(&record, &upper, &directory)?;
-            diff::write(&upper.join("upper"), &directory.join(files::DIFF))
+        let copy = move |stop| {
+            files::describe(&record, &bundle, &directory)?;
+            diff::write(&bundle.join("upper"), &directory.join(files::DIFF), stop)
         };
-        let copied = tokio::task::spawn_blocking(copy).await;
-        copied.map_err(|error| Error::internal(format!("copy the writable layer: {error}")))??;
+        bounds.blocking(copy).await?;
     }
     Ok(())
 }

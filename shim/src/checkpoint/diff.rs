@@ -1,5 +1,6 @@
 //! A container's writable layer as an archive in the form of an image's layer: overlayfs' whiteouts become `.wh.` names.
 
+use super::bounds::Stop;
 use crate::error::{Error, Result};
 use rustix::fs::{major, minor};
 use rustix::io::Errno;
@@ -24,10 +25,10 @@ const OPAQUE: &str = "trusted.overlay.opaque";
 const UNFOLLOWED: [&str; 2] = ["trusted.overlay.redirect", "trusted.overlay.metacopy"];
 
 /// Writes what `upper` has as the archive `to`. Sockets are left out: nobody listens on them when they are unpacked.
-pub(super) fn write(upper: &Path, to: &Path) -> Result<()> {
+pub(super) fn write(upper: &Path, to: &Path, stop: Stop) -> Result<()> {
     let failed = |error: io::Error| Error::io(format_args!("copy the writable layer to {}", to.display()), error);
     let file = File::options().write(true).create_new(true).mode(0o600).open(to).map_err(failed)?;
-    let mut writer = Writer { archive: Builder::new(BufWriter::with_capacity(1 << 20, file)), links: HashMap::new() };
+    let mut writer = Writer { archive: Builder::new(stop.guard(BufWriter::with_capacity(1 << 20, file))), links: HashMap::new() };
     writer.directory(upper, Path::new("")).map_err(failed)?;
     writer.archive.into_inner().and_then(|mut file| file.flush()).map_err(failed)
 }
@@ -185,7 +186,7 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(upper.join("socket")).expect("socket");
         setxattr(upper.join("dir"), OPAQUE, b"y", XattrFlags::empty()).expect("opaque");
         let archive = directory.path().join("diff.tar");
-        write(&upper, &archive).expect("written");
+        write(&upper, &archive, Stop::default()).expect("written");
         let found = listed(&archive);
         let names: Vec<&str> = found.keys().map(String::as_str).collect();
         let file = format!("dir/{long}/file");
@@ -195,7 +196,8 @@ mod tests {
         assert_eq!(found["soft"].2.as_deref(), Some("/somewhere/else"));
         assert_eq!((found["pipe"].0, found["pipe"].1 & 0o777), (EntryType::Fifo, 0o640));
         setxattr(upper.join("dir"), UNFOLLOWED[0], b"/elsewhere", XattrFlags::empty()).expect("redirect");
-        let error = write(&upper, &directory.path().join("other.tar")).expect_err("cannot be told in an archive");
+        let error =
+            write(&upper, &directory.path().join("other.tar"), Stop::default()).expect_err("cannot be told in an archive");
         assert!(error.message.contains("dir") && error.message.contains("redirect"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! The files of a container's checkpoint beside CRIU's, and the archive of all of them.
 
+use super::bounds::{Bounds, Stop};
 use crate::{
     container::{Record, State},
     error::{Error, Result},
@@ -80,11 +81,10 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes the archive `to` of the directory `from`, for its owner alone; there is none, or a whole one.
-pub(super) async fn pack(from: PathBuf, to: PathBuf) -> Result<()> {
+pub(super) async fn pack(from: PathBuf, to: PathBuf, bounds: &Bounds) -> Result<()> {
     let partial = Partial::beside(&to);
     let path = partial.0.clone();
-    let packed = tokio::task::spawn_blocking(move || pack_now(&from, &path)).await;
-    packed.map_err(|error| Error::internal(format!("write the archive: {error}")))??;
+    bounds.blocking(move |stop| pack_now(&from, &path, stop)).await?;
     fs::rename(&partial.0, &to).map_err(|error| Error::io(format_args!("name {}", to.display()), error))
 }
 
@@ -104,11 +104,11 @@ impl Drop for Partial {
     }
 }
 
-fn pack_now(from: &Path, to: &Path) -> Result<()> {
+fn pack_now(from: &Path, to: &Path, stop: Stop) -> Result<()> {
     let failed = |error: std::io::Error| Error::io(format_args!("write {}", to.display()), error);
     let _ = fs::remove_file(to);
     let file = File::options().write(true).create_new(true).mode(0o600).open(to).map_err(failed)?;
-    let mut archive = tar::Builder::new(BufWriter::with_capacity(1 << 20, file));
+    let mut archive = tar::Builder::new(stop.guard(BufWriter::with_capacity(1 << 20, file)));
     archive.append_dir_all("", from).map_err(failed)?;
     archive.into_inner().and_then(|mut file| file.flush()).map_err(failed)
 }

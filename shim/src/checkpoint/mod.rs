@@ -12,6 +12,7 @@
 //! This is the layout of the archives that Podman, CRI-O and containerd write. A pod's checkpoint is a directory with `pod.json` and such a
 //! directory for each container. Whoever may write one decides what runs: it is trusted as a program of root is.
 
+mod bounds;
 mod capture;
 mod diff;
 mod files;

@@ -1,7 +1,8 @@
 //! CheckpointPod and RestorePod: all running containers that were chosen, of one moment, and a new pod with all of them.
 
 use super::{
-    capture::{Bounds, Wanted, capture as capture_all, to_its_end},
+    bounds::{Bounds, to_its_end},
+    capture::{Wanted, capture as capture_all},
     files,
     source::{Source, parse},
 };
