@@ -1,4 +1,4 @@
-//! Packages of Debian's next release, from apt's own mirror, with lists of their own: nothing of them is installed on the machine.
+//! Packages of a later release of Debian, from apt's own mirror, with lists of their own: nothing of them is installed on the machine.
 
 use crate::{build::step, node::output_of};
 use anyhow::{Context, Result};
@@ -8,16 +8,16 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// The release's name.
-const RELEASE: &str = "trixie";
-
-/// Its package lists in a directory that goes with this value. What is fetched lies there too.
-pub struct NextRelease(tempfile::TempDir);
+/// The package lists of a release in a directory that goes with this value. What is fetched lies there too.
+pub struct NextRelease {
+    directory: tempfile::TempDir,
+    name: &'static str,
+}
 
 impl NextRelease {
-    /// Fetches the lists of packages (`deb`) or of their sources (`deb-src`).
-    pub fn open(kind: &str) -> Result<NextRelease> {
-        let release = NextRelease(tempfile::tempdir().context("make a folder for packages")?);
+    /// Fetches the lists of packages (`deb`) or of their sources (`deb-src`) of the release `name`.
+    pub fn open(kind: &str, name: &'static str) -> Result<NextRelease> {
+        let release = NextRelease { directory: tempfile::tempdir().context("make a folder for packages")?, name };
         for folder in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(release.path().join(folder))?;
         }
@@ -26,15 +26,15 @@ impl NextRelease {
         // apt's own mirror, another release.
         let site = output_of("apt-get", &["indextargets", "--format", "$(SITE)", "Origin: Debian"])?;
         let site = site.lines().next().context("apt has a mirror of Debian")?;
-        let list = format!("{kind} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {site} {RELEASE} main\n");
+        let list = format!("{kind} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {site} {name} main\n");
         fs::write(release.path().join("sources.list"), list)?;
-        step("apt-get update, of the next release in a folder of its own", release.apt().arg("update"))?;
+        step(&format!("apt-get update, of {name} in a folder of its own"), release.apt().arg("update"))?;
         Ok(release)
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.directory.path()
     }
 
     /// An `apt-get` of this release, which begins in the directory.
@@ -54,7 +54,7 @@ impl NextRelease {
     pub fn unpack(&self, package: &str, to: &Path) -> Result<()> {
         let mut fetch = self.apt();
         fetch.args(["install", "-y", "--download-only", "--no-install-recommends", package]).stdout(Stdio::null());
-        step(&format!("fetch {package} of Debian {RELEASE}"), &mut fetch)?;
+        step(&format!("fetch {package} of Debian {}", self.name), &mut fetch)?;
         for entry in fs::read_dir(self.path().join("cache/archives"))?.flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|extension| extension == "deb") {

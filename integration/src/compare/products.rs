@@ -168,7 +168,7 @@ fn pinns(output: &Path) -> Result<()> {
 
 /// crun of Debian's next release: the one of this release does not know the version of the specification that CRI-O writes.
 fn crun(output: &Path) -> Result<()> {
-    let release = NextRelease::open("deb-src")?;
+    let release = NextRelease::open("deb-src", "trixie")?;
     let scratch = release.path();
     // A mirror may lack the files of the package beside the source, which are not needed; apt verified what it leaves here.
     let _ = release.apt().args(["source", "--download-only", "crun"]).stderr(Stdio::null()).status();

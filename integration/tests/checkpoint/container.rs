@@ -101,6 +101,62 @@ fn ends_as_any(ground: &Ground, id: &str) -> Result<()> {
 }
 
 #[test]
+fn a_server_listens_again_and_its_connections_are_closed() -> Result<()> {
+    with_criu(|| {
+        let mut ground = ground()?;
+        let id = ground.start("server", &["/probe", "echo", "7000"], |config| {
+            let security = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            security.no_new_privs = true;
+            security.readonly_rootfs = true;
+            security.seccomp = Some(cri::SecurityProfile::default());
+        })?;
+        let echoes = |ground: &Ground, id: &str| {
+            until_true("the server answers", || {
+                let answer = ground.client.exec(id, &["sh", "-c", "echo hello | nc 127.0.0.1 7000"])?;
+                Ok(answer.stdout == b"hello\n")
+            })
+        };
+        let connections = |ground: &Ground, id: &str| -> Result<usize> {
+            let listed = ground.client.shell(id, "netstat -tn")?;
+            Ok(listed.lines().filter(|line| line.contains("ESTABLISHED")).count())
+        };
+        echoes(&ground, &id)?;
+        // A client that is no child of the container's own process stays outside.
+        ground.client.shell(&id, "sleep 600 | nc 127.0.0.1 7000 > /dev/null 2>&1 &")?;
+        until_true("a client is connected", || Ok(connections(&ground, &id)? == 2))?;
+        let archive = ground.daemon.path("server.tar");
+        checkpoint(&ground.client, &id, &archive, 0)?;
+        ensure!(connections(&ground, &id)? == 2, "the connection goes on here");
+        echoes(&ground, &id)?;
+
+        ground.client.remove(&ground.pod)?;
+        ground.config = client::pod(&ground.daemon.path("logs"));
+        ground.pod = ground.client.run(&ground.config)?;
+        let mut wanted = restored(&ground.config, "again", &archive);
+        let security = wanted.linux.get_or_insert_default().security_context.get_or_insert_default();
+        security.no_new_privs = true;
+        security.readonly_rootfs = true;
+        security.seccomp = Some(cri::SecurityProfile::default());
+        let again = ground.launch(&wanted)?;
+        ensure!(connections(&ground, &again)? == 0, "a connection of another pod");
+        echoes(&ground, &again)?;
+        let status = ground.client.shell(&again, "touch /x").expect_err("the root is read-only");
+        ensure!(status.to_string().contains("touch"), "{status}");
+        // Of a restored container another can be made.
+        let second = ground.daemon.path("second.tar");
+        checkpoint(&ground.client, &again, &second, 0)?;
+        ground.client.remove(&ground.pod)?;
+        ground.config = client::pod(&ground.daemon.path("logs"));
+        ground.pod = ground.client.run(&ground.config)?;
+        let mut third = restored(&ground.config, "third", &second);
+        third.linux.clone_from(&wanted.linux);
+        let third = ground.launch(&third)?;
+        echoes(&ground, &third)?;
+        ground.end()
+    })
+}
+
+#[test]
 fn a_terminal_is_restored_with_its_container() -> Result<()> {
     with_criu(|| {
         let ground = ground()?;

@@ -10,7 +10,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Seek, SeekFrom};
+use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -23,8 +23,8 @@ const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
 /// How long CRIU may take to put back what it touched, and to end.
 const END_LIMIT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 
-/// Of a log, as much as is searched for errors, and how many of them are told.
-const LOG_TAIL_BYTES: u64 = 64 * 1024;
+/// Of a log, as much as is searched for errors, and how many of them are told: the first ones, the others follow from them.
+const LOG_LIMIT_BYTES: u64 = 4 << 20;
 const ERRORS_MAX: usize = 3;
 
 /// Where CRIU finds the programs that it runs (tar for a file system of its own).
@@ -173,17 +173,14 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The last errors of a log, without times and places of CRIU's source.
+/// The first errors of a log, without times and places of CRIU's source.
 fn errors(log: &Path) -> String {
     let mut text = Vec::new();
-    if let Ok(mut file) = File::open(log) {
-        let length = file.metadata().map_or(0, |found| found.len());
-        let _ = file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)));
-        let _ = file.take(LOG_TAIL_BYTES).read_to_end(&mut text);
+    if let Ok(file) = File::open(log) {
+        let _ = file.take(LOG_LIMIT_BYTES).read_to_end(&mut text);
     }
     let text = String::from_utf8_lossy(&text);
-    let told: Vec<&str> = text.lines().filter_map(told).collect();
-    told.get(told.len().saturating_sub(ERRORS_MAX)..).unwrap_or_default().join("; ")
+    text.lines().filter_map(told).take(ERRORS_MAX).collect::<Vec<_>>().join("; ")
 }
 
 /// `(00.213734) Error (criu/files-reg.c:1790): Can't lookup` has `Can't lookup` to tell.

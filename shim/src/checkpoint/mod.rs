@@ -48,7 +48,7 @@ fn program(config: &CheckpointConfig) -> Result<PathBuf> {
     };
     found.ok_or_else(|| {
         Error::precondition(format!(
-            "checkpoints need CRIU 4.0 or newer, and there is no program {} here: install Debian's package criu, or set checkpoint.criu",
+            "checkpoints need CRIU (4.0 or newer, for kernels from 6.16 on 4.2), and there is no program {} here: install Debian's package criu, or set checkpoint.criu",
             named.display()
         ))
     })
