@@ -46,8 +46,8 @@ fn unpack(directory: &Path, program: &Path) -> Result<()> {
     let _ = fs::remove_dir_all(&root);
     fs::create_dir_all(&root)?;
     NextRelease::open("deb", RELEASE)?.unpack("criu", &root)?;
-    let libraries = fs::read_dir(root.join("usr/lib"))?.flatten().map(|entry| entry.path());
-    let libraries = libraries.filter(|path| path.join("libc.so.6").exists()).next().context("a C library among the packages")?;
+    let mut directories = fs::read_dir(root.join("usr/lib"))?.flatten().map(|entry| entry.path());
+    let libraries = directories.find(|path| path.join("libc.so.6").exists()).context("a C library among the packages")?;
     let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("ld-linux"));
     let loader = fs::read_dir(&libraries)?.flatten().map(|entry| entry.path()).find(named).context("the C library's loader")?;
     let script = format!(
