@@ -71,33 +71,57 @@ pub struct Outcome {
 /// Outcomes by the spec's full name: its containers' texts and its own, joined by ` / `.
 pub type Outcomes = BTreeMap<String, Outcome>;
 
-/// Runs the suite against the daemon at `socket`; log and report are left in `output`. A failed spec is no error here.
-///
-/// The caller starts this in the daemon's mount and network namespaces. `limit` bounds the whole suite; `focus` is a regular expression
-/// of the specs to run, empty for all; `flags` are further ones of the suite.
-///
-/// With `-parallel N` the suite calls `ginkgo`, which has to lie beside it.
-pub fn run(critest: &Path, socket: &Path, output: &Path, limit: Duration, focus: &str, flags: &[&str]) -> Result<Outcomes> {
-    let report = output.join("critest.json");
-    let log = std::fs::File::create(output.join("critest.log")).context("create critest's log")?;
-    let endpoint = format!("unix://{}", socket.display());
-    let status = Command::new(critest)
-        .args(["-config", "/nonexistent", "-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
-        .args(["-ginkgo.v", "-ginkgo.no-color", "-test.timeout", &format!("{}s", limit.as_secs())])
-        .arg("-ginkgo.json-report")
-        .arg(&report)
-        .args(["-ginkgo.focus", focus])
-        .args(flags)
-        .env("PATH", path_with(critest.parent().context("the suite's folder")?)?)
-        .current_dir(output)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("share critest's log")?)
-        .stderr(log)
-        .status()
-        .with_context(|| format!("run {}", critest.display()))?;
-    let text = std::fs::read(&report)
-        .with_context(|| format!("critest ended with {status} and left no report; its log is in {}", output.display()))?;
-    outcomes(&text)
+/// A run of the suite.
+#[derive(Debug, Clone)]
+pub struct Run<'a> {
+    /// With `-parallel N` it calls `ginkgo`, which has to lie beside it.
+    pub suite: &'a Path,
+    pub socket: &'a Path,
+    /// Where log and report are left.
+    pub output: &'a Path,
+    /// Bounds the whole suite.
+    pub limit: Duration,
+    /// A regular expression of the specs to run; empty for all.
+    pub focus: &'a str,
+    /// Further flags of the suite.
+    pub flags: &'a [&'a str],
+    /// A process whose mount namespace it runs in; none where that is the caller's, which is the daemon's too.
+    pub beside: Option<i32>,
+}
+
+impl Run<'_> {
+    /// Runs it to its end, in the daemon's network namespace, which is the caller's. A failed spec is no error here.
+    pub fn outcomes(&self) -> Result<Outcomes> {
+        let report = self.output.join("critest.json");
+        let log = std::fs::File::create(self.output.join("critest.log")).context("create critest's log")?;
+        let endpoint = format!("unix://{}", self.socket.display());
+        let mut command = match self.beside {
+            Some(pid) => {
+                let mut enter = Command::new("nsenter");
+                enter.args(["--mount", "--target", &pid.to_string(), "--"]).arg(self.suite);
+                enter
+            }
+            None => Command::new(self.suite),
+        };
+        let status = command
+            .args(["-config", "/nonexistent", "-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
+            .args(["-ginkgo.v", "-ginkgo.no-color", "-test.timeout", &format!("{}s", self.limit.as_secs())])
+            .arg("-ginkgo.json-report")
+            .arg(&report)
+            .args(["-ginkgo.focus", self.focus])
+            .args(self.flags)
+            .env("PATH", path_with(self.suite.parent().context("the suite's folder")?)?)
+            .current_dir(self.output)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("share critest's log")?)
+            .stderr(log)
+            .status()
+            .with_context(|| format!("run {}", self.suite.display()))?;
+        let text = std::fs::read(&report).with_context(|| {
+            format!("critest ended with {status} and left no report; its log is in {}", self.output.display())
+        })?;
+        outcomes(&text)
+    }
 }
 
 /// The program search path with one more folder.

@@ -23,6 +23,8 @@ pub struct Daemon {
     pub environment: Vec<(&'static str, String)>,
     /// Parent of the cgroups of this daemon's pods.
     pub cgroup: String,
+    /// Folder of the programs, where they are not those of this build.
+    pub programs: Option<PathBuf>,
 }
 
 impl Daemon {
@@ -34,6 +36,7 @@ impl Daemon {
             process: None,
             extra: extra.iter().map(|text| (*text).to_owned()).collect(),
             environment: Vec::new(),
+            programs: None,
             cgroup: format!("/{unique}"),
             directory,
         };
@@ -60,7 +63,8 @@ impl Daemon {
         daemon.with_images()
     }
 
-    fn with_images(mut self) -> Result<Daemon> {
+    /// Puts the test images on it, and serves.
+    pub fn with_images(mut self) -> Result<Daemon> {
         let daemon = &mut self;
         let archive = daemon.path("images.tar");
         crate::image::write_archive(&archive)?;
@@ -114,7 +118,8 @@ impl Daemon {
 
     /// A command of the program with this daemon's root and socket.
     pub fn command(&self, words: &[&str]) -> Result<Command> {
-        let mut command = Command::new(setup::programs()?.join("windlass"));
+        let programs = self.programs.clone().map_or_else(setup::programs, Ok)?;
+        let mut command = Command::new(programs.join("windlass"));
         let (subcommand, rest) = words.split_first().context("a subcommand")?;
         command.arg(subcommand);
         command.args(["--config".as_ref(), self.path("config.toml").as_os_str()]);

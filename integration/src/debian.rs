@@ -1,6 +1,11 @@
 //! A clean Debian system in a folder, made once from this machine's own sources of packages, and throw-away copies of it to install into.
 
-use crate::{build, go};
+use crate::{
+    build,
+    client::Client,
+    daemon::{cgroup_root, remove_cgroup},
+    go, wait,
+};
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
@@ -86,6 +91,11 @@ impl Debian {
         PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(name.trim_start_matches('/'))
     }
 
+    /// The process whose mount namespace is the copy's.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// A command that runs in the copy, with a clean environment.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
@@ -123,5 +133,63 @@ impl Drop for Debian {
     fn drop(&mut self) {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
+    }
+}
+
+/// A copy of the system in which a daemon runs from the usual places. Dropping it ends daemon and pods.
+pub struct DebianNode {
+    pub system: Debian,
+    daemon: Option<Child>,
+    /// Parent of the pods' cgroups for the configuration: one that the machine's other daemons do not have.
+    pub cgroup: String,
+}
+
+impl DebianNode {
+    /// A copy without a daemon; `name` tells nodes apart.
+    pub fn start(name: &str) -> Result<DebianNode> {
+        Ok(DebianNode { system: Debian::start()?, daemon: None, cgroup: format!("/windlass-{name}-{}", std::process::id()) })
+    }
+
+    /// Where its socket is seen from here.
+    pub fn socket(&self) -> PathBuf {
+        self.system.path("/run/windlass/windlass.sock")
+    }
+
+    /// Starts `/usr/bin/windlass` as the unit does, and waits until it answers.
+    pub fn serve(&mut self) -> Result<Client> {
+        let log = fs::File::create(self.system.path("/var/log/windlass"))?;
+        let mut command = self.system.command(&["/usr/bin/windlass", "serve"]);
+        self.daemon = Some(command.stdout(Stdio::null()).stderr(log).spawn().context("start the installed windlass")?);
+        let socket = self.socket();
+        wait::until("the installed daemon's socket", || Ok(Client::connect_to(&socket).ok())).with_context(|| self.log())
+    }
+
+    /// SIGTERM and a clean end.
+    pub fn stop(&mut self) -> Result<()> {
+        let mut daemon = self.daemon.take().context("the daemon runs")?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
+        let status = daemon.wait()?;
+        ensure!(status.success(), "windlass ended with {status}\n{}", self.log());
+        Ok(())
+    }
+
+    /// What the daemon wrote.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.system.path("/var/log/windlass")).unwrap_or_default()
+    }
+
+    pub fn cgroup_directory(&self) -> PathBuf {
+        cgroup_root().join(self.cgroup.trim_start_matches('/'))
+    }
+}
+
+impl Drop for DebianNode {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        let _ = fs::write(self.cgroup_directory().join("cgroup.kill"), "1");
+        remove_cgroup(&self.cgroup_directory());
     }
 }

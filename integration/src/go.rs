@@ -22,6 +22,9 @@ const COLLECTOR_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/collecto
 /// The one that builds a registry server.
 const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry");
 
+/// The one that builds kind's calls of a node.
+const KIND_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kind");
+
 /// The one that builds Kubernetes' own programs.
 const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 
@@ -153,6 +156,11 @@ pub fn streams() -> Result<PathBuf> {
 /// A collector of traces with OpenTelemetry's own types: built unless `<target>/windlass-tools/collector` holds the one of this recipe.
 pub fn collector() -> Result<PathBuf> {
     own_program("collector", COLLECTOR_MODULE)
+}
+
+/// kind's own code against a node: built unless `<target>/windlass-tools/kind` holds the one of this recipe.
+pub fn kind() -> Result<PathBuf> {
+    own_program("kind", KIND_MODULE)
 }
 
 /// go-containerregistry's registry server: built unless `<target>/windlass-tools/registry` holds the one of this recipe.

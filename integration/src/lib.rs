@@ -29,5 +29,6 @@ pub mod standin;
 pub mod standin_registry;
 pub mod streams;
 pub mod suite;
+pub mod upgrade;
 pub mod validation;
 pub mod wait;

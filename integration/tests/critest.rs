@@ -3,7 +3,7 @@
 use anyhow::Result;
 use std::{path::Path, process::Command, time::Duration};
 use windlass_integration::{
-    critest::{self, Prepared},
+    critest::{self, Prepared, Run},
     daemon::Daemon,
     go, node,
     standin_registry::StandinRegistry,
@@ -51,7 +51,9 @@ fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Re
         registry.write_mirrors(&mirrors)?;
         let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
         daemon.serve()?;
-        let outcomes = critest::run(&program, &daemon.socket(), &output, SUITE_LIMIT, focus, flags);
+        let socket = daemon.socket();
+        let (suite, output, limit) = (&*program, &*output, SUITE_LIMIT);
+        let outcomes = Run { suite, socket: &socket, output, limit, focus, flags, beside: None }.outcomes();
         std::fs::write(output.join("daemon.log"), daemon.log())?;
         outcomes
     })

@@ -86,7 +86,10 @@ fn run_suite(directory: &Path, focus: &str) -> Result<()> {
     registry.write_mirrors(&mirrors)?;
     let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
     daemon.serve()?;
-    let outcomes = critest::run(&directory.join("critest"), &daemon.socket(), directory, SUITE_LIMIT, focus, &[]);
+    let (suite, socket) = (directory.join("critest"), daemon.socket());
+    let run =
+        critest::Run { suite: &suite, socket: &socket, output: directory, limit: SUITE_LIMIT, focus, flags: &[], beside: None };
+    let outcomes = run.outcomes();
     fs::write(directory.join("daemon.log"), daemon.log())?;
     outcomes.map(drop)
 }

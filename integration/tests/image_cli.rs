@@ -61,6 +61,8 @@ fn all_commands(daemon: &Daemon, registry: &Registry) -> Result<()> {
     ensure!(error.contains(&two) && error.contains("image ls"), "{error}");
     let imported = daemon.windlass(&["image", "import", &file.to_string_lossy()])?;
     ensure!(imported.trim() == format!("{id} {two}"), "{imported}");
+    let tagged = daemon.windlass(&["image", "tag", id, "own/name:1"])?;
+    ensure!(tagged.contains(&two) && daemon.windlass(&["image", "ls", "-q", "own/name:1"])?.trim() == id, "{tagged}");
     let nowhere = daemon.path("nowhere");
     let error = daemon.windlass(&["image", "export", "missing", "-o", &nowhere.to_string_lossy()]).expect_err("no image");
     ensure!(error.to_string().contains("missing") && !nowhere.exists(), "{error}");

@@ -2,20 +2,14 @@
 //! after a purge nothing is left. Needs the packages' registry the first time.
 
 use anyhow::{Context, Result, ensure};
-use std::{
-    fs,
-    path::Path,
-    process::{Child, Stdio},
-};
+use std::{fs, path::Path};
 use windlass_integration::{
     client::{Client, container, pod},
-    daemon::{cgroup_root, remove_cgroup},
-    debian::Debian,
-    image, node, package, wait,
+    debian::{Debian, DebianNode},
+    image, node, package,
 };
 use windlass_proto::cri;
 
-const SOCKET: &str = "/run/windlass/windlass.sock";
 const CONFIG: &str = "/etc/windlass/config.toml";
 const MONITOR: &str = "/usr/libexec/windlass/windlass-monitor";
 
@@ -31,58 +25,6 @@ const FILES: [(&str, &str); 8] = [
     ("/usr/share/doc/windlass/examples/kubelet.yaml", "644"),
 ];
 
-/// A Debian system with the package, and the daemon that runs there. Dropping it ends the pods too.
-struct Node {
-    system: Debian,
-    daemon: Option<Child>,
-    /// Parent of the pods' cgroups, which the machine's other daemons do not have.
-    cgroup: String,
-}
-
-impl Node {
-    fn install(&self, package: &Path, name: &str) -> Result<String> {
-        let file = format!("/tmp/{name}.deb");
-        fs::copy(package, self.system.path(&file)).context("copy the package")?;
-        self.system.run(&["dpkg", "--install", &file])
-    }
-
-    /// Starts the installed daemon as the unit does.
-    fn serve(&mut self) -> Result<Client> {
-        let log = fs::File::create(self.system.path("/var/log/windlass"))?;
-        let mut command = self.system.command(&["/usr/bin/windlass", "serve"]);
-        self.daemon = Some(command.stdout(Stdio::null()).stderr(log).spawn().context("start the installed windlass")?);
-        let socket = self.system.path(SOCKET);
-        wait::until("the installed daemon's socket", || Ok(Client::connect_to(&socket).ok())).with_context(|| self.log())
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        let mut daemon = self.daemon.take().context("the daemon runs")?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
-        let status = daemon.wait()?;
-        ensure!(status.success(), "windlass ended with {status}\n{}", self.log());
-        Ok(())
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.system.path("/var/log/windlass")).unwrap_or_default()
-    }
-
-    fn cgroup_directory(&self) -> std::path::PathBuf {
-        cgroup_root().join(self.cgroup.trim_start_matches('/'))
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-        let _ = fs::write(self.cgroup_directory().join("cgroup.kill"), "1");
-        remove_cgroup(&self.cgroup_directory());
-    }
-}
-
 /// Where a container's process and its pod's monitor are: their ids, and the monitor's program.
 fn processes(client: &Client, container: &str) -> Result<(String, u32)> {
     let request = cri::ContainerStatusRequest { container_id: container.into(), verbose: true };
@@ -96,6 +38,12 @@ fn processes(client: &Client, container: &str) -> Result<(String, u32)> {
     Ok((program, parent))
 }
 
+fn install(node: &DebianNode, package: &Path, name: &str) -> Result<String> {
+    let file = format!("/tmp/{name}.deb");
+    fs::copy(package, node.system.path(&file)).context("copy the package")?;
+    node.system.run(&["dpkg", "--install", &file])
+}
+
 #[test]
 fn the_package_installs_runs_pods_is_upgraded_under_them_and_leaves_nothing() -> Result<()> {
     Debian::prepare()?;
@@ -106,9 +54,9 @@ fn the_package_installs_runs_pods_is_upgraded_under_them_and_leaves_nothing() ->
 }
 
 fn life_of_the_package(first: &Path, second: &Path) -> Result<()> {
-    let mut node = Node { system: Debian::start()?, daemon: None, cgroup: format!("/windlass-package-{}", std::process::id()) };
+    let mut node = DebianNode::start("package")?;
     let before = node.system.files()?;
-    node.install(first, "first")?;
+    install(&node, first, "first")?;
     is_installed(&node.system)?;
 
     // The administrator's own words in the configuration.
@@ -130,7 +78,7 @@ fn life_of_the_package(first: &Path, second: &Path) -> Result<()> {
     ensure!(client.pod(&id)?.network.is_some_and(|network| !network.ip.is_empty()), "the pod has no address");
 
     // The new package's files are there while the old daemon runs, which goes on with what it has.
-    node.install(second, "second")?;
+    install(&node, second, "second")?;
     ensure!(fs::read_to_string(node.system.path(CONFIG))? == own, "the configuration was not kept");
     let other = client.run(&pod(Path::new("/tmp/logs")))?;
     node.stop()?;
@@ -145,7 +93,7 @@ fn life_of_the_package(first: &Path, second: &Path) -> Result<()> {
     let said = node.system.run(&["dpkg", "--purge", "windlass"])?;
     ensure!(said.contains("pods still run") && node.system.path("/var/lib/windlass").exists(), "{said}");
 
-    node.install(second, "second")?;
+    install(&node, second, "second")?;
     fs::write(node.system.path(CONFIG), &own)?;
     let client = node.serve()?;
     ensure!(processes(&client, &main)?.1 == running.1, "another monitor");
@@ -180,7 +128,7 @@ fn is_installed(system: &Debian) -> Result<()> {
     Ok(())
 }
 
-fn nothing_is_left(node: &Node, before: &[String]) -> Result<()> {
+fn nothing_is_left(node: &DebianNode, before: &[String]) -> Result<()> {
     let after = node.system.files()?;
     let left: Vec<&String> = after.iter().filter(|path| before.binary_search(path).is_err()).collect();
     let gone: Vec<&String> = before.iter().filter(|path| after.binary_search(path).is_err()).collect();

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, cluster::command as cluster, compare, demo, measure, package, suite};
+use windlass_integration::{build, cluster::command as cluster, compare, demo, measure, package, suite, upgrade};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -36,6 +36,14 @@ enum Command {
     /// What `up` leaves in the background.
     #[command(hide = true)]
     KeepCluster,
+    /// Run the CRI's validation suite on Windlass and on containerd, and write the table of README.md. Needs half an hour.
+    Suites(compare::suites::Options),
+    /// Start pods with the daemon and monitors of an older revision, replace the daemon with today's, and show that no pod notices.
+    Upgrade {
+        /// The older revisions, as git names them.
+        #[arg(long, value_delimiter = ',', default_value = upgrade::EARLIER)]
+        from: Vec<String>,
+    },
     /// Set up, build, and run every test.
     Test,
 }
@@ -61,6 +69,8 @@ fn run(command: &Command) -> Result<bool> {
         Command::Up => cluster::up().map(|()| true),
         Command::Down => cluster::down().map(|()| true),
         Command::KeepCluster => cluster::keep().map(|()| true),
+        Command::Suites(options) => compare::suites::run(options),
+        Command::Upgrade { from } => upgrade::run(from).map(|()| true),
         Command::Test => suite::run(),
     }
 }

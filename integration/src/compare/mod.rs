@@ -13,6 +13,7 @@ mod pull;
 mod rival;
 mod sharing;
 mod streams;
+pub mod suites;
 mod table;
 
 use crate::{build, client::Client, cluster::Programs, go, guest, node, registry::Registry};

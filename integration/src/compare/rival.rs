@@ -111,6 +111,11 @@ impl Ground<'_> {
     }
 }
 
+/// Starts one of the others in the caller's network namespace, which has this registry.
+pub(super) fn start_here(kind: Kind, products: &Path, registry: Registry) -> Result<Rival> {
+    other(kind, products, registry, false).with_context(|| format!("start {}", kind.name()))
+}
+
 fn mount_data(data: &Path) -> Result<()> {
     fs::create_dir_all(data)?;
     mount(Some("tmpfs"), data, Some("tmpfs"), MsFlags::empty(), Some("mode=755,size=6g")).context("mount a tmpfs")
@@ -220,6 +225,11 @@ impl Rival {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Where one of the others looks for the mirrors of registries.
+    pub(super) fn mirrors(&self) -> Option<PathBuf> {
+        self.directory.as_ref().map(|directory| directory.path().join("certs.d"))
     }
 
     /// What it wrote.

@@ -54,6 +54,15 @@ pub enum ImageCommand {
         #[command(flatten)]
         look: Look,
     },
+    /// Give an image one more name. An image that had it loses it.
+    Tag {
+        /// Name or id
+        name: String,
+        /// The new name
+        tag: String,
+        #[command(flatten)]
+        look: Look,
+    },
     /// Show all that is known of an image, as JSON.
     Inspect {
         /// Name or id
@@ -226,6 +235,10 @@ pub(super) async fn run(config: Config, command: ImageCommand) -> Result<()> {
                 output::removed(&[removed], look)?;
             }
             Ok(())
+        }
+        ImageCommand::Tag { name, tag, look } => {
+            let reply = ask!(&mut backend, tag, api::TagRequest { name, tag })?;
+            output::imported(&Vec::from_iter(reply.image), look)
         }
         ImageCommand::Inspect { name } => {
             let list = backend.list(&name).await?;

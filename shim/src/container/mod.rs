@@ -237,8 +237,15 @@ impl Container {
         if state.phase() != monitor::container_state::Phase::Running {
             return;
         }
-        let (pid, started_at_ns) = (state.pid, state.started_at_ns);
-        self.change_always(|record| record.state = State::Running { pid, started_at_ns });
+        let pid = state.pid;
+        self.change_always(|record| {
+            // The time that was told before goes over the monitor's, which is a moment later.
+            let started_at_ns = match record.state {
+                State::Running { started_at_ns, .. } => started_at_ns,
+                _ => state.started_at_ns,
+            };
+            record.state = State::Running { pid, started_at_ns };
+        });
     }
 
     pub fn is_exited(&self) -> bool {

@@ -185,6 +185,12 @@ impl api::images_server::Images for Images {
         Ok(Response::new(api::RemoveReply { image }))
     }
 
+    async fn tag(&self, request: Request<api::TagRequest>) -> Result<Response<api::TagReply>, Status> {
+        let request = request.into_inner();
+        let image = self.store.tag(&request.name, &request.tag).map_err(status::of_image)?;
+        Ok(Response::new(api::TagReply { image: self.one(&image.id) }))
+    }
+
     async fn clear(&self, _: Request<api::ClearRequest>) -> Result<Response<api::ClearReply>, Status> {
         self.store.clear_partial();
         Ok(Response::new(api::ClearReply {}))

@@ -403,6 +403,26 @@ impl Store {
         Ok(())
     }
 
+    /// Gives the image that `name` means the name `tag` too; an image that had it loses it.
+    ///
+    /// # Errors
+    /// `NotFound`, `InvalidReference` if `tag` is no name or has a digest, `NoSpace` and `Io` if the record cannot be written.
+    pub fn tag(&self, name: &str, tag: &str) -> Result<Arc<Image>, ImageError> {
+        let reference: Reference = tag.parse()?;
+        // An id reads as the tag of an image called sha256.
+        let is_name = reference.digest().is_none() && !digest::is_digest(tag);
+        let tagged = reference.tagged().filter(|_| is_name).ok_or_else(|| ImageError::InvalidReference {
+            reference: tag.to_owned(),
+            cause: "a digest cannot be given to an image".to_owned(),
+        })?;
+        let _commit = self.0.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        let image = self.get(name).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
+        let mut record = self.0.record_of(&image.id).ok_or_else(|| ImageError::NotFound(format!("image {name}")))?;
+        record.repo_tags.push(tagged.clone());
+        let published = self.0.publish(record, &[tagged], image.config.clone());
+        published.map_err(|e| e.within(format!("tag image {name}")))
+    }
+
     /// Whether the configuration says that this image stays.
     pub fn is_pinned(&self, image: &Image) -> bool {
         let named = |pattern: &String| match pattern.strip_suffix('*') {
@@ -483,7 +503,7 @@ impl Inner {
         rustix::fs::syncfs(&dir).map_err(|e| ImageError::io(&context, e))?;
         let _commit = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
         let layers = self.layers.record(chain).map_err(|e| e.within(&context))?;
-        let old = self.read_index().get(&plan.id).map(|i| i.record.clone());
+        let old = self.record_of(&plan.id);
         let mut record = ImageRecord {
             version: record::VERSION,
             id: plan.id,
@@ -496,16 +516,23 @@ impl Inner {
             record.repo_tags.extend(old.repo_tags);
             record.repo_digests.extend(old.repo_digests);
         }
+        let image = self.publish(record, &plan.tags, plan.config).map_err(|e| e.within(&context));
+        drop(lease);
+        image
+    }
+
+    /// Writes the record, takes its new tags from the images that had them, and shows the image. Under the lock of commits.
+    fn publish(&self, mut record: ImageRecord, tags: &[String], config: ImageConfiguration) -> Result<Arc<Image>, ImageError> {
         for names in [&mut record.repo_tags, &mut record.repo_digests] {
             names.sort();
             names.dedup();
         }
-        record::write(&record_path(&self.config.root, &record.id), &record, true).map_err(|e| e.within(&context))?;
-        self.untag_others(&record.id, &plan.tags)?;
-        let indexed = indexed(&self.layers, record, plan.config);
+        record::write(&record_path(&self.config.root, &record.id), &record, true)?;
+        self.untag_others(&record.id, tags)?;
+        let indexed = indexed(&self.layers, record, config);
         let image = Arc::clone(&indexed.image);
         let replaced = self.index.write().unwrap_or_else(PoisonError::into_inner).insert(image.id.clone(), indexed);
-        drop((replaced, lease));
+        drop(replaced);
         Ok(image)
     }
 

@@ -231,6 +231,29 @@ async fn token_login() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_given_is_kept_and_leaves_the_image_that_had_it() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    registry.push("a/b", "one", &small());
+    let other = Tar::new().file("other", 0o644, b"other").finish();
+    registry.push("a/b", "two", &image(&[(other.clone(), gzip(&other))], false));
+    let store = open(root.path());
+    let one = store.pull(&registry.name("a/b:one"), None).await.unwrap();
+    let two = store.pull(&registry.name("a/b:two"), None).await.unwrap();
+    let tagged = store.tag(&one.id, "mine").unwrap();
+    assert!(tagged.repo_tags.contains(&"docker.io/library/mine:latest".to_owned()), "{:?}", tagged.repo_tags);
+    assert_eq!(store.tag(&registry.name("a/b:two"), "mine:latest").unwrap().id, two.id);
+    assert_eq!(store.get(&one.id).unwrap().repo_tags, one.repo_tags);
+    drop(store);
+    let store = open(root.path());
+    assert_eq!(store.get("mine").unwrap().id, two.id);
+    assert!(matches!(store.tag("absent", "mine").unwrap_err(), ImageError::NotFound(_)));
+    for wrong in ["Mine", &one.id, "mine@sha256:0000000000000000000000000000000000000000000000000000000000000000"] {
+        let error = store.tag(&two.id, wrong).unwrap_err();
+        assert!(matches!(error, ImageError::InvalidReference { .. }), "{wrong}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_serves_another_registrys_name() {
     let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
     registry.push("library/x", "latest", &small());
