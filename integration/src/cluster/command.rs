@@ -1,15 +1,11 @@
 //! `cargo xtask up` and `down`: a cluster for people to try, in namespaces of its own, and its end without a trace.
 //!
 //! A keeper in the background owns everything: it holds a lock as long as it lives, serves the apiserver on the host's loopback, and ends
-//! the cluster when it is asked to by a signal.
+//! the cluster when a file says so: a signal mask would be inherited by all that it starts.
 
 use super::{ADDRESS, Cluster, Programs};
 use crate::{build, client::Client, daemon::Daemon, image::BUSYBOX, node, setup, wait::until_within};
 use anyhow::{Context, Result, bail, ensure};
-use nix::{
-    sys::signal::{SigSet, Signal, kill},
-    unistd::Pid,
-};
 use std::{
     fs::{self, File},
     io,
@@ -23,6 +19,11 @@ use std::{
 /// Longest wait for a cluster, and for its end.
 const UP_LIMIT: Duration = Duration::from_secs(180);
 const DOWN_LIMIT: Duration = Duration::from_secs(60);
+/// How often the keeper looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+/// The file that says so, and the keeper's last word.
+const END: &str = "end";
+const ENDED: &str = "every pod is removed, every program has ended";
 
 /// Files that the keeper and the commands share.
 struct Place(PathBuf);
@@ -58,7 +59,9 @@ pub fn up() -> Result<()> {
     ensure!(place.lock()?.is_some(), "a cluster is up: {}", place.path("kubeconfig").display());
     build::all()?;
     let programs = Programs::build()?;
-    let _ = fs::remove_file(place.path("ready"));
+    for name in ["ready", END] {
+        let _ = fs::remove_file(place.path(name));
+    }
     println!("==> start the cluster");
     let log = File::create(place.path("log"))?;
     let mut keeper = Command::new(std::env::current_exe()?);
@@ -91,28 +94,21 @@ pub fn up() -> Result<()> {
 pub fn down() -> Result<()> {
     let place = Place::new()?;
     if place.lock()?.is_none() {
-        let keeper = fs::read_to_string(place.path("pid")).context("read the keeper's pid")?;
-        kill(Pid::from_raw(keeper.trim().parse().context("the keeper's pid")?), Signal::SIGTERM)
-            .context("ask the keeper to end")?;
+        File::create(place.path(END)).context("ask the keeper to end")?;
         until_within(DOWN_LIMIT, "the cluster ends", || Ok(place.lock()?.map(drop)))?;
-        print!("{}", place.log());
+        ensure!(place.log().ends_with(&format!("{ENDED}\n")), "the cluster did not end well:\n{}", place.log());
+        println!("{ENDED}");
     }
     fs::remove_dir_all(&place.0).with_context(|| format!("remove {}", place.0.display()))
 }
 
-/// Keeps a cluster until SIGTERM or SIGINT. Started by [`up`].
+/// Keeps a cluster until [`down`]. Started by [`up`].
 ///
 /// # Errors
 /// Where the cluster does not start, or something of it is left at its end.
 pub fn keep() -> Result<()> {
     let place = Place::new()?;
     let _lock = place.lock()?.context("another cluster is up")?;
-    fs::write(place.path("pid"), std::process::id().to_string())?;
-    let mut ends = SigSet::empty();
-    ends.add(Signal::SIGTERM);
-    ends.add(Signal::SIGINT);
-    // Before there are threads; what is started gets an empty mask of its own.
-    ends.thread_block()?;
     let programs = Programs::build()?;
     let door = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen on loopback")?;
     node::run(move || {
@@ -124,7 +120,9 @@ pub fn keep() -> Result<()> {
         let took = format!("the apiserver answers after {up:.1?}, the node is ready {ready:.1?} later\n");
         fs::write(place.path("ready.new"), took)?;
         fs::rename(place.path("ready.new"), place.path("ready"))?;
-        ends.wait()?;
+        while !place.path(END).exists() {
+            std::thread::sleep(LOOK);
+        }
         drop(cluster);
         let client = Client::connect(&daemon)?;
         for pod in client.list_pod_sandbox(Default::default())?.items {
@@ -132,7 +130,7 @@ pub fn keep() -> Result<()> {
         }
         drop(client);
         daemon.stop()?;
-        println!("every pod is removed, every program has ended");
+        println!("{ENDED}");
         Ok(())
     })
 }
