@@ -82,6 +82,8 @@ pub(super) struct Container {
     pub(super) log: Option<ContainerLog>,
     /// The bundle has poststart or poststop hooks, and the latter did not run yet.
     pub(super) later_hooks: bool,
+    /// Start restores the processes of a checkpoint.
+    restores: bool,
 }
 
 impl Container {
@@ -184,6 +186,7 @@ impl Monitor {
             attached: Vec::new(),
             log,
             later_hooks: false,
+            restores: request.restore.is_some(),
         };
         self.watch(key, &container);
         self.containers.insert(key, container);
@@ -277,8 +280,8 @@ impl Monitor {
         }
         if let Phase::Creating(to) = container.phase {
             container.phase = Phase::Created;
-            let pid = container.pid;
-            self.reply(to, Body::CreateReply(CreateReply { pid, not_enforced }), Vec::new());
+            let reply = CreateReply { pid: container.pid, not_enforced, restores: container.restores };
+            self.reply(to, Body::CreateReply(reply), Vec::new());
         }
     }
 

@@ -166,6 +166,9 @@ async fn assemble(
     }
     let reply = monitor.call(Body::Create(request)).await?;
     let (pid, not_enforced) = match reply.0 {
+        Body::CreateReply(reply) if checkpoint.is_some() && !reply.restores => {
+            return Err(Error::precondition("the pod's monitor is of a build that restores nothing; restore into a new pod"));
+        }
         Body::CreateReply(reply) => (reply.pid, reply.not_enforced),
         other => return Err(Error::internal(format!("unexpected reply of the monitor: {other:?}"))),
     };
