@@ -5,7 +5,7 @@
 
 use crate::{daemon::Daemon, go, node::output_of};
 use anyhow::{Context, Result, bail, ensure};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -225,6 +225,12 @@ impl Drop for Kubelet {
         if let Some(mut process) = self.process.take() {
             let _ = process.kill();
             let _ = process.wait();
+        }
+        // Its own directory, which it mounts on itself, and volumes; else the files below could not be removed.
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        for point in points.filter(|point| Path::new(point).starts_with(&self.directory)).collect::<Vec<_>>().into_iter().rev() {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
         }
     }
 }

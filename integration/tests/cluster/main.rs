@@ -38,8 +38,9 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// The node, and what was there before the first case.
 pub(crate) struct Node {
-    pub(crate) daemon: Daemon,
+    // Dropped first: what kubelet has mounted lies in the daemon's directory.
     pub(crate) cluster: Cluster,
+    pub(crate) daemon: Daemon,
     pub(crate) before: Snapshot,
 }
 

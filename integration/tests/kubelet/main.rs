@@ -24,9 +24,10 @@ use windlass_proto::cri;
 
 /// A daemon under a kubelet, and what was there before kubelet's first pod.
 struct Bench {
+    // Dropped first: what it has mounted lies in the daemon's directory.
+    kubelet: Kubelet,
     daemon: Daemon,
     client: Client,
-    kubelet: Kubelet,
     before: Snapshot,
 }
 
