@@ -19,16 +19,21 @@ use windlass_proto::cri::{self, ContainerState};
 /// The revision that is tried unless another is named: the first one whose daemon takes the configuration of the tests.
 pub const EARLIER: &str = "7c4f9df";
 
-/// [`EARLIER`], or in a clone that does not reach back so far, the oldest revision that it has.
-pub fn earlier() -> Result<String> {
-    let workspace = setup::workspace().canonicalize()?;
-    let git = |words: &[&str]| node::output_of("git", &[&["-C", &workspace.to_string_lossy()], words].concat());
-    if git(&["cat-file", "-e", &format!("{EARLIER}^{{commit}}")]).is_ok() {
-        return Ok(EARLIER.into());
+/// The programs of [`EARLIER`]. A checkout whose history does not reach back so far has none: there it is today's that are restarted.
+pub fn earlier_programs() -> Result<PathBuf> {
+    match git(&["cat-file", "-e", &format!("{EARLIER}^{{commit}}")]) {
+        Ok(_) => programs_of(EARLIER),
+        Err(error) => {
+            println!("{EARLIER} is not in this checkout's history, today's daemon follows today's: {error:#}");
+            setup::programs()
+        }
     }
-    let oldest = git(&["rev-list", "--max-parents=0", "HEAD"])?.lines().last().context("a revision")?.to_owned();
-    println!("the history does not reach back to {EARLIER}: trying {oldest}");
-    Ok(oldest)
+}
+
+/// What git says in this workspace, whoever owns it.
+fn git(words: &[&str]) -> Result<String> {
+    let workspace = setup::workspace().canonicalize()?;
+    node::output_of("git", &[&["-c", "safe.directory=*", "-C", &workspace.to_string_lossy()], words].concat())
 }
 
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
@@ -49,8 +54,6 @@ pub fn run(revisions: &[String]) -> Result<()> {
 
 /// The folder with `windlass` and `windlass-monitor` of a revision, built unless `<target>/windlass-tools/older` has them.
 pub fn programs_of(revision: &str) -> Result<PathBuf> {
-    let workspace = setup::workspace().canonicalize()?;
-    let git = |words: &[&str]| node::output_of("git", &[&["-C", &workspace.to_string_lossy()], words].concat());
     let id = git(&["rev-parse", "--verify", &format!("{revision}^{{commit}}")]);
     let id = id.with_context(|| format!("find revision {revision}: the whole history is needed, a shallow clone has none"))?;
     let directory = go::target_dir().join("windlass-tools/older").join(&id[..12]);
