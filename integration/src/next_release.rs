@@ -8,6 +8,12 @@ use std::{
     process::{Command, Stdio},
 };
 
+/// The mirror of Debian that apt has.
+fn mirror() -> Result<Option<String>> {
+    let sites = output_of("apt-get", &["indextargets", "--format", "$(SITE)", "Origin: Debian"])?;
+    Ok(sites.lines().next().map(str::to_owned))
+}
+
 /// The package lists of a release in a directory that goes with this value. What is fetched lies there too.
 pub struct NextRelease {
     directory: tempfile::TempDir,
@@ -24,8 +30,14 @@ impl NextRelease {
         // Where nothing is installed, a package is fetched with everything that it needs.
         fs::write(release.path().join("status"), "")?;
         // apt's own mirror, another release.
-        let site = output_of("apt-get", &["indextargets", "--format", "$(SITE)", "Origin: Debian"])?;
-        let site = site.lines().next().context("apt has a mirror of Debian")?;
+        let site = match mirror()? {
+            Some(site) => site,
+            // A machine whose lists were never fetched, or removed, does not tell.
+            None => {
+                step("apt-get update", Command::new("apt-get").args(["update", "-qq"]))?;
+                mirror()?.context("apt has a mirror of Debian")?
+            }
+        };
         let list = format!("{kind} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {site} {name} main\n");
         fs::write(release.path().join("sources.list"), list)?;
         step(&format!("apt-get update, of {name} in a folder of its own"), release.apt().arg("update"))?;
