@@ -69,6 +69,7 @@ const CASES: &[(&str, Case)] = named![
     volumes::a_service_account_s_token_is_good_at_the_apiserver,
     images::a_pull_secret_opens_a_registry,
     pods::users_of_a_pod_are_not_the_host_s,
+    pods::a_runtime_class_chooses_the_handler,
     pods::a_pod_that_is_deleted_has_its_grace,
     pods::a_container_that_ends_is_started_again,
 ];

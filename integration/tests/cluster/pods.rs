@@ -4,7 +4,7 @@ use crate::{FOREVER, eventually, pod};
 use anyhow::{Result, ensure};
 use serde_json::json;
 use std::time::{Duration, Instant};
-use windlass_integration::cluster::Kubectl;
+use windlass_integration::{cluster::Kubectl, setup};
 
 pub(crate) fn users_of_a_pod_are_not_the_host_s(kubectl: &Kubectl) -> Result<()> {
     kubectl.run(&["create", "secret", "generic", "hidden", "--from-literal=word=anchor"])?;
@@ -30,6 +30,25 @@ pub(crate) fn users_of_a_pod_are_not_the_host_s(kubectl: &Kubectl) -> Result<()>
     }
     ensure!(first[0] != first[1], "both pods have the users from {}", first[0]);
     Ok(())
+}
+
+/// By the classes that `manifests` has. No handler but the native one is configured here.
+pub(crate) fn a_runtime_class_chooses_the_handler(kubectl: &Kubectl) -> Result<()> {
+    let classes = setup::workspace().join("manifests/runtimeclass.yaml");
+    kubectl.run(&["apply", "--validate=strict", "-f", &classes.to_string_lossy()])?;
+    for name in ["windlass", "runc"] {
+        let mut wanted = pod(name, FOREVER);
+        wanted["spec"]["runtimeClassName"] = json!(name);
+        kubectl.create(&wanted)?;
+    }
+    kubectl.ready("windlass")?;
+    eventually("the class without a handler is refused", || {
+        let told =
+            kubectl.run(&["get", "events", "--field-selector=involvedObject.name=runc", "-o", "jsonpath={.items[*].message}"])?;
+        ensure!(told.contains("runtime_handler \"runc\" is not configured"), "{told}");
+        Ok(())
+    })?;
+    kubectl.run(&["delete", "pod", "runc", "--now"]).map(drop)
 }
 
 pub(crate) fn a_pod_that_is_deleted_has_its_grace(kubectl: &Kubectl) -> Result<()> {
