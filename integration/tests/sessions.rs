@@ -126,9 +126,11 @@ impl Talk {
 
     /// On a pseudo-terminal of 100x40 that becomes 120x50 when the file is there.
     fn on_terminal(command: &str, resize: &Path) -> Result<Talk> {
-        let file = resize.display();
+        let (file, directory) = (resize.display(), resize.parent().unwrap_or(Path::new("/")).display());
+        // Where that never happens, the wait ends with the directory.
         let line = format!(
-            "stty rows 40 cols 100; (until [ -e {file} ]; do sleep 0.05; done; stty rows 50 cols 120 </dev/tty) & exec {command}"
+            "stty rows 40 cols 100; \
+             (until [ -e {file} ] || [ ! -d {directory} ]; do sleep 0.05; done; stty rows 50 cols 120 </dev/tty) & exec {command}"
         );
         let mut script = Command::new("script");
         script.args(["--quiet", "--return", "--command", &line, "/dev/null"]).env("SHELL", "/bin/sh");
