@@ -1,23 +1,24 @@
 //! One daemon under a temporary root, with the programs that `cargo xtask build` laid side by side.
 
-use crate::setup;
+use crate::{process::Process, setup};
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 /// Longest wait for the daemon's socket.
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Longest wait for the daemon's clean end.
-const STOP_LIMIT: Duration = Duration::from_secs(15);
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// A daemon of a test. Dropping it kills the daemon, every monitor below its state directory, and removes its files.
 pub struct Daemon {
     directory: tempfile::TempDir,
-    process: Option<Child>,
+    process: Option<Process>,
     extra: Vec<String>,
     /// Variables that it is started with, besides those of the test.
     pub environment: Vec<(&'static str, String)>,
@@ -58,9 +59,14 @@ impl Daemon {
     /// The same with more of a configuration.
     pub fn configured(text: &str) -> Result<Daemon> {
         let daemon = Daemon::prepare(&[])?;
-        let path = daemon.path("config.toml");
-        fs::write(&path, fs::read_to_string(&path)? + text)?;
+        daemon.configure(text)?;
         daemon.with_images()
+    }
+
+    /// Appends to its configuration, for its next start.
+    pub fn configure(&self, text: &str) -> Result<()> {
+        let mut file = fs::File::options().append(true).open(self.path("config.toml"))?;
+        Ok(file.write_all(text.as_bytes())?)
     }
 
     /// Puts the test images on it, and serves.
@@ -113,7 +119,7 @@ impl Daemon {
     }
 
     pub fn pid(&self) -> Option<u32> {
-        self.process.as_ref().map(Child::id)
+        self.process.as_ref().map(|process| process.id())
     }
 
     /// A command of the program with this daemon's root and socket.
@@ -146,7 +152,7 @@ impl Daemon {
         let mut command = self.command(&["serve"])?;
         command.args(&self.extra).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        let mut process = command.spawn().context("start windlass")?;
+        let mut process = Process::from(command.spawn().context("start windlass")?);
         let deadline = Instant::now() + START_LIMIT;
         while !self.socket().exists() {
             if let Some(status) = process.try_wait()? {
@@ -173,19 +179,7 @@ impl Daemon {
     /// SIGTERM and a clean end.
     pub fn stop(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the daemon runs")?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
-        let deadline = Instant::now() + STOP_LIMIT;
-        let status = loop {
-            if let Some(status) = process.try_wait()? {
-                break status;
-            }
-            if Instant::now() > deadline {
-                process.kill()?;
-                process.wait()?;
-                bail!("windlass did not end within {STOP_LIMIT:?} of SIGTERM:\n{}", self.log());
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        };
+        let status = process.terminate(STOP_LIMIT).with_context(|| format!("end windlass:\n{}", self.log()))?;
         if !status.success() {
             bail!("windlass ended with {status}:\n{}", self.log());
         }
@@ -231,10 +225,7 @@ impl Drop for Daemon {
         if std::thread::panicking() || std::env::var_os("WINDLASS_TEST_LOG").is_some() {
             eprintln!("--- daemon log\n{}", self.log());
         }
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        drop(self.process.take());
         let cgroup = self.cgroup_directory();
         if cgroup.exists() {
             let _ = fs::write(cgroup.join("cgroup.kill"), "1");

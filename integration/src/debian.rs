@@ -3,15 +3,17 @@
 use crate::{
     build,
     client::Client,
-    daemon::{cgroup_root, remove_cgroup},
-    go, wait,
+    daemon::{STOP_LIMIT, cgroup_root, remove_cgroup},
+    go,
+    process::Process,
+    wait,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Command, Output, Stdio},
 };
 
 /// What is there besides the essential packages: what our package depends on, and the units' judge.
@@ -59,7 +61,7 @@ fn made() -> Result<PathBuf> {
 
 /// A copy of the system, in a mount namespace of its own. Dropping it ends the namespace; processes that were started in it are the caller's.
 pub struct Debian {
-    holder: Child,
+    holder: Process,
     /// Removed after the holder's end.
     _directory: tempfile::TempDir,
 }
@@ -78,7 +80,7 @@ impl Debian {
         ensure!(copied.success(), "copy the Debian system: {copied}");
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-ec", HOLD]).arg(directory.path());
-        let mut holder = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("run unshare")?;
+        let mut holder = Process::from(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("run unshare")?);
         let mut line = String::new();
         BufReader::new(holder.stdout.take().context("output of the holder")?).read_line(&mut line)?;
         let system = Debian { holder, _directory: directory };
@@ -129,17 +131,10 @@ impl Debian {
     }
 }
 
-impl Drop for Debian {
-    fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
-    }
-}
-
 /// A copy of the system in which a daemon runs from the usual places. Dropping it ends daemon and pods.
 pub struct DebianNode {
     pub system: Debian,
-    daemon: Option<Child>,
+    daemon: Option<Process>,
     /// Parent of the pods' cgroups for the configuration: one that the machine's other daemons do not have.
     pub cgroup: String,
 }
@@ -159,7 +154,7 @@ impl DebianNode {
     pub fn serve(&mut self) -> Result<Client> {
         let log = fs::File::create(self.system.path("/var/log/windlass"))?;
         let mut command = self.system.command(&["/usr/bin/windlass", "serve"]);
-        self.daemon = Some(command.stdout(Stdio::null()).stderr(log).spawn().context("start the installed windlass")?);
+        self.daemon = Some(command.stdout(Stdio::null()).stderr(log).spawn().context("start the installed windlass")?.into());
         let socket = self.socket();
         wait::until("the installed daemon's socket", || Ok(Client::connect_to(&socket).ok())).with_context(|| self.log())
     }
@@ -167,8 +162,7 @@ impl DebianNode {
     /// SIGTERM and a clean end.
     pub fn stop(&mut self) -> Result<()> {
         let mut daemon = self.daemon.take().context("the daemon runs")?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
-        let status = daemon.wait()?;
+        let status = daemon.terminate(STOP_LIMIT).with_context(|| self.log())?;
         ensure!(status.success(), "windlass ended with {status}\n{}", self.log());
         Ok(())
     }
@@ -185,10 +179,7 @@ impl DebianNode {
 
 impl Drop for DebianNode {
     fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
+        drop(self.daemon.take());
         let _ = fs::write(self.cgroup_directory().join("cgroup.kill"), "1");
         remove_cgroup(&self.cgroup_directory());
     }

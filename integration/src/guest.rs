@@ -1,7 +1,7 @@
 //! A guest with the whole of cgroup v2 and with AppArmor: a user-mode-linux kernel that runs as a process on this host, sees its file tree
 //! read-only under a throw-away overlay, runs one command as root and ends. Needs no virtualisation and leaves nothing behind.
 
-use crate::setup;
+use crate::{process::Process, setup};
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     env,
@@ -38,16 +38,6 @@ pub struct Outcome {
     pub code: i32,
     /// Standard output and error, in order.
     pub output: String,
-}
-
-/// The guest's processes. Dropping it ends all of them.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// The directory that the guest's programs and files are kept in, `<target>/guest`.
@@ -122,10 +112,10 @@ pub fn run_with(
         let _ = fs::remove_file(shared.join(name));
     }
     let console = File::create(shared.join("console"))?;
-    let mut guest = Running(boot(&kernel, shared, console, words)?);
+    let mut guest = Process::from(boot(&kernel, shared, console, words)?);
     let deadline = Instant::now() + limit;
     let ended = loop {
-        if let Some(status) = guest.0.try_wait()? {
+        if let Some(status) = guest.try_wait()? {
             break Some(status);
         }
         if Instant::now() > deadline {
@@ -156,17 +146,17 @@ pub fn cut_power(
     for name in ["output", "status"] {
         let _ = fs::remove_file(shared.join(name));
     }
-    let mut guest = Running(boot(&kernel()?, shared, File::create(shared.join("console"))?, words)?);
+    let mut guest = Process::from(boot(&kernel()?, shared, File::create(shared.join("console"))?, words)?);
     let deadline = Instant::now() + BOOT_LIMIT;
     while !ready.exists() {
-        if guest.0.try_wait()?.is_some() {
+        if guest.try_wait()?.is_some() {
             return Ok(false);
         }
         ensure!(Instant::now() < deadline, "the guest is not ready; so far:\n{}", bounded(&shared.join("output")));
         std::thread::sleep(Duration::from_millis(2));
     }
     std::thread::sleep(after);
-    let pid = guest.0.id();
+    let pid = guest.id();
     let first = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     drop(guest);
     // The first process of the namespace is gone when all the others are.

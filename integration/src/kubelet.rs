@@ -3,14 +3,14 @@
 //! Started in the caller's mount and network namespaces; what kubelet writes at fixed places of the host is covered there. It is asked
 //! through its own HTTP interface, by `curl`, because the half of it that runs commands speaks TLS with a certificate of its own.
 
-use crate::{daemon::Daemon, go, node::output_of};
+use crate::{daemon::Daemon, go, node::output_of, process::Process};
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -29,7 +29,7 @@ const COVERED: [&str; 3] = ["/var/lib/kubelet", "/var/log/containers", "/var/log
 
 /// A running kubelet. Dropping it ends it; pods stay with the daemon.
 pub struct Kubelet {
-    process: Option<Child>,
+    process: Option<Process>,
     program: PathBuf,
     directory: PathBuf,
     arguments: Vec<String>,
@@ -106,10 +106,10 @@ impl Kubelet {
         let log = fs::File::options().create(true).append(true).open(self.directory.join("log"))?;
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        self.process = Some(command.spawn().context("start kubelet")?);
+        self.process = Some(command.spawn().context("start kubelet")?.into());
         let deadline = Instant::now() + START_LIMIT;
         while self.look("/healthz").is_err() {
-            if let Some(status) = self.process.as_mut().map(Child::try_wait).transpose()?.flatten() {
+            if let Some(status) = self.process.as_mut().map(|process| process.try_wait()).transpose()?.flatten() {
                 bail!("kubelet ended with {status}:\n{}", self.log());
             }
             ensure!(Instant::now() < deadline, "kubelet did not answer within {START_LIMIT:?}:\n{}", self.log());
@@ -222,10 +222,7 @@ impl Drop for Kubelet {
         if std::thread::panicking() || std::env::var_os("WINDLASS_TEST_LOG").is_some() {
             eprintln!("--- kubelet's log\n{}", self.log());
         }
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        drop(self.process.take());
         // Its own directory, which it mounts on itself, and volumes; else the files below could not be removed.
         let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));

@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod next_release;
 pub mod node;
 pub mod package;
+pub mod process;
 pub mod prometheus;
 pub mod registry;
 pub mod setup;

@@ -54,9 +54,7 @@ impl Asker {
 
 fn configured(daemon: &mut Daemon) -> Result<std::path::PathBuf> {
     let socket = daemon.path("containerd.sock");
-    let file = daemon.path("config.toml");
-    let config = fs::read_to_string(&file)?;
-    fs::write(&file, format!("{config}[cadvisor]\ncontainerd_socket = {socket:?}\n"))?;
+    daemon.configure(&format!("[cadvisor]\ncontainerd_socket = {socket:?}\n"))?;
     Ok(socket)
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::{
     fs,
-    io::{Read, Write},
+    io::Read,
     net::TcpStream,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -61,8 +61,7 @@ impl Ground {
         fs::write(&script, SCRIPT.replace("DIR", &faults.to_string_lossy()))?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
         let search = format!("{}:{}", programs.display(), plugins.display());
-        let mut config = fs::File::options().append(true).open(daemon.path("config.toml"))?;
-        writeln!(config, "cni_bin_dir = {search:?}\n{settings}")?;
+        daemon.configure(&format!("cni_bin_dir = {search:?}\n{settings}\n"))?;
         if let Some(network) = network {
             fs::write(daemon.path("cni/10-test.conflist"), network.to_string())?;
         }

@@ -493,13 +493,9 @@ fn shared_memory_limits_and_scores() -> Result<()> {
 #[test]
 fn configured_shared_memory_and_limits() -> Result<()> {
     node::run(|| {
-        let mut daemon = Daemon::start(&[])?;
-        daemon.stop()?;
-        let path = daemon.path("config.toml");
         let more = "[containers]\nshm_size_bytes = 1048576\n[containers.default_ulimits]\ncore = { soft = 0, hard = 0 }\n\
                     nofile = { soft = 77, hard = 99 }\n";
-        fs::write(&path, fs::read_to_string(&path)? + more)?;
-        daemon.serve()?;
+        let daemon = Daemon::configured(more)?;
         let client = Client::connect(&daemon)?;
         let config = pod(&daemon.path("logs"));
         let id = client.run(&config)?;

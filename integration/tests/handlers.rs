@@ -11,7 +11,7 @@ use windlass_integration::{
     daemon::Daemon,
     go,
     ground::Ground,
-    image, node,
+    node,
     streams::{SPDY, WEBSOCKET, client},
 };
 use windlass_proto::cri::{self, NamespaceMode};
@@ -20,18 +20,8 @@ const HANDLERS: [(&str, &str); 2] = [("runc", "/usr/sbin/runc"), ("crun", "/usr/
 
 /// A daemon that has both handlers, and a pod that asks for one of them.
 fn ground(handler: &str, change: impl FnOnce(&mut cri::PodSandboxConfig)) -> Result<Ground> {
-    let mut daemon = Daemon::prepare(&[])?;
-    let mut text = fs::read_to_string(daemon.path("config.toml"))?;
-    for (name, path) in HANDLERS {
-        text += &format!("[handlers.{name}]\npath = {path:?}\n");
-    }
-    fs::write(daemon.path("config.toml"), text)?;
-    let archive = daemon.path("images.tar");
-    image::write_archive(&archive)?;
-    daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
-    fs::remove_file(archive)?;
-    daemon.serve()?;
-    Ground::with_handler(daemon, handler, change)
+    let handlers: String = HANDLERS.iter().map(|(name, path)| format!("[handlers.{name}]\npath = {path:?}\n")).collect();
+    Ground::with_handler(Daemon::configured(&handlers)?, handler, change)
 }
 
 fn life(handler: &str) -> Result<()> {

@@ -156,8 +156,7 @@ fn pinned_images_stay() -> Result<()> {
         let registry = registry()?;
         let mut daemon = Daemon::prepare(&[])?;
         let (one, two) = (format!("{}/test/busybox:v1", registry.host()), format!("{}/test/busybox:v2", registry.host()));
-        let path = daemon.path("config.toml");
-        fs::write(&path, fs::read_to_string(&path)? + &format!("[images]\npinned = [\"other\", {one:?}]\n"))?;
+        daemon.configure(&format!("[images]\npinned = [\"other\", {one:?}]\n"))?;
         daemon.serve()?;
         daemon.windlass(&["image", "pull", "-q", &one, &two])?;
         let client = Client::connect(&daemon)?;
@@ -174,6 +173,7 @@ fn pinned_images_stay() -> Result<()> {
         daemon.windlass(&["image", "rm", &one])?;
         pinned(&[])?;
         daemon.stop()?;
+        let path = daemon.path("config.toml");
         fs::write(&path, fs::read_to_string(&path)?.replace(":v1", ":*"))?;
         daemon.windlass(&["image", "pull", "-q", &one, &two])?;
         ensure!(json(&daemon, &["prune"])?.as_array().is_some_and(Vec::is_empty), "both names begin so");

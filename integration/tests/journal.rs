@@ -8,29 +8,20 @@ use std::{
     fs::{self, File},
     os::unix::fs::MetadataExt,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     node::{self, output_of},
+    process::Process,
     wait::until,
 };
 
 const JOURNALD: &str = "/lib/systemd/systemd-journald";
 
-/// Ends with its value.
-struct Journald(Child);
-
-impl Drop for Journald {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Covers the places of the host's journal, and starts one in them.
-fn journald() -> Result<Journald> {
+fn journald() -> Result<Process> {
     for place in ["/run/systemd", "/run/log"] {
         fs::create_dir_all(place)?;
         mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
@@ -44,7 +35,7 @@ fn journald() -> Result<Journald> {
     }
     mount(Some(id), "/etc/machine-id", None::<&str>, MsFlags::MS_BIND, None::<&str>).context("give the machine an id")?;
     let process = Command::new(JOURNALD).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let journald = Journald(process.context("start systemd-journald (Debian package systemd)")?);
+    let journald = Process::from(process.context("start systemd-journald (Debian package systemd)")?);
     until("the journal's socket", || Ok(Path::new("/run/systemd/journal/socket").exists().then_some(())))?;
     Ok(journald)
 }
@@ -118,12 +109,9 @@ fn a_journal_that_hangs_or_is_gone_holds_up_nothing() {
         let mut daemon = Daemon::prepare(&[])?;
         File::create(daemon.path("log"))?;
         daemon.environment = vec![("JOURNAL_STREAM", stream(&daemon)?)];
-        let archive = daemon.path("images.tar");
-        windlass_integration::image::write_archive(&archive)?;
-        daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
-        daemon.serve()?;
+        let mut daemon = daemon.with_images()?;
         let client = Client::connect(&daemon)?;
-        let pid = nix::unistd::Pid::from_raw(journald.0.id().cast_signed());
+        let pid = nix::unistd::Pid::from_raw(journald.id().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
         let lives = |count: usize| -> Result<()> {
             for _ in 0..count {

@@ -89,7 +89,7 @@ fn layers_may_be_directories_and_images_at_once() -> Result<()> {
         let mut daemon = Daemon::prepare(&[])?;
         let path = daemon.path("config.toml");
         let plain = fs::read_to_string(&path)?;
-        fs::write(&path, format!("{plain}[images]\nlayers = \"directory\"\n"))?;
+        daemon.configure("[images]\nlayers = \"directory\"\n")?;
         let archive = daemon.path("images.tar");
         windlass_integration::image::write_archive(&archive)?;
         daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
@@ -115,8 +115,7 @@ fn layers_may_be_directories_and_images_at_once() -> Result<()> {
 fn a_form_of_layers_that_is_no_form() -> Result<()> {
     node::run(|| {
         let daemon = Daemon::prepare(&[])?;
-        let path = daemon.path("config.toml");
-        fs::write(&path, fs::read_to_string(&path)? + "[images]\nlayers = \"squashfs\"\n")?;
+        daemon.configure("[images]\nlayers = \"squashfs\"\n")?;
         let error = daemon.windlass(&["image", "ls"]).expect_err("no such form").to_string();
         ensure!(error.contains("squashfs") && error.contains("erofs"), "{error}");
         Ok(())

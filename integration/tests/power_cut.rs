@@ -160,9 +160,8 @@ fn on_the_host(work: Work) -> Result<()> {
 /// Checks what the last boot has left, then imports or pulls, and removes, until the power is cut.
 fn in_the_guest(work: Work, shared: &Path) -> Result<()> {
     let mut daemon = Daemon::prepare(&[])?;
-    let (config, form, certs) = (daemon.path("config.toml"), env::var(FORM)?, daemon.path("certs.d"));
-    let images = format!("[images]\nlayers = {form:?}\nregistry_config_dir = {certs:?}\n");
-    fs::write(&config, fs::read_to_string(&config)? + &images)?;
+    let (form, certs) = (env::var(FORM)?, daemon.path("certs.d"));
+    daemon.configure(&format!("[images]\nlayers = {form:?}\nregistry_config_dir = {certs:?}\n"))?;
     let _registry = if work == Work::Pull { Some(work.registry(shared, &certs)?) } else { None };
     fs::create_dir_all(daemon.root())?;
     node::run_command("mount", &["-t", "ext4", "/dev/ubda", &daemon.root().to_string_lossy()])?;

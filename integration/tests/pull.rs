@@ -256,9 +256,8 @@ fn a_policy_that_does_not_let_an_image_in() -> Result<()> {
         let registry = Registry::start()?;
         registry.add("test/busybox", "v1", &image::layers()?, &config())?;
         let mut daemon = Daemon::prepare(&[])?;
-        let (path, policies) = (daemon.path("config.toml"), daemon.path("policies"));
-        let policy = daemon.path("policy.json");
-        fs::write(&path, format!("{}[images]\npolicy = {policy:?}\npolicy_dir = {policies:?}\n", fs::read_to_string(&path)?))?;
+        let (policy, policies) = (daemon.path("policy.json"), daemon.path("policies"));
+        daemon.configure(&format!("[images]\npolicy = {policy:?}\npolicy_dir = {policies:?}\n"))?;
         fs::create_dir(&policies)?;
         let accept = json!({ "default": [{ "type": "insecureAcceptAnything" }] }).to_string();
         fs::write(policies.join("system.json"), &accept)?;

@@ -28,8 +28,7 @@ fn fifty_kills_in_the_middle_of_pulls() -> Result<()> {
 
 fn kills(name: &str, form: &str) -> Result<()> {
     let mut daemon = Daemon::prepare(&[])?;
-    let config = daemon.path("config.toml");
-    std::fs::write(&config, std::fs::read_to_string(&config)? + &format!("[images]\nlayers = {form:?}\n"))?;
+    daemon.configure(&format!("[images]\nlayers = {form:?}\n"))?;
     daemon.serve()?;
     let spec = || Some(cri::ImageSpec { image: name.to_owned(), ..Default::default() });
     let pull = |client: &Client| client.pull_image(cri::PullImageRequest { image: spec(), ..Default::default() });

@@ -10,10 +10,10 @@ use std::{
             net::{UnixDatagram, UnixListener},
         },
     },
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
-use windlass_integration::{client::Client, daemon::Daemon, node};
+use windlass_integration::{client::Client, daemon::Daemon, node, process::Process};
 use windlass_proto::cri::VersionRequest;
 
 /// What the manager asks for: a sign of life at least so often.
@@ -66,14 +66,14 @@ fn the_watchdog_hears_of_a_daemon_only_while_it_answers() -> Result<()> {
 }
 
 /// Starts the daemon with `listener` as systemd would pass it: descriptor 3, and the daemon's own process id.
-fn serve_passed(daemon: &Daemon, listener: &UnixListener) -> Result<Child> {
+fn serve_passed(daemon: &Daemon, listener: &UnixListener) -> Result<Process> {
     let serve = daemon.command(&["serve"])?;
     let mut shell = Command::new("sh");
     shell.args(["-c", "exec 3<&0 0</dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"", "sh"]);
     shell.arg(serve.get_program()).args(serve.get_args());
     let log = fs::File::options().create(true).append(true).open(daemon.path("log"))?;
     shell.stdin(Stdio::from(OwnedFd::from(listener.try_clone()?))).stdout(Stdio::null()).stderr(log);
-    shell.spawn().context("start windlass with a socket")
+    Ok(shell.spawn().context("start windlass with a socket")?.into())
 }
 
 #[test]
@@ -87,8 +87,7 @@ fn a_socket_that_is_passed_outlives_the_daemon() -> Result<()> {
         for round in 1..=2 {
             let mut process = serve_passed(&daemon, &listener)?;
             let answered = Client::connect(&daemon).and_then(|client| Ok(client.version(VersionRequest::default())?));
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)?;
-            let status = process.wait()?;
+            let status = process.terminate(PATIENCE)?;
             answered.with_context(|| format!("round {round}\n{}", daemon.log()))?;
             ensure!(status.success(), "ended with {status}\n{}", daemon.log());
             ensure!(daemon.socket().exists(), "the manager's socket was removed");

@@ -6,7 +6,7 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
     path::Path,
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{ChildStdin, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use windlass_integration::{
     go,
     ground::Ground,
     image, node,
+    process::Process,
     wait::until_true,
 };
 use windlass_proto::cri;
@@ -94,21 +95,14 @@ impl Sessions {
 
 /// A shell command that is spoken with. Killed when it goes.
 struct Talk {
-    child: Child,
+    child: Process,
     input: Option<ChildStdin>,
     heard: Arc<Mutex<String>>,
 }
 
-impl Drop for Talk {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 impl Talk {
     fn start(mut command: Command) -> Result<Talk> {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start a client")?;
+        let mut child = Process::from(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start a client")?);
         let mut output = child.stdout.take().context("stdout")?;
         let heard = Arc::new(Mutex::new(String::new()));
         let into = heard.clone();

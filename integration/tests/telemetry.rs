@@ -21,9 +21,7 @@ fn daemon() -> Result<(Daemon, Client)> {
     let mut daemon = Daemon::start(&[])?;
     ensure!(TcpStream::connect(ADDRESS).is_err(), "metrics are served though nobody asked for them");
     daemon.stop()?;
-    let path = daemon.path("config.toml");
-    let config = fs::read_to_string(&path)?;
-    fs::write(&path, format!("{config}[metrics]\naddress = {ADDRESS:?}\n"))?;
+    daemon.configure(&format!("[metrics]\naddress = {ADDRESS:?}\n"))?;
     daemon.serve()?;
     let client = Client::connect(&daemon)?;
     Ok((daemon, client))

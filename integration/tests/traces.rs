@@ -7,7 +7,7 @@ use std::{
     fs,
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 use tonic::transport::Endpoint;
@@ -15,6 +15,7 @@ use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     go, node,
+    process::Process,
     prometheus::Scrape,
     wait::until,
 };
@@ -44,22 +45,15 @@ struct Span {
 
 /// Ends with its value.
 struct Collector {
-    process: Child,
+    _process: Process,
     file: PathBuf,
-}
-
-impl Drop for Collector {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl Collector {
     fn start(program: &Path, file: PathBuf) -> Result<Collector> {
         let process =
             Command::new(program).arg(COLLECTOR).arg(&file).stdin(Stdio::null()).spawn().context("start the collector")?;
-        let collector = Collector { process, file };
+        let collector = Collector { _process: process.into(), file };
         until("the collector listens", || Ok(TcpStream::connect(COLLECTOR).ok()))?;
         Ok(collector)
     }
@@ -83,14 +77,8 @@ fn one<'a>(spans: &'a [Span], name: &str) -> Result<&'a Span> {
 }
 
 fn daemon(tracing: &str) -> Result<Daemon> {
-    let mut daemon = Daemon::start(&[])?;
-    daemon.stop()?;
-    let path = daemon.path("config.toml");
-    let config = fs::read_to_string(&path)?;
     let tracing = format!("[tracing]\notlp_endpoint = \"http://{COLLECTOR}\"\n{tracing}");
-    fs::write(&path, format!("{config}[metrics]\naddress = {METRICS:?}\n{tracing}"))?;
-    daemon.serve()?;
-    Ok(daemon)
+    Daemon::configured(&format!("[metrics]\naddress = {METRICS:?}\n{tracing}"))
 }
 
 /// Runs a pod as a caller does who traces; returns its id.

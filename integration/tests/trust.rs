@@ -29,9 +29,8 @@ impl Ground {
         let added = registry.add(REPOSITORY, "v1", &[image::files_layer(&[("f", 0o644, b"content")])?], &config)?;
         let directory = tempfile::tempdir()?;
         let mut daemon = Daemon::prepare(&[])?;
-        let path = daemon.path("config.toml");
         let policy = directory.path().join("policy.json");
-        fs::write(&path, format!("{}[images]\npolicy = {policy:?}\n", fs::read_to_string(&path)?))?;
+        daemon.configure(&format!("[images]\npolicy = {policy:?}\n"))?;
         daemon.serve()?;
         let client = Client::connect(&daemon)?;
         Ok(Ground { registry, daemon, client, added, directory })

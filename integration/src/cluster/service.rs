@@ -1,10 +1,11 @@
 //! A program of the control plane in the background, with its output in a file.
 
+use crate::process::Process;
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 /// Lines of a log that an error carries.
@@ -14,7 +15,7 @@ const LOG_LINES: usize = 40;
 #[derive(Debug)]
 pub(super) struct Service {
     name: &'static str,
-    process: Child,
+    process: Process,
     log: PathBuf,
 }
 
@@ -26,7 +27,7 @@ impl Service {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let process = command.spawn().with_context(|| format!("start {name}"))?;
-        Ok(Service { name, process, log })
+        Ok(Service { name, process: process.into(), log })
     }
 
     /// Fails, with the end of its log, if it has ended.
@@ -40,13 +41,6 @@ impl Service {
     /// The end of what it wrote.
     pub(super) fn log(&self) -> String {
         last_lines(&self.log, LOG_LINES)
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 

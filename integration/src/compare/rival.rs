@@ -123,8 +123,7 @@ fn mount_data(data: &Path) -> Result<()> {
 
 fn windlass(products: &Path, registry: Registry, network: Network, tmpfs: bool, layers: &str) -> Result<Rival> {
     let mut daemon = Daemon::prepare(&[])?;
-    let own = fs::read_to_string(daemon.path("config.toml"))?;
-    fs::write(daemon.path("config.toml"), own + &format!("[images]\nlayers = {layers:?}\n"))?;
+    daemon.configure(&format!("[images]\nlayers = {layers:?}\n"))?;
     let data = daemon.root();
     if tmpfs {
         mount_data(&data)?;

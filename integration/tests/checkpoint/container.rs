@@ -199,8 +199,7 @@ fn an_image_that_is_a_checkpoint_runs_where_that_is_allowed() -> Result<()> {
             "{refused}"
         );
         let Ground { mut daemon, client, config, pod, before } = ground;
-        let file = daemon.path("config.toml");
-        fs::write(&file, fs::read_to_string(&file)? + "restore_images = true\n")?;
+        daemon.configure("restore_images = true\n")?;
         daemon.stop()?;
         daemon.serve()?;
         drop(client);

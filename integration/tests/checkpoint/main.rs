@@ -16,7 +16,7 @@ use windlass_integration::{
     daemon::Daemon,
     go,
     ground::Ground,
-    image, node,
+    node,
     wait::until,
 };
 use windlass_proto::cri;
@@ -35,16 +35,7 @@ fn with_criu(body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
 /// A daemon whose CRIU is `program`, or the real one.
 fn daemon(program: Option<&Path>) -> Result<Daemon> {
     let program = program.map_or_else(criu::program, |program| Ok(program.to_owned()))?;
-    let mut daemon = Daemon::prepare(&[])?;
-    let config = daemon.path("config.toml");
-    let text = fs::read_to_string(&config)? + &format!("[checkpoint]\ncriu = {program:?}\n");
-    fs::write(config, text)?;
-    let archive = daemon.path("images.tar");
-    image::write_archive(&archive)?;
-    daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
-    fs::remove_file(archive)?;
-    daemon.serve()?;
-    Ok(daemon)
+    Daemon::configured(&format!("[checkpoint]\ncriu = {program:?}\n"))
 }
 
 /// A pod on a daemon with the real CRIU.

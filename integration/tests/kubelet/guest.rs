@@ -187,12 +187,7 @@ fn a_kubelet_with_its_own_cadvisor_shows_labels() -> Result<()> {
     GUEST.test("a_kubelet_with_its_own_cadvisor_shows_labels", || {
         node::run(|| {
             tell_clock()?;
-            let mut daemon = Daemon::start(&[])?;
-            daemon.stop()?;
-            let file = daemon.path("config.toml");
-            let config = fs::read_to_string(&file)?;
-            fs::write(&file, format!("{config}[cadvisor]\ncontainerd_socket = {CONTAINERD:?}\n"))?;
-            daemon.serve()?;
+            let daemon = Daemon::configured(&format!("[cadvisor]\ncontainerd_socket = {CONTAINERD:?}\n"))?;
             let bench = Bench::over(daemon, json!({}))?;
             labels_of_cadvisor(&bench).with_context(|| bench.kubelet.log_of(&["cadvisor", "containerd", "manager.go"]))?;
             bench.end()

@@ -41,13 +41,12 @@ impl Ground {
     fn under(lines: &str, environment: &[(&'static str, &str)]) -> Result<Ground> {
         let mut daemon = Daemon::prepare(&[])?;
         daemon.environment = environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-        let (config, directory) = (daemon.path("config.toml"), daemon.path(""));
+        let directory = daemon.path("");
         let at = |name: &str| directory.join(name).display().to_string();
-        let text = fs::read_to_string(&config)?;
         let (certs, conf, auth) = (at("certs.d"), at("registries.conf"), at("auth.json"));
         let images =
             format!("[images]\nregistry_config_dir = {certs:?}\nregistries_conf = {conf:?}\nauth_file = {auth:?}\n{lines}");
-        fs::write(&config, format!("{text}{images}"))?;
+        daemon.configure(&images)?;
         daemon.serve()?;
         let client = Client::connect(&daemon)?;
         Ok(Ground { daemon, client })

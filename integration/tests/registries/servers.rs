@@ -12,9 +12,9 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
-use windlass_integration::{image, node::output_of};
+use windlass_integration::{image, node::output_of, process::Process};
 
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -78,19 +78,12 @@ pub(crate) fn digest(bytes: &[u8]) -> String {
 
 /// A registry's process; its end comes with the drop.
 pub(crate) struct Server {
-    process: Child,
+    _process: Process,
     pub(crate) address: String,
     scheme: &'static str,
     /// What curl needs to push.
     arguments: Vec<String>,
     directory: PathBuf,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 /// How a distribution registry is reached.
@@ -121,10 +114,11 @@ impl Server {
         fs::write(&path, config.to_string())?;
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&path).env("OTEL_TRACES_EXPORTER", "none").stdin(Stdio::null());
-        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().context("start docker-registry")?;
+        let mut process =
+            Process::from(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().context("start docker-registry")?);
         let log = BufReader::new(process.stderr.take().context("its log")?);
         let mut server = Server {
-            process,
+            _process: process,
             address: String::new(),
             scheme: if ways.tls.is_some() { "https" } else { "http" },
             arguments: Vec::new(),
@@ -168,11 +162,11 @@ impl Server {
             command.args(["-login", login]);
             arguments.extend(["--user".into(), login.to_owned()]);
         }
-        let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let mut process = Process::from(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?);
         let mut address = String::new();
         BufReader::new(process.stdout.take().context("its output")?).read_line(&mut address)?;
         let scheme = if tls.is_some() { "https" } else { "http" };
-        Ok(Server { process, address: address.trim().into(), scheme, arguments, directory: directory.to_owned() })
+        Ok(Server { _process: process, address: address.trim().into(), scheme, arguments, directory: directory.to_owned() })
     }
 
     /// `127.0.0.1:port/rest`
