@@ -59,7 +59,7 @@ pub struct Record {
     /// The systemd scope in it that holds them; empty where the parent does.
     #[serde(default)]
     pub scope: String,
-    /// Path in the v2 tree of the cgroup that the monitor's leaf is made in; empty where that is the pod's.
+    /// Path in the v2 tree of the cgroup that the monitor's leaf is made in; empty where that is the pod's, as with a scope it always is.
     #[serde(default)]
     pub monitor_parent: String,
     /// The parent is the pod's alone, and was not there before the pod.
@@ -182,15 +182,11 @@ impl Record {
     /// Path of the monitor's leaf in the v2 tree. Without a scope, which has the pod's id, the leaf has it for its name: kubelet and cAdvisor
     /// look there for the sandbox.
     pub fn monitor_path(&self) -> String {
-        let in_scope = !self.scope.is_empty();
-        match self.monitor_parent.as_str() {
-            "" if in_scope => below(&self.cgroup(), "monitor"),
-            "" if self.leaf_has_id => below(&self.cgroup(), &self.id),
-            "" => below(&self.cgroup(), &format!("{}-monitor", self.id)),
-            parent if in_scope => below(parent, &format!("monitor-{}", self.short_id())),
-            parent if self.leaf_has_id => below(parent, &self.id),
-            parent => below(parent, &format!("{}-monitor", self.id)),
+        if !self.scope.is_empty() {
+            return below(&self.cgroup(), "monitor");
         }
+        let parent = if self.monitor_parent.is_empty() { &self.cgroup_parent } else { &self.monitor_parent };
+        below(parent, &if self.leaf_has_id { self.id.clone() } else { format!("{}-monitor", self.id) })
     }
 
     /// Path of the leaf of the built-in init of a shared pid namespace. No id is in it, which would name a second sandbox.
