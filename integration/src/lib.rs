@@ -1,5 +1,6 @@
 //! The harness: a real daemon in mount and network namespaces of its own, driven over the CRI on the real kernel.
 
+pub mod ahead;
 pub mod build;
 pub mod client;
 pub mod cluster;

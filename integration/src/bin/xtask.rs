@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use windlass_integration::{build, cluster::command as cluster, compare, demo, measure, package, suite, upgrade};
+use windlass_integration::{ahead, build, cluster::command as cluster, compare, demo, measure, package, suite, upgrade};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -46,6 +46,9 @@ enum Command {
     },
     /// Set up, build, and run every test.
     Test,
+    /// What `test` leaves to the background.
+    #[command(hide = true)]
+    BuildAhead,
 }
 
 fn main() -> ExitCode {
@@ -72,5 +75,6 @@ fn run(command: &Command) -> Result<bool> {
         Command::Suites(options) => compare::suites::run(options),
         Command::Upgrade { from } => upgrade::run(from).map(|()| true),
         Command::Test => suite::run(),
+        Command::BuildAhead => Ok(ahead::build()),
     }
 }
