@@ -3,35 +3,26 @@
 use anyhow::{Context, Result, ensure};
 use tonic::Code;
 use windlass_integration::{
-    client::{Client, container, pod},
+    client::{container, pod},
     daemon::Daemon,
+    ground::Ground,
     leak::Snapshot,
     node,
 };
 use windlass_proto::cri;
 
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
-
-fn ground() -> Result<Ground> {
-    let daemon = Daemon::start(&[])?;
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let pod = client.run(&config)?;
-    let before = Snapshot::take(&daemon)?;
-    Ok(Ground { daemon, client, config, pod, before })
+/// A pod, and what there is beside it.
+fn ground() -> Result<(Ground, Snapshot)> {
+    let ground = Ground::on(Daemon::start(&[])?)?;
+    let before = Snapshot::take(&ground.daemon)?;
+    Ok((ground, before))
 }
 
 /// Creation of a container changed by `change` must fail with `code` and a message that contains `words`.
 fn refused(code: Code, words: &[&str], change: impl FnOnce(&mut cri::ContainerConfig) + Send + 'static) -> Result<()> {
     let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
     node::run(move || {
-        let ground = ground()?;
+        let (ground, before) = ground()?;
         let mut wanted = container(&ground.config, "main", &["sleep", "1000"]);
         change(&mut wanted);
         let error = ground.client.create(&ground.pod, &ground.config, &wanted).expect_err("refused");
@@ -39,7 +30,7 @@ fn refused(code: Code, words: &[&str], change: impl FnOnce(&mut cri::ContainerCo
         for word in &words {
             ensure!(error.message().contains(word), "{word:?} in {:?}", error.message());
         }
-        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
     })
 }
 
@@ -118,7 +109,7 @@ fn a_limit_of_the_wrong_sign() -> Result<()> {
 #[test]
 fn an_entrypoint_that_is_not_there_is_an_exited_container() -> Result<()> {
     node::run(|| {
-        let ground = ground()?;
+        let (ground, before) = ground()?;
         let wanted = container(&ground.config, "main", &["/no/such/entrypoint"]);
         let outcome = ground.client.create(&ground.pod, &ground.config, &wanted).map_err(anyhow::Error::from);
         let id = outcome.context("creation does not look at the entrypoint")?;
@@ -128,14 +119,14 @@ fn an_entrypoint_that_is_not_there_is_an_exited_container() -> Result<()> {
         ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
         ensure!(status.exit_code == 128 && status.reason == "StartError", "{status:?}");
         ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
-        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
     })
 }
 
 #[test]
 fn a_working_directory_that_cannot_be_used_is_an_exited_container() -> Result<()> {
     node::run(|| {
-        let ground = ground()?;
+        let (ground, before) = ground()?;
         let mut wanted = container(&ground.config, "main", &["true"]);
         wanted.working_dir = "/etc/passwd".into();
         let id = ground.client.create(&ground.pod, &ground.config, &wanted)?;
@@ -145,30 +136,30 @@ fn a_working_directory_that_cannot_be_used_is_an_exited_container() -> Result<()
         ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
         ensure!(status.exit_code == 128 && status.reason == "StartError", "{status:?}");
         ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
-        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
     })
 }
 
 #[test]
 fn an_unknown_runtime_handler() -> Result<()> {
     node::run(|| {
-        let ground = ground()?;
+        let (ground, before) = ground()?;
         let config = pod(&ground.daemon.path("logs"));
         let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: "kata".into() };
         let error = ground.client.run_pod_sandbox(request).expect_err("unknown handler");
         ensure!(error.code() == Code::InvalidArgument && error.message().contains("kata"), "{error}");
-        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
     })
 }
 
 #[test]
 fn a_sysctl_of_the_host() -> Result<()> {
     node::run(|| {
-        let ground = ground()?;
+        let (ground, before) = ground()?;
         let mut config = pod(&ground.daemon.path("logs"));
         config.linux.get_or_insert_default().sysctls = [("vm.swappiness".to_owned(), "10".to_owned())].into();
         let error = ground.client.run(&config).expect_err("not namespaced");
         ensure!(error.code() == Code::InvalidArgument && error.message().contains("vm.swappiness"), "{error}");
-        ground.before.expect_same(&Snapshot::take(&ground.daemon)?)
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
     })
 }

@@ -9,72 +9,46 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 use tonic::Code;
 use windlass_integration::{
-    client::{Client, container, host_network, pod},
+    client::{container, host_network, pod},
     daemon::Daemon,
-    image,
-    leak::Snapshot,
-    node, setup,
+    ground::Ground,
+    image, node, setup,
 };
 use windlass_proto::cri;
 
 /// An image that tries.
 const HOSTILE: &str = "localhost/hostile:test";
 
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
-
 /// A pod on a daemon whose hostile image has this layer on top, and these fields in its configuration.
 fn ground(layer: Option<Vec<u8>>, fields: serde_json::Value) -> Result<Ground> {
     let mut layers = image::layers()?.to_vec();
     let plain = (image::BUSYBOX, layers.clone(), json!({}));
     layers.extend(layer);
-    let daemon = Daemon::start_with(vec![plain, (HOSTILE, layers, fields)])?;
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let before = Snapshot::warm(&daemon, &client)?;
-    let pod = client.run(&config)?;
-    Ok(Ground { daemon, client, config, pod, before })
+    Ground::on(Daemon::start_with(vec![plain, (HOSTILE, layers, fields)])?)
 }
 
-impl Ground {
-    fn wanted(&self, name: &str, command: &[&str]) -> cri::ContainerConfig {
+/// Containers of the hostile image.
+trait Hostile {
+    fn hostile(&self, name: &str, command: &[&str]) -> cri::ContainerConfig;
+
+    /// What a script in a new one prints.
+    fn output(&self, name: &str, script: &str) -> Result<String>;
+}
+
+impl Hostile for Ground {
+    fn hostile(&self, name: &str, command: &[&str]) -> cri::ContainerConfig {
         let mut wanted = container(&self.config, name, command);
         wanted.image = Some(cri::ImageSpec { image: HOSTILE.into(), ..Default::default() });
         wanted
     }
 
-    fn run(&self, wanted: &cri::ContainerConfig) -> Result<String> {
-        let id = self.client.create(&self.pod, &self.config, wanted)?;
-        self.client.start(&id)?;
-        Ok(id)
-    }
-
-    /// What a script in a new container of the hostile image prints.
     fn output(&self, name: &str, script: &str) -> Result<String> {
-        let id = self.run(&self.wanted(name, &["sleep", "1000"]))?;
+        let id = self.launch(&self.hostile(name, &["sleep", "1000"]))?;
         let reply = self.client.exec(&id, &["/bin/sh", "-c", &format!("({script}) 2>&1")])?;
         Ok(String::from_utf8_lossy(&reply.stdout).trim().to_owned())
-    }
-
-    fn log(&self, name: &str) -> String {
-        fs::read_to_string(Path::new(&self.config.log_directory).join(format!("{name}.log"))).unwrap_or_default()
-    }
-
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
     }
 }
 
@@ -89,19 +63,19 @@ fn a_working_directory_behind_a_descriptor() -> Result<()> {
         let script = format!("ls /proc/self/fd; cat {away} && echo escaped");
         for descriptor in 3..24 {
             let name = format!("fd-{descriptor}");
-            let mut wanted = ground.wanted(&name, &["/bin/sh", "-c", &script]);
+            let mut wanted = ground.hostile(&name, &["/bin/sh", "-c", &script]);
             if descriptor != 9 {
                 wanted.working_dir = format!("/proc/self/fd/{descriptor}");
             }
-            let Ok(id) = ground.run(&wanted) else { continue };
+            let Ok(id) = ground.launch(&wanted) else { continue };
             ground.client.exited(&id)?;
             let log = ground.log(&name);
             ensure!(!log.contains("escaped") && !log.contains("of the host"), "{name}: {log}");
         }
         // What a process of the container finds among its own descriptors: its streams, and the directory that ls reads.
-        let mut wanted = ground.wanted("descriptors", &["/bin/sh", "-c", "echo have $(ls /proc/self/fd)"]);
+        let mut wanted = ground.hostile("descriptors", &["/bin/sh", "-c", "echo have $(ls /proc/self/fd)"]);
         wanted.working_dir = "/".into();
-        let id = ground.run(&wanted)?;
+        let id = ground.launch(&wanted)?;
         ground.client.exited(&id)?;
         ensure!(ground.log("descriptors").contains("have 0 1 2 3\n"), "{}", ground.log("descriptors"));
         ground.end()
@@ -123,7 +97,7 @@ fn the_runtimes_program_cannot_be_changed_from_inside() -> Result<()> {
         // Any process whose program is not the container's own shell is written to, as soon as it is seen.
         let hunt = "while :; do for p in /proc/[0-9]*; do case \"$(readlink $p/exe)\" in /bin/*|'') ;; *) \
                     echo \"seen $p\"; (echo hacked > $p/exe) && echo escaped;; esac; done; done 2>/dev/null";
-        let id = ground.run(&ground.wanted("hunter", &["/bin/sh", "-c", hunt]))?;
+        let id = ground.launch(&ground.hostile("hunter", &["/bin/sh", "-c", hunt]))?;
         for _ in 0..30 {
             let reply = ground.client.exec(&id, &["/evil"]);
             ensure!(!reply.is_ok_and(|reply| reply.exit_code == 0), "/proc/self/exe was something that could run");
@@ -155,9 +129,9 @@ fn masked_paths_and_the_console_with_links_in_the_image() -> Result<()> {
         )?;
         let lines: Vec<&str> = seen.lines().filter(|line| !line.contains(':')).collect();
         ensure!(lines == ["character special file", "0", "0", "kept", "kept"], "{seen}");
-        let mut wanted = ground.wanted("terminal", &["/bin/sh", "-c", "stat -c %F /dev/console; stat -f -c %T /dev/console"]);
+        let mut wanted = ground.hostile("terminal", &["/bin/sh", "-c", "stat -c %F /dev/console; stat -f -c %T /dev/console"]);
         wanted.tty = true;
-        let id = ground.run(&wanted)?;
+        let id = ground.launch(&wanted)?;
         ground.client.exited(&id)?;
         let log = ground.log("terminal");
         ensure!(log.contains("character special file") && !log.contains("proc"), "{log}");
@@ -175,7 +149,7 @@ fn writes_to_proc_are_not_led_elsewhere() -> Result<()> {
         let outside = PathBuf::from("/tmp/led");
         ensure!(!outside.exists(), "/tmp/led is in the way of this test");
         // Whether it runs is its own affair; if it does, what is masked must be.
-        if let Ok(id) = ground.run(&ground.wanted("led", &["/bin/sleep", "1000"])) {
+        if let Ok(id) = ground.launch(&ground.hostile("led", &["/bin/sleep", "1000"])) {
             let script = "head -c 1 /proc/kcore | wc -c; (echo x > /proc/sys/kernel/core_pattern) && echo written";
             let reply = ground.client.exec(&id, &["/bin/sh", "-c", script])?;
             let seen = String::from_utf8_lossy(&reply.stdout).trim().to_owned();
@@ -207,7 +181,7 @@ fn control_groups_cannot_be_written_or_mounted() -> Result<()> {
 fn numbers_of_users_do_not_come_around() -> Result<()> {
     node::run(|| {
         let ground = ground(None, json!({ "User": "4294967296:4294967296" }))?;
-        let wanted = ground.wanted("image", &["id"]);
+        let wanted = ground.hostile("image", &["id"]);
         let error = ground.client.create(&ground.pod, &ground.config, &wanted).expect_err("refused");
         ensure!(error.message().contains("4294967296"), "{error}");
         for value in [4_294_967_296, 4_294_967_295, -1, i64::MIN] {
@@ -292,7 +266,7 @@ fn files_of_the_pod_are_not_written_through_links() -> Result<()> {
         let ground = ground(Some(layer), json!({}))?;
         let mut started = BTreeMap::new();
         for name in ["first", "second"] {
-            if let Ok(id) = ground.run(&ground.wanted(name, &["/bin/sleep", "1000"])) {
+            if let Ok(id) = ground.launch(&ground.hostile(name, &["/bin/sleep", "1000"])) {
                 let script =
                     format!("echo x > /etc/hosts; rm -f /tmp/l; ln -s {away} /tmp/l; echo x > /tmp/l; cat {away} | head -c 9");
                 let reply = ground.client.exec(&id, &["/bin/sh", "-c", &script])?;
@@ -303,7 +277,7 @@ fn files_of_the_pod_are_not_written_through_links() -> Result<()> {
         ensure!(fs::read_to_string(&marker)? == "untouched");
         ensure!(fs::read_dir(victim.path())?.count() == 1);
         // The log's place is kubelet's; a name that leads out of it is refused.
-        let mut wanted = ground.wanted("log", &["/bin/true"]);
+        let mut wanted = ground.hostile("log", &["/bin/true"]);
         for path in [away.as_str(), "../marker", "a/../../marker"] {
             wanted.log_path = path.into();
             let error = ground.client.create(&ground.pod, &ground.config, &wanted).expect_err("refused");

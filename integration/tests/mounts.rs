@@ -8,44 +8,34 @@ use std::{
     path::{Path, PathBuf},
 };
 use tonic::Code;
-use windlass_integration::{
-    client::{Client, container, pod},
-    daemon::Daemon,
-    image,
-    leak::Snapshot,
-    node,
-};
+use windlass_integration::{client::container, daemon::Daemon, ground::Ground, image, node};
 use windlass_proto::cri;
 
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
-
 fn ground() -> Result<Ground> {
-    stand_on(Daemon::start(&[])?)
+    Ground::on(Daemon::start(&[])?)
 }
 
-fn stand_on(daemon: Daemon) -> Result<Ground> {
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let before = Snapshot::warm(&daemon, &client)?;
-    let pod = client.run(&config)?;
-    Ok(Ground { daemon, client, config, pod, before })
+/// Containers with these volumes.
+trait Volumes {
+    fn wanted(&self, name: &str, mounts: Vec<cri::Mount>) -> cri::ContainerConfig;
+
+    fn with_volumes(&self, name: &str, mounts: Vec<cri::Mount>) -> Result<String>;
+
+    fn refused(&self, code: Code, words: &[&str], mount: cri::Mount) -> Result<()>;
+
+    /// What a script prints; it must succeed.
+    fn shell(&self, id: &str, script: &str) -> Result<String>;
+
+    fn fails(&self, id: &str, script: &str, why: &str) -> Result<()>;
 }
 
-impl Ground {
+impl Volumes for Ground {
     fn wanted(&self, name: &str, mounts: Vec<cri::Mount>) -> cri::ContainerConfig {
         cri::ContainerConfig { mounts, ..container(&self.config, name, &["sleep", "1000"]) }
     }
 
-    fn start(&self, name: &str, mounts: Vec<cri::Mount>) -> Result<String> {
-        let id = self.client.create(&self.pod, &self.config, &self.wanted(name, mounts))?;
-        self.client.start(&id)?;
-        Ok(id)
+    fn with_volumes(&self, name: &str, mounts: Vec<cri::Mount>) -> Result<String> {
+        self.launch(&self.wanted(name, mounts))
     }
 
     fn refused(&self, code: Code, words: &[&str], mount: cri::Mount) -> Result<()> {
@@ -57,7 +47,6 @@ impl Ground {
         Ok(())
     }
 
-    /// What a script prints; it must succeed.
     fn shell(&self, id: &str, script: &str) -> Result<String> {
         let run = self.client.exec(id, &["sh", "-c", script])?;
         ensure!(run.exit_code == 0, "{script}: {}", String::from_utf8_lossy(&run.stderr));
@@ -69,11 +58,6 @@ impl Ground {
         let said = String::from_utf8_lossy(&run.stderr).into_owned();
         ensure!(run.exit_code != 0 && said.contains(why), "{script}: exit {}, {said:?}", run.exit_code);
         Ok(())
-    }
-
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
     }
 }
 
@@ -125,7 +109,7 @@ fn an_image_volume_shows_its_image_and_outlives_it() -> Result<()> {
         fs::remove_file(archive)?;
         let mut daemon = daemon;
         daemon.serve()?;
-        let ground = stand_on(daemon)?;
+        let ground = Ground::on(daemon)?;
         let data = "localhost/data:test";
         let status = ground.client.image_status(cri::ImageStatusRequest {
             image: Some(cri::ImageSpec { image: data.into(), ..Default::default() }),
@@ -142,7 +126,7 @@ fn an_image_volume_shows_its_image_and_outlives_it() -> Result<()> {
             of_image("/sub", image::BUSYBOX, "etc"),
             noexec,
         ];
-        let id = ground.start("main", mounts)?;
+        let id = ground.with_volumes("main", mounts)?;
         for path in ["/whole/probe", "/by/id/probe", "/file", "/one/probe"] {
             ground.shell(&id, &format!("cmp {path} /probe && {path} exit 0"))?;
         }
@@ -190,7 +174,7 @@ fn options_of_a_volume_hold_below_it_too() -> Result<()> {
         let option = |name: &str| cri::Mount { mount_options: vec![name.into()], ..bind(&volume.0, "/data") };
         let all =
             cri::Mount { mount_options: ["noexec", "nodev", "nosuid"].map(str::to_owned).to_vec(), ..bind(&volume.0, "/all") };
-        let id = ground.start("main", vec![bind(&volume.0, "/data"), all])?;
+        let id = ground.with_volumes("main", vec![bind(&volume.0, "/data"), all])?;
         for place in ["busybox", "inner/busybox"] {
             ground.shell(&id, &format!("/data/{place} true && echo > /all/{place}.new"))?;
             ground.fails(&id, &format!("/all/{place} true"), "Permission denied")?;
@@ -217,7 +201,7 @@ fn read_only_volumes_recursive_and_not() -> Result<()> {
         let volume = Nested::make(ground.daemon.path("volume"))?;
         let top = cri::Mount { readonly: true, ..bind(&volume.0, "/top") };
         let all = cri::Mount { readonly: true, recursive_read_only: true, ..bind(&volume.0, "/all") };
-        let id = ground.start("main", vec![top, all])?;
+        let id = ground.with_volumes("main", vec![top, all])?;
         ground.shell(&id, "echo > /top/inner/written")?;
         for path in ["/top/x", "/all/x", "/all/inner/x"] {
             ground.fails(&id, &format!("echo > {path}"), "Read-only file system")?;
@@ -250,7 +234,7 @@ fn sources_and_targets_of_every_kind() -> Result<()> {
             bind(&host.join("real"), "/a/new"),
             bind(&shared, "/dev/shm"),
         ];
-        let id = ground.start("main", mounts)?;
+        let id = ground.with_volumes("main", mounts)?;
         for path in ["/a/new/directory/file", "/a/new/file", "/etc/group", "/new/file"] {
             ensure!(ground.shell(&id, &format!("cat {path}"))? == "content", "{path}");
         }
@@ -273,7 +257,7 @@ fn volumes_of_other_file_systems_keep_their_kind() -> Result<()> {
             mount(Some(kind), &at, Some(kind), MsFlags::empty(), Some(options)).with_context(|| format!("mount {kind}"))?;
             mounts.push(bind(&at, &format!("/volumes/{kind}")));
         }
-        let id = ground.start("main", mounts)?;
+        let id = ground.with_volumes("main", mounts)?;
         let seen = ground.shell(&id, "grep ' /volumes/' /proc/self/mountinfo | sed 's/.* - //' | sort")?;
         let kinds: Vec<&str> = seen.lines().filter_map(|line| line.split(' ').next()).collect();
         ensure!(kinds == ["hugetlbfs", "tmpfs"] && seen.contains("pagesize=2M") && seen.contains("size=128k"), "{seen}");
@@ -302,7 +286,7 @@ fn links_of_an_image_never_lead_outside() -> Result<()> {
         image::write_archive_of(&archive, image::BUSYBOX, vec![busybox, probe, image::links_layer(&hostile)?])?;
         daemon.windlass(&["image", "import", &archive.to_string_lossy()])?;
         daemon.serve()?;
-        let ground = stand_on(daemon)?;
+        let ground = Ground::on(daemon)?;
         let volume = ground.daemon.path("volume");
         fs::create_dir(&volume)?;
         let mounts = vec![bind(&volume, "/abs/made/here"), bind(&volume, "/rel/there"), bind(&volume, "/etc/volume")];

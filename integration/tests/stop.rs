@@ -6,65 +6,40 @@ use std::{
     fs,
     time::{Duration, Instant},
 };
-use windlass_integration::{
-    client::{Client, container, pod},
-    daemon::Daemon,
-    image,
-    leak::Snapshot,
-    node,
-};
+use windlass_integration::{client::Client, daemon::Daemon, ground::Ground, image, node, wait::until};
 use windlass_proto::cri;
 
 /// An image whose own stop signal is SIGRTMIN+5.
 const QUITTING: &str = "localhost/quitting:test";
 
-struct Ground {
-    daemon: Daemon,
-    client: Client,
-    config: cri::PodSandboxConfig,
-    pod: String,
-    before: Snapshot,
-}
-
 fn ground() -> Result<Ground> {
     let layers = || image::layers().map(|layers| layers.to_vec());
     let images = vec![(image::BUSYBOX, layers()?, json!({})), (QUITTING, layers()?, json!({ "StopSignal": "SIGRTMIN+5" }))];
-    let daemon = Daemon::start_with(images)?;
-    let client = Client::connect(&daemon)?;
-    let config = pod(&daemon.path("logs"));
-    let before = Snapshot::warm(&daemon, &client)?;
-    let pod = client.run(&config)?;
-    Ok(Ground { daemon, client, config, pod, before })
+    Ground::on(Daemon::start_with(images)?)
 }
 
-impl Ground {
+/// Containers that are to end.
+trait Ends {
     /// A running shell that has executed `script` up to its line `ready`.
+    fn shell(&self, name: &str, script: &str, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String>;
+
+    /// The exit code, which must be there without any wait.
+    fn code(&self, id: &str) -> Result<i32>;
+}
+
+impl Ends for Ground {
     fn shell(&self, name: &str, script: &str, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
         let script = format!("{script}; echo ready; while :; do sleep 0.05; done");
-        let mut wanted = container(&self.config, name, &["sh", "-c", &script]);
-        change(&mut wanted);
-        let id = self.client.create(&self.pod, &self.config, &wanted)?;
-        self.client.start(&id)?;
-        let log = std::path::Path::new(&self.config.log_directory).join(&wanted.log_path);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !fs::read_to_string(&log).unwrap_or_default().contains("ready") {
-            ensure!(Instant::now() < deadline, "{name} is not ready");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let id = self.start(name, &["sh", "-c", &script], change)?;
+        until("the line ready", || Ok(self.log(name).contains("ready").then_some(())))?;
         Ok(id)
     }
 
-    /// The exit code, which must be there without any wait.
     fn code(&self, id: &str) -> Result<i32> {
         let status = self.client.container(id)?;
         ensure!(status.state() == cri::ContainerState::ContainerExited, "the reply came before the end: {status:?}");
         ensure!(status.finished_at > 0, "{status:?}");
         Ok(status.exit_code)
-    }
-
-    fn end(self) -> Result<()> {
-        self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
     }
 }
 
