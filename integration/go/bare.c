@@ -1,6 +1,6 @@
-/* bare-NAME ARGUMENTS: runs NAME, an OCI runtime beside this program, after blanking what the bundle it is given says of CPUs. containerd
- * asks for two shares for each pod and kubelet for a period, which runc and crun refuse where the cpu controller is on cgroup v1.
- * Costs some 100 us. */
+/* bare-NAME ARGUMENTS: runs NAME, an OCI runtime beside this program, after blanking what the bundle it is given says of CPUs and memory.
+ * containerd asks for two shares for each pod and kubelet for a period, and pods have limits, which runc and crun refuse where these
+ * controllers are on cgroup v1. Costs some 100 us. */
 #include <ctype.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -9,6 +9,16 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Blanks the first object of this name, which has none inside. */
+static void blank_object(char *text, size_t size, const char *key) {
+	char *at = memmem(text, size, key, strlen(key));
+	if (at) {
+		at += strlen(key);
+		while (at < text + size && *at != '}')
+			*at++ = ' ';
+	}
+}
 
 static void blank(const char *bundle) {
 	char path[PATH_MAX];
@@ -20,13 +30,8 @@ static void blank(const char *bundle) {
 	char *text = mmap(0, st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (text == MAP_FAILED)
 		return;
-	static const char key[] = "\"cpu\":{";
-	char *at = memmem(text, st.st_size, key, sizeof key - 1);
-	if (at) {
-		at += sizeof key - 1;
-		while (at < text + st.st_size && *at != '}')
-			*at++ = ' ';
-	}
+	blank_object(text, st.st_size, "\"cpu\":{");
+	blank_object(text, st.st_size, "\"memory\":{");
 	munmap(text, st.st_size);
 	close(fd);
 }

@@ -47,8 +47,9 @@ pub fn step(title: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-fn packages() -> Result<()> {
-    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, program)| !Path::new(program).exists()).map(|(name, _)| *name).collect();
+/// Installs the Debian packages of a list whose files are not there.
+pub fn install(packages: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> = packages.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -83,7 +84,7 @@ pub fn cargo() -> Command {
 
 /// Installs what is missing and builds everything that a node or a test runs.
 pub fn all() -> Result<()> {
-    packages()?;
+    install(&PACKAGES)?;
     executing_busybox()?;
     let installed = output_of("rustup", &["target", "list", "--installed"]).context("rustup is needed for the static target")?;
     if !installed.lines().any(|line| line == STATIC_TARGET) {

@@ -28,6 +28,9 @@ const KIND_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kind");
 /// The one that builds Kubernetes' own programs.
 const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 
+/// The one that builds Kubernetes' suite of tests, its runner and the program in its images.
+const E2E_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/e2e");
+
 /// The one that builds etcd.
 const ETCD_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/etcd");
 
@@ -140,9 +143,7 @@ pub fn validation() -> Result<Validation> {
         // The slash at the end makes it a folder of programs.
         let output = validation.programs.join("");
         go_build(module, &["build", "-trimpath"], &output, &packages.each_ref().map(String::as_str))?;
-        let found = Command::new("go").args(["list", "-m", "-f", "{{.Dir}}", RUNTIME_TOOLS]).current_dir(module).output();
-        let found = String::from_utf8(found.context("run go list")?.stdout).context("folder of runtime-tools")?;
-        let packed = Path::new(found.trim()).join("rootfs-amd64.tar.gz");
+        let packed = folder_of(module, RUNTIME_TOOLS)?.join("rootfs-amd64.tar.gz");
         std::fs::copy(&packed, &validation.rootfs).with_context(|| format!("copy {}", packed.display())).map(drop)
     })?;
     Ok(validation)
@@ -208,15 +209,52 @@ pub fn kubernetes(name: &str) -> Result<PathBuf> {
             "health" => "./health".to_owned(),
             _ => format!("k8s.io/kubernetes/cmd/{name}"),
         };
-        let (major, minor) = (KUBERNETES_VERSION.split('.').next(), KUBERNETES_VERSION.split('.').nth(1));
-        let (major, minor) = (major.unwrap_or_default(), minor.unwrap_or_default());
-        let version = "k8s.io/component-base/version";
-        let flags = format!(
-            "-ldflags=-s -w -X {version}.gitVersion=v{KUBERNETES_VERSION} -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
-        );
-        go_build(module, &["build", "-trimpath", &flags], &program, &[&package])
+        go_build(module, &["build", "-trimpath", &kubernetes_flags()], &program, &[&package])
     })?;
     Ok(program)
+}
+
+/// For the linker: what Kubernetes' programs take for their version.
+fn kubernetes_flags() -> String {
+    let mut numbers = KUBERNETES_VERSION.split('.');
+    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    let version = "k8s.io/component-base/version";
+    format!(
+        "-ldflags=-s -w -X {version}.gitVersion=v{KUBERNETES_VERSION} -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
+    )
+}
+
+/// Kubernetes' suite of tests for a cluster.
+#[derive(Debug, Clone)]
+pub struct EndToEnd {
+    pub suite: PathBuf,
+    /// The runner of its kind of suite.
+    pub ginkgo: PathBuf,
+    /// What most of its images consist of.
+    pub agnhost: PathBuf,
+    /// Where Kubernetes has the other files of its images.
+    pub images: PathBuf,
+}
+
+/// Builds the suite unless `<target>/windlass-tools/e2e` holds the one of this recipe. Prints what it does.
+pub fn end_to_end() -> Result<EndToEnd> {
+    let dir = target_dir().join("windlass-tools/e2e");
+    let module = Path::new(E2E_MODULE);
+    let built = EndToEnd {
+        suite: dir.join("e2e.test"),
+        ginkgo: dir.join("ginkgo"),
+        agnhost: dir.join("agnhost"),
+        images: folder_of(module, "k8s.io/kubernetes")?.join("test/images"),
+    };
+    let products: [&Path; 3] = [&built.suite, &built.ginkgo, &built.agnhost];
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &products, || {
+        println!("building e2e.test of Kubernetes {KUBERNETES_VERSION} from Go modules into {} (five minutes)", dir.display());
+        let flags = kubernetes_flags();
+        go_build(module, &["build", "-trimpath", &flags], &built.ginkgo, &["github.com/onsi/ginkgo/v2/ginkgo"])?;
+        go_build(module, &["build", "-trimpath", &flags], &built.agnhost, &["k8s.io/kubernetes/test/images/agnhost"])?;
+        go_build(module, &["test", "-c", "-trimpath", &flags], &built.suite, &["k8s.io/kubernetes/test/e2e"])
+    })?;
+    Ok(built)
 }
 
 /// etcd's server: built unless `<target>/windlass-tools/etcd` holds the one of this recipe. Prints what it does.
@@ -229,6 +267,15 @@ pub fn etcd() -> Result<PathBuf> {
         go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &program, &["go.etcd.io/etcd/server/v3"])
     })?;
     Ok(program)
+}
+
+/// The unpacked folder of a module that `module` requires.
+fn folder_of(module: &Path, required: &str) -> Result<PathBuf> {
+    let mut list = Command::new("go");
+    list.args(["list", "-m", "-f", "{{.Dir}}", required]).current_dir(module).env("GOWORK", "off");
+    let output = list.output().context("run go list")?;
+    ensure!(output.status.success(), "go list {required}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(PathBuf::from(String::from_utf8(output.stdout).with_context(|| format!("the folder of {required}"))?.trim()))
 }
 
 /// Calls `build` unless `products` are there and the stamp in `dir` is that of the module's `inputs`. One process at a time.

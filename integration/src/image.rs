@@ -1,7 +1,7 @@
 //! Test images made from Debian's static busybox and the `probe` program, as an archive in the format of `docker save`.
 
 use crate::setup;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::{fs, io::Write, path::Path, process::Command};
@@ -129,6 +129,17 @@ pub fn write_archive_with(path: &Path, name: &str, layers: Vec<Vec<u8>>, fields:
     }
     fs::File::create(path)?.write_all(&builder.into_inner()?)?;
     Ok(())
+}
+
+/// The program that holds a pod's namespaces where the runtime wants one.
+pub fn pause() -> Result<Vec<u8>> {
+    let scratch = tempfile::tempdir()?;
+    let source = setup::workspace().join("integration/go/pause.c");
+    let output = scratch.path().join("pause");
+    let status =
+        Command::new("gcc").args(["-Os", "-static", "-s", "-o"]).arg(&output).arg(&source).status().context("run gcc")?;
+    ensure!(status.success(), "build {}: {status}", source.display());
+    fs::read(&output).context("read pause")
 }
 
 /// Bytes that do not compress, other ones for each seed; a multiple of eight.

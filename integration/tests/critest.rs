@@ -5,7 +5,7 @@ use std::{path::Path, process::Command, time::Duration};
 use windlass_integration::{
     critest::{self, Prepared, Run},
     daemon::Daemon,
-    go, node,
+    ginkgo, go, node,
     standin_registry::StandinRegistry,
 };
 
@@ -38,7 +38,7 @@ fn list(name: &str) -> String {
 const WEBSOCKET: [&str; 3] = ["-websocket-exec", "-websocket-attach", "-websocket-portforward"];
 
 /// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in this directory of `<target>`.
-fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Result<critest::Outcomes> {
+fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Result<ginkgo::Outcomes> {
     let suite = Prepared::new()?;
     let output = go::target_dir().join(directory);
     std::fs::create_dir_all(&output)?;
@@ -63,7 +63,7 @@ fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Re
 fn the_listed_specs_pass() {
     let outcomes = run_suite("critest", "", &[]).expect("a run of critest");
     let passed = outcomes.values().filter(|outcome| outcome.state == "passed").count();
-    let verdict = critest::compare(&outcomes, &list("must-pass.txt"), &list("not-yet.txt"));
+    let verdict = ginkgo::compare(&outcomes, &list("must-pass.txt"), &list("not-yet.txt"));
     println!("critest: {passed} of {} specs passed", outcomes.len());
     for name in &verdict.gained {
         println!("passes now, belongs to must-pass.txt: {name}");
@@ -76,13 +76,13 @@ fn the_listed_specs_pass() {
 #[test]
 fn the_listed_specs_pass_in_parallel() {
     let outcomes = run_suite("critest-parallel", "", &["-parallel", "4"]).expect("a parallel run of critest");
-    let broken = critest::broken(&outcomes, &list("must-pass.txt"));
+    let broken = ginkgo::broken(&outcomes, &list("must-pass.txt"));
     assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
 }
 
 #[test]
 fn the_streaming_specs_pass_over_websocket() {
     let outcomes = run_suite("critest-websocket", "Streaming", &WEBSOCKET).expect("a run of critest");
-    let broken = critest::broken(&outcomes, &list("must-pass-over-websocket.txt"));
+    let broken = ginkgo::broken(&outcomes, &list("must-pass-over-websocket.txt"));
     assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
 }

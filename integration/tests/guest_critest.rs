@@ -9,7 +9,9 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use windlass_integration::{critest, daemon::Daemon, go, guest, node, setup, standin::Images, standin_registry::StandinRegistry};
+use windlass_integration::{
+    critest, daemon::Daemon, ginkgo, go, guest, node, setup, standin::Images, standin_registry::StandinRegistry,
+};
 
 /// Set inside the guest: the directory that was prepared.
 const PREPARED: &str = "WINDLASS_GUEST_CRITEST";
@@ -48,7 +50,7 @@ fn the_specs_of_the_guests_list_pass() {
 }
 
 /// Prepares everything that needs a compiler or the network, and runs this program in the guest.
-fn boot() -> Result<critest::Outcomes> {
+fn boot() -> Result<ginkgo::Outcomes> {
     let directory = guest::scratch()?;
     let images = Images::build()?;
     let blobs = directory.path().join("images");
@@ -77,7 +79,7 @@ fn boot() -> Result<critest::Outcomes> {
         let _ = fs::copy(directory.path().join(name), kept.join(name));
     }
     let report = fs::read(directory.path().join("critest.json"));
-    critest::outcomes(&report.with_context(|| format!("no report; the guest said:\n{}", outcome.output))?)
+    ginkgo::outcomes(&report.with_context(|| format!("no report; the guest said:\n{}", outcome.output))?)
 }
 
 fn run_suite(directory: &Path, focus: &str) -> Result<()> {

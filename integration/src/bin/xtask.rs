@@ -38,6 +38,10 @@ enum Command {
     KeepCluster,
     /// Run the CRI's validation suite on Windlass and on containerd, and write the table of README.md. Needs half an hour.
     Suites(compare::suites::Options),
+    /// Run a part of Kubernetes' own suite in a cluster of one node over Windlass, then over containerd: what every node and every cluster has
+    /// to pass of pods, volumes, networks, workloads and kubectl. Compares with the lists in integration/conformance, and writes the table of
+    /// README.md. Needs an hour, and ten minutes more the first time.
+    E2e(compare::e2e::Options),
     /// Start pods with the daemon and monitors of an older revision, replace the daemon with today's, and show that no pod notices.
     Upgrade {
         /// The older revisions, as git names them.
@@ -73,6 +77,7 @@ fn run(command: &Command) -> Result<bool> {
         Command::Down => cluster::down().map(|()| true),
         Command::KeepCluster => cluster::keep().map(|()| true),
         Command::Suites(options) => compare::suites::run(options),
+        Command::E2e(options) => compare::e2e::run(options),
         Command::Upgrade { from } => upgrade::run(from).map(|()| true),
         Command::Test => suite::run(),
         Command::BuildAhead => Ok(ahead::build()),

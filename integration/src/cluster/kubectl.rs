@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
@@ -30,6 +30,11 @@ impl Kubectl {
     /// The namespace that it works in.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// The program itself.
+    pub fn program(&self) -> &Path {
+        &self.program
     }
 
     /// A command, to be started by the caller.

@@ -16,6 +16,7 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -47,23 +48,29 @@ pub(super) fn measure(ground: &Ground<'_>, kinds: &[Kind]) -> Result<()> {
 fn on_a_node(ground: &Ground<'_>, kind: Kind, programs: Programs) -> Result<Vec<Sample>> {
     let (products, registry) = (ground.products.to_owned(), ground.registry.twin());
     node::run(move || {
-        let none: Option<&str> = None;
-        // What kubelet mounts for pods has to reach a runtime in a mount namespace of its own.
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("share mounts")?;
+        share_mounts()?;
         let ground = Ground { products: &products, registry: &registry, tmpfs: false, layers: "auto" };
         let rival = ground.start_here(kind, Network::Own)?;
         let directory = tempfile::Builder::new().prefix("windlass-compare-").tempdir()?;
-        let prepare = |fields| {
-            let at = directory.path().join("kubelet");
-            Kubelet::prepare_over(programs.kubelet(), &at, &rival.socket, false, fields)
-        };
-        let cluster = Cluster::start_over(&programs, &directory.path().join("cluster"), &rival.socket, prepare)?;
+        let cluster = start(&programs, directory.path(), &rival.socket)?;
         let image = format!("{}/{}", registry.host(), images::RUN);
         let samples = full(&cluster, &rival, &image).with_context(|| format!("{}\n{}", rival.log(), cluster.logs()))?;
         drop(cluster);
         rival.stop()?;
         Ok(samples)
     })
+}
+
+/// What kubelet mounts for pods has to reach a runtime in a mount namespace of its own.
+pub(super) fn share_mounts() -> Result<()> {
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("share mounts")
+}
+
+/// A cluster over any runtime, with its files below `directory`.
+pub(super) fn start(programs: &Programs, directory: &Path, socket: &Path) -> Result<Cluster> {
+    let prepare = |fields| Kubelet::prepare_over(programs.kubelet(), &directory.join("kubelet"), socket, false, fields);
+    Cluster::start_over(programs, &directory.join("cluster"), socket, prepare)
 }
 
 fn full(cluster: &Cluster, rival: &Rival, image: &str) -> Result<Vec<Sample>> {

@@ -1,6 +1,6 @@
 //! The images that all runtimes get from the same registry: a small one to run, and those whose pulls are measured.
 
-use super::{config::PAUSE, products, streams};
+use super::{config::PAUSE, streams};
 use crate::{
     image,
     registry::{Packed, Registry},
@@ -54,7 +54,7 @@ pub(super) fn add_runnable(registry: &Registry) -> Result<()> {
     registry.add_packed("compare/run", "1", &[gzip(&busybox)?], &config(&["sh"]));
     let (name, tag) = streams::IMAGE.split_once(':').context("the image of streams has a tag")?;
     registry.add_packed(name, tag, &[gzip(&busybox)?, gzip(&probe)?], &config(&["sh"]));
-    let pause = image::programs_layer(&[("pause", &products::pause()?)])?;
+    let pause = image::programs_layer(&[("pause", &image::pause()?)])?;
     let (name, tag) = PAUSE.split_once(':').context("the pause image has a tag")?;
     registry.add_packed(name, tag, &[gzip(&pause)?], &config(&["/pause"]));
     Ok(())

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod config;
+pub mod e2e;
 mod images;
 mod kubelet;
 mod life;
@@ -10,6 +11,7 @@ mod lists;
 mod load;
 mod products;
 mod pull;
+mod results;
 mod rival;
 mod sharing;
 mod streams;

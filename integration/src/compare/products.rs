@@ -5,8 +5,13 @@
 //! A Go module is built in its own unpacked folder, so that its own go.mod and go.sum decide everything below it; what comes is pinned
 //! here by the checksum of the module.
 
-use crate::{build::step, go, next_release::NextRelease, setup};
-use anyhow::{Context, Result, bail, ensure};
+use crate::{
+    build::{self, step},
+    go,
+    next_release::NextRelease,
+    setup,
+};
+use anyhow::{Context, Result, bail};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -94,7 +99,7 @@ const PRODUCTS: [Product; 4] = [
 
 /// Builds what is missing; returns the folder of the programs. Prints what it does.
 pub(super) fn build() -> Result<PathBuf> {
-    packages()?;
+    build::install(&PACKAGES)?;
     let folder = go::target_dir().join("windlass-tools/peers");
     for product in &PRODUCTS {
         product.build(&folder)?;
@@ -108,16 +113,6 @@ pub(super) fn build() -> Result<PathBuf> {
         step(&format!("build {name}"), &mut gcc)?;
     }
     Ok(folder)
-}
-
-fn packages() -> Result<()> {
-    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    step("apt-get update", Command::new("apt-get").args(["update", "-qq"]))?;
-    let install = ["install", "-y", "-qq", "--no-install-recommends"];
-    step(&format!("install {}", missing.join(" ")), Command::new("apt-get").args(install).args(&missing).stdout(Stdio::null()))
 }
 
 impl Product {
@@ -183,15 +178,4 @@ fn crun(output: &Path) -> Result<()> {
     let mut shell = Command::new("sh");
     shell.args(["-ec", script, &archive]).arg(output).current_dir(scratch).stdout(log.try_clone()?).stderr(log);
     step("build crun (half a minute)", &mut shell).with_context(|| fs::read_to_string(scratch.join("log")).unwrap_or_default())
-}
-
-/// The program that holds a pod's namespaces where the runtime wants one.
-pub(super) fn pause() -> Result<Vec<u8>> {
-    let scratch = tempfile::tempdir()?;
-    let source = setup::workspace().join("integration/go/pause.c");
-    let output = scratch.path().join("pause");
-    let status =
-        Command::new("gcc").args(["-Os", "-static", "-s", "-o"]).arg(&output).arg(&source).status().context("run gcc")?;
-    ensure!(status.success(), "build {}: {status}", source.display());
-    fs::read(&output).context("read pause")
 }

@@ -3,21 +3,21 @@
 
 use super::{
     images, products,
+    results::{self, Line, count},
     rival::{self, Kind},
 };
 use crate::{
     build,
-    critest::{self, Outcomes, Prepared, Run},
+    critest::{Prepared, Run},
     daemon::Daemon,
+    ginkgo::{self, Outcomes},
     go, node,
     registry::Registry,
-    setup,
     standin_registry::StandinRegistry,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use std::{
     collections::BTreeMap,
-    fmt::Write,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -25,9 +25,6 @@ use std::{
 
 /// Longest run of the suite.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
-/// The table of README.md stands between these lines.
-const BEGIN: &str = "<!-- cargo xtask suites -->";
-const END: &str = "<!-- end -->";
 
 /// How much to run.
 #[derive(Debug, Clone, clap::Args)]
@@ -41,12 +38,6 @@ pub struct Options {
     /// Run the programs that are built, without building Windlass again.
     #[arg(long)]
     no_build: bool,
-}
-
-/// A column of the table.
-struct Column {
-    title: String,
-    outcomes: Outcomes,
 }
 
 /// Builds, runs, and writes the table; false if runs on Windlass differ.
@@ -64,14 +55,17 @@ pub fn run(options: &Options) -> Result<bool> {
     let other = noted("containerd", containerd(&products)?);
     let same = runs.iter().chain([&parallel]).all(|run| states(run) == states(&runs[0]));
     println!("==> {} runs on this host and one in parallel: {}", runs.len(), if same { "all the same" } else { "NOT the same" });
-    let table = table(&[
-        Column { title: "Windlass".into(), outcomes: runs.swap_remove(0) },
-        Column { title: "Windlass, in the guest".into(), outcomes: guest },
-        Column { title: "containerd 2.4.2 + runc 1.5.2".into(), outcomes: other },
-    ])?;
+    let table = results::table(
+        "critest 1.34.0",
+        &[
+            Line { title: "Windlass".into(), outcomes: runs.swap_remove(0) },
+            Line { title: "Windlass, in the guest".into(), outcomes: guest },
+            Line { title: "containerd 2.4.2 + runc 1.5.2".into(), outcomes: other },
+        ],
+    )?;
     println!("{table}");
     if !options.print {
-        write(&table)?;
+        results::write("cargo xtask suites", &table)?;
     }
     Ok(same)
 }
@@ -86,10 +80,6 @@ fn noted(what: &str, outcomes: Outcomes) -> Outcomes {
 
 fn states(outcomes: &Outcomes) -> BTreeMap<&str, &str> {
     outcomes.iter().map(|(name, outcome)| (name.as_str(), outcome.state.as_str())).collect()
-}
-
-fn count(outcomes: &Outcomes, state: &str) -> usize {
-    outcomes.values().filter(|outcome| outcome.state == state).count()
 }
 
 /// The folder below `<target>` with a run's log and report.
@@ -143,70 +133,5 @@ fn guest() -> Result<Outcomes> {
     let mut test = build::cargo();
     test.args(["test", "--quiet", "-p", "windlass-integration", "--test", "guest_critest"]).env("WINDLASS_GUEST_FOCUS", ".");
     build::step("the suite in the guest (five minutes)", &mut test)?;
-    critest::outcomes(&fs::read(go::target_dir().join("critest-guest/critest.json")).context("read the guest's report")?)
-}
-
-/// A line for each column, then one for each reason why a spec did not pass.
-fn table(columns: &[Column]) -> Result<String> {
-    let mut text = String::from("| critest 1.34.0 | specs | passed | failed | skipped |\n|---|---|---|---|---|\n");
-    for Column { title, outcomes } in columns {
-        let (passed, skipped) = (count(outcomes, "passed"), count(outcomes, "skipped"));
-        let failed = outcomes.len() - passed - skipped;
-        writeln!(text, "| {title} | {} | {passed} | {failed} | {skipped} |", outcomes.len())?;
-    }
-    text.push('\n');
-    for Column { title, outcomes } in columns {
-        let mut reasons: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-        for (name, outcome) in outcomes.iter().filter(|(_, outcome)| outcome.state != "passed") {
-            reasons.entry(reason(name, outcome)).or_default().push(name);
-        }
-        let told: Vec<String> = reasons.iter().map(|(reason, names)| format!("{} {reason}", names.len())).collect();
-        writeln!(text, "- {title}: {}.", if told.is_empty() { "all pass".into() } else { told.join("; ") })?;
-    }
-    Ok(text)
-}
-
-/// Why a spec did not pass: what the suite says when it skips one, and the spec's own name when it failed.
-fn reason(name: &str, outcome: &critest::Outcome) -> String {
-    let spec = name.rsplit(" / ").next().unwrap_or(name);
-    let said = outcome.message.lines().next().unwrap_or_default().trim();
-    match outcome.state.as_str() {
-        "skipped" if name.contains("benchmark") => "benchmarks, which run only when asked for".into(),
-        "skipped" if said.is_empty() => format!("skipped: {spec}"),
-        "skipped" => format!("skipped: {said}"),
-        state => format!("{state}: {spec}"),
-    }
-}
-
-/// Puts the table into README.md.
-fn write(table: &str) -> Result<()> {
-    let path = setup::workspace().join("README.md");
-    let text = fs::read_to_string(&path)?;
-    let parts = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let (before, after) = parts.with_context(|| format!("README.md has no {BEGIN} and {END}"))?;
-    ensure!(!table.contains(END), "the table would end itself");
-    Ok(fs::write(path, format!("{before}{BEGIN}\n{}\n{END}{after}", table.trim_end()))?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_table_counts_and_gives_reasons() {
-        let outcome = |state: &str, message: &str| critest::Outcome { state: state.into(), message: message.into() };
-        let outcomes = Outcomes::from([
-            ("A / one".into(), outcome("passed", "")),
-            ("A / two".into(), outcome("skipped", "no AppArmor\nmore")),
-            ("A / three".into(), outcome("skipped", "no AppArmor")),
-            ("A / benchmark of four".into(), outcome("skipped", "")),
-            ("A / five".into(), outcome("failed", "EPERM")),
-        ]);
-        let text = table(&[Column { title: "X".into(), outcomes }]).expect("a table");
-        assert!(text.contains("\n| X | 5 | 1 | 1 | 3 |\n"), "{text}");
-        assert!(
-            text.contains("- X: 1 benchmarks, which run only when asked for; 1 failed: five; 2 skipped: no AppArmor.\n"),
-            "{text}"
-        );
-    }
+    ginkgo::outcomes(&fs::read(go::target_dir().join("critest-guest/critest.json")).context("read the guest's report")?)
 }

@@ -93,7 +93,7 @@ impl SeLinux {
     /// One word for a person, and what it means.
     pub fn describe(&self) -> String {
         match self {
-            SeLinux::Absent => "not in this kernel, or no policy is loaded".into(),
+            SeLinux::Absent => "not in this kernel, or no policy is loaded: selinux_options have no effect".into(),
             SeLinux::Unready(reason) => format!("on, but containers have no labels: {reason}"),
             SeLinux::On(defaults) => format!("on; containers are {}", defaults.process),
         }
@@ -110,7 +110,8 @@ impl SeLinux {
         free.unwrap_or_default()
     }
 
-    /// The labels of a container: the policy's, then what the pod wishes, then the container. Privileged containers have none.
+    /// The labels of a container: the policy's, then what the pod wishes, then the container. Privileged containers have none, and none
+    /// has one where the kernel knows no labels.
     pub fn labels(
         &self,
         categories: &str,
@@ -124,10 +125,18 @@ impl SeLinux {
             return Ok(Labels::default());
         }
         let refuse = |why: &str| Err(Error::invalid(format!("security_context.selinux_options: {why}")));
+        for wish in &wishes {
+            for (name, text) in [("user", &wish.user), ("role", &wish.role), ("type", &wish.r#type)] {
+                if text.contains(|c: char| c == ':' || c.is_whitespace() || c.is_control()) {
+                    return refuse(&format!("{name} {text:?} is not a part of a label"));
+                }
+            }
+        }
         let defaults = match self {
             SeLinux::On(defaults) => defaults,
-            _ if wishes.is_empty() => return Ok(Labels::default()),
-            SeLinux::Absent => return refuse("this node's kernel has no SELinux, or no policy is loaded"),
+            // "Optionally applied", says the CRI: pods of Kubernetes name labels on every kind of node, its conformance tests too.
+            SeLinux::Absent => return Ok(Labels::default()),
+            SeLinux::Unready(_) if wishes.is_empty() => return Ok(Labels::default()),
             SeLinux::Unready(reason) => return refuse(reason),
         };
         let (mut process, mut file) = (defaults.process.clone(), defaults.file.clone());
@@ -136,11 +145,6 @@ impl SeLinux {
             file.level = with_categories(&file.level, categories);
         }
         for wish in &wishes {
-            for (name, text) in [("user", &wish.user), ("role", &wish.role), ("type", &wish.r#type)] {
-                if text.contains(|c: char| c == ':' || c.is_whitespace() || c.is_control()) {
-                    return refuse(&format!("{name} {text:?} is not a part of a label"));
-                }
-            }
             for (part, text) in [
                 (&mut process.user, &wish.user),
                 (&mut process.role, &wish.role),

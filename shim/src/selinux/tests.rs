@@ -32,19 +32,31 @@ fn labels_are_the_policys_then_the_pods_then_the_containers() {
 }
 
 #[test]
-fn what_cannot_be_applied_is_refused_and_no_wish_is_none() {
-    let asked = wish("", "", "container_t", "");
-    for node in [SeLinux::Absent, SeLinux::Unready("why".into())] {
-        assert_eq!(node.labels("", None, None, false), Ok(Labels::default()));
-        assert_eq!(node.labels("", Some(&wish("", "", "", "")), None, false), Ok(Labels::default()));
-        for (pod, container) in [(Some(&asked), None), (None, Some(&asked))] {
-            let error = node.labels("", pod, container, false).expect_err("refused");
-            assert!(error.message.contains("security_context.selinux_options"), "{error}");
-        }
-        assert_eq!(node.labels("", None, Some(&asked), true), Ok(Labels::default()));
+fn a_kernel_without_labels_applies_none() {
+    let asked = wish("", "", "", "s0:c0,c1");
+    for (pod, container) in [(Some(&asked), None), (None, Some(&asked)), (None, None)] {
+        assert_eq!(SeLinux::Absent.labels("", pod, container, false), Ok(Labels::default()));
     }
+}
+
+#[test]
+fn a_policy_without_containers_refuses_wishes_and_no_wish_is_none() {
+    let (node, asked) = (SeLinux::Unready("why".into()), wish("", "", "container_t", ""));
+    assert_eq!(node.labels("", None, None, false), Ok(Labels::default()));
+    assert_eq!(node.labels("", Some(&wish("", "", "", "")), None, false), Ok(Labels::default()));
+    for (pod, container) in [(Some(&asked), None), (None, Some(&asked))] {
+        let error = node.labels("", pod, container, false).expect_err("refused");
+        assert!(error.message.contains("security_context.selinux_options"), "{error}");
+    }
+    assert_eq!(node.labels("", None, Some(&asked), true), Ok(Labels::default()));
+}
+
+#[test]
+fn what_is_no_part_of_a_label_is_refused() {
     for bad in [wish("a:b", "", "", ""), wish("", "a b", "", ""), wish("", "", "t\n", "")] {
-        assert!(on().labels("", None, Some(&bad), false).is_err(), "{bad:?}");
+        for node in [on(), SeLinux::Absent] {
+            assert!(node.labels("", None, Some(&bad), false).is_err(), "{bad:?}");
+        }
     }
 }
 
