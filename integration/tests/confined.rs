@@ -546,3 +546,20 @@ fn a_proc_that_is_not_masked_is_for_pods_with_users_of_their_own() -> Result<()>
         Ok(())
     })
 }
+
+/// As many pods of Kubernetes' conformance tests have it, whatever the node's kernel.
+#[test]
+fn a_level_of_selinux_is_taken_with_and_without_selinux() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::new()?;
+        let level = || Some(cri::SeLinuxOption { level: "s0:c0,c1".into(), ..Default::default() });
+        let (code, text) = ground.first(&["true"], |security| security.selinux_options = level())?;
+        ensure!(code == 0, "ended with {code}: {text}");
+        ground.config.metadata.get_or_insert_default().uid = "labelled".into();
+        let linux = ground.config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().selinux_options = level();
+        let labelled = ground.client.run(&ground.config)?;
+        ground.client.remove(&labelled)?;
+        ground.end()
+    })
+}

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 
-/// The shell: that of busybox drops variables whose names are not its own kind, such as `data-1`.
+/// The shell that is found first: busybox's own, whose words specs expect of `/bin/sh`, drops variables with names such as `data-1`.
 const SHELL: &str = "/bin/bash";
 
 /// Tools of agnhost's image: Debian package, the program on this machine, its place in the image.
@@ -40,7 +40,9 @@ impl Images {
         let layers = [images.layer(tree)?];
         images.add("pause", "3.10.2", &layers, &json!({ "Entrypoint": ["/pause"], "User": "65535:65535" }))?;
 
-        let base = [images.layer(busybox(Path::new(SHELL))?)?];
+        let mut tree = busybox(&build::executing_busybox()?)?;
+        tree.program("usr/bin/sh", Path::new(SHELL))?;
+        let base = [images.layer(tree)?];
         images.add("e2e-test-images/busybox", "1.37.0-2", &base, &shell("busybox"))?;
         images.add("e2e-test-images/nonroot", "1.5", &base, &json!({ "Cmd": ["sh"], "User": "1234" }))?;
         let [base] = base;
