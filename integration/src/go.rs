@@ -31,6 +31,12 @@ const KUBERNETES_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kube");
 /// The one that builds Kubernetes' suite of tests, its runner and the program in its images.
 const E2E_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/e2e");
 
+/// The one that builds what runs in a cluster as pods.
+const ADDONS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/addons");
+
+/// The version of CoreDNS that the module's go.mod names; kubeadm wants this one.
+pub const COREDNS_VERSION: &str = "v1.14.6";
+
 /// The one that builds etcd.
 const ETCD_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/etcd");
 
@@ -255,6 +261,26 @@ pub fn end_to_end() -> Result<EndToEnd> {
         go_build(module, &["test", "-c", "-trimpath", &flags], &built.suite, &["k8s.io/kubernetes/test/e2e"])
     })?;
     Ok(built)
+}
+
+/// What runs in a cluster as pods.
+#[derive(Debug, Clone)]
+pub struct Addons {
+    /// The DNS server.
+    pub coredns: PathBuf,
+}
+
+/// Builds them unless `<target>/windlass-tools/addons` holds the ones of this recipe. Prints what it does.
+pub fn addons() -> Result<Addons> {
+    let dir = target_dir().join("windlass-tools/addons");
+    let addons = Addons { coredns: dir.join("coredns") };
+    let module = Path::new(ADDONS_MODULE);
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go", "coredns/main.go"], &[&addons.coredns], || {
+        println!("building CoreDNS {COREDNS_VERSION} from Go modules into {} (half a minute after Kubernetes)", dir.display());
+        // The slash at the end makes it a folder of programs.
+        go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &dir.join(""), &["./coredns"])
+    })?;
+    Ok(addons)
 }
 
 /// etcd's server: built unless `<target>/windlass-tools/etcd` holds the one of this recipe. Prints what it does.

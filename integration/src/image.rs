@@ -100,6 +100,16 @@ pub fn files_layer(files: &[(&str, u32, &[u8])]) -> Result<Vec<u8>> {
     Ok(builder.into_inner()?)
 }
 
+/// A layer of a program that whoever executes it has this capability for, as a bit of the permitted and the effective set.
+pub fn capable_layer(path: &str, capability: u32, content: &[u8]) -> Result<Vec<u8>> {
+    // struct vfs_cap_data of linux/capability.h: revision 2, effective; permitted and inheritable, each low and high.
+    let attribute = [0x0200_0001u32, 1 << capability, 0, 0, 0].map(u32::to_le_bytes).concat();
+    let mut builder = Builder::new(Vec::new());
+    builder.append_pax_extensions([("SCHILY.xattr.security.capability", attribute.as_slice())])?;
+    file(&mut builder, path, 0o755, content)?;
+    Ok(builder.into_inner()?)
+}
+
 /// Writes an archive with one image of these uncompressed layers, lowest first.
 pub fn write_archive_of(path: &Path, name: &str, layers: Vec<Vec<u8>>) -> Result<()> {
     write_archive_with(path, name, layers, json!({}))

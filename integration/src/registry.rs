@@ -250,6 +250,13 @@ pub struct Packed {
     pub diff_id: String,
 }
 
+impl Packed {
+    /// A layer that is not compressed.
+    pub fn plain(archive: Vec<u8>) -> Packed {
+        Packed { media_type: "application/vnd.oci.image.layer.v1.tar", diff_id: digest(&archive), blob: archive }
+    }
+}
+
 /// Digests of an image that a registry has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Added {

@@ -1,5 +1,7 @@
 //! Runs inside a container and says what it sees there, or behaves as a test needs it.
 
+mod dns;
+
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -20,6 +22,8 @@ fn main() -> ExitCode {
         Some("load") => load([number(1), number(2), number(3), number(4)], words.get(5).map_or("", String::as_str)),
         Some("flood") => flood(number(1)),
         Some("echo") => echo(u16::try_from(number(1)).unwrap_or(0)),
+        Some("resolve") => return dns::resolve(&words[1..]),
+        Some("query") => return dns::query(&words[1..]),
         _ => println!("{}", report()),
     }
     ExitCode::SUCCESS

@@ -1,10 +1,7 @@
 //! Certificates and the kubeconfig of each part, as kubeadm makes them.
 
-use super::{ADDRESS, NODE};
-use crate::go::KUBERNETES_VERSION;
-use crate::node::output_of;
-use anyhow::{Context, Result};
-use serde_json::json;
+use super::kubeadm::Kubeadm;
+use anyhow::Result;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -18,28 +15,11 @@ pub(super) struct Certificates {
 
 impl Certificates {
     /// Makes all of them below `directory`.
-    pub(super) fn make(kubeadm: &Path, directory: &Path, socket: &Path) -> Result<Certificates> {
-        let made = Certificates { directory: directory.to_owned() };
+    pub(super) fn make(kubeadm: &Kubeadm, directory: &Path) -> Result<Certificates> {
         fs::create_dir_all(directory.join("pki"))?;
-        let init = json!({
-            "apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "InitConfiguration",
-            "localAPIEndpoint": { "advertiseAddress": ADDRESS, "bindPort": 6443 },
-            "nodeRegistration": { "name": NODE, "criSocket": format!("unix://{}", socket.display()) },
-        });
-        let cluster = json!({
-            "apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "ClusterConfiguration",
-            "kubernetesVersion": format!("v{KUBERNETES_VERSION}"), "certificatesDir": made.path("pki"),
-            "controlPlaneEndpoint": format!("{ADDRESS}:6443"), "encryptionAlgorithm": "ECDSA-P256",
-            "apiServer": { "certSANs": ["127.0.0.1", "localhost"] },
-            "networking": { "serviceSubnet": super::SERVICES, "podSubnet": super::PODS },
-        });
-        let config = directory.join("kubeadm.yaml");
-        fs::write(&config, format!("{init}\n---\n{cluster}\n")).context("write kubeadm's configuration")?;
-        let (kubeadm, config) = (kubeadm.to_string_lossy(), config.to_string_lossy());
-        output_of(&kubeadm, &["init", "phase", "certs", "all", "--config", &config])?;
-        let folder = directory.to_string_lossy();
-        output_of(&kubeadm, &["init", "phase", "kubeconfig", "all", "--config", &config, "--kubeconfig-dir", &folder])?;
-        Ok(made)
+        kubeadm.phase(&["certs", "all"])?;
+        kubeadm.phase(&["kubeconfig", "all", "--kubeconfig-dir", &directory.to_string_lossy()])?;
+        Ok(Certificates { directory: directory.to_owned() })
     }
 
     fn path(&self, name: &str) -> String {

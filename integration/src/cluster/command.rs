@@ -81,7 +81,7 @@ pub fn up() -> Result<()> {
     println!("kubectl run first --image={BUSYBOX} --image-pull-policy=Never -- sh -c 'while :; do date; sleep 1; done'");
     println!("kubectl logs -f first");
     println!(
-        "\nThe node has that one image; registries of the host's loopback and beyond are out of its reach, for it has a network of its own."
+        "\nThe node has that one image and CoreDNS; registries of the host's loopback and beyond are out of its reach, for it has a network of its own."
     );
     println!("`cargo xtask down` ends the cluster and removes all of it.");
     Ok(())
@@ -115,6 +115,8 @@ pub fn keep() -> Result<()> {
         let mut daemon = Daemon::start(&[])?;
         let mut cluster = Cluster::start(&programs, &daemon)?;
         cluster.start_proxy()?;
+        cluster.start_dns()?;
+        cluster.wait_for_dns()?;
         open(&door, cluster.kubeconfig(), &place.path("kubeconfig"))?;
         let (up, ready) = cluster.took;
         let took = format!("the apiserver answers after {up:.1?}, the node is ready {ready:.1?} later\n");

@@ -1,10 +1,12 @@
 //! A cluster of one node: etcd, the control plane, kubelet, kube-proxy and kubectl of Kubernetes over the CRI socket of a runtime.
 //!
 //! Everything runs in the caller's mount and network namespaces and below one directory. What kubelet writes at fixed places of the host is
-//! covered there. There is no DNS: a service is found by its address or by the variables that pods get.
+//! covered there.
 
+mod addons;
 mod certificates;
 pub mod command;
+mod kubeadm;
 mod kubectl;
 mod service;
 
@@ -15,10 +17,12 @@ use crate::{
     go,
     kubelet::Kubelet,
     node::{output_of, run_command},
+    registry::Registry,
     wait::until_within,
 };
 use anyhow::{Context, Result};
 use certificates::Certificates;
+use kubeadm::Kubeadm;
 use serde_json::json;
 use service::Service;
 use std::{
@@ -35,6 +39,12 @@ const LINK: &str = "kube0";
 /// Addresses of services and of pods.
 const SERVICES: &str = "10.96.0.0/16";
 const PODS: &str = "10.244.0.0/16";
+/// Where kubeadm puts the service of the cluster's DNS, and the domain that it answers for.
+pub const DNS: &str = "10.96.0.10";
+pub const DOMAIN: &str = "cluster.local";
+/// The node's own search domain, which the DNS server of the node knows: the node is in it, and nothing else is anywhere.
+pub const SEARCH: &str = "node.example";
+const RESOLV_CONF: &str = "resolv.conf";
 const ETCD: &str = "http://127.0.0.1:2379";
 /// Longest wait for the apiserver, and for the node.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -50,6 +60,7 @@ pub struct Programs {
     kubeadm: PathBuf,
     kubectl: PathBuf,
     kubelet: PathBuf,
+    addons: go::Addons,
 }
 
 impl Programs {
@@ -64,6 +75,7 @@ impl Programs {
             kube_proxy: go::kubernetes("kube-proxy")?,
             kubeadm: go::kubernetes("kubeadm")?,
             kubectl: go::kubernetes("kubectl")?,
+            addons: go::addons()?,
         })
     }
 
@@ -88,7 +100,10 @@ pub struct Cluster {
 struct Parts {
     programs: Programs,
     directory: PathBuf,
+    kubeadm: Kubeadm,
     certificates: Certificates,
+    /// Has the images of addons.
+    registry: Registry,
 }
 
 impl Cluster {
@@ -116,14 +131,17 @@ impl Cluster {
         run_command("ip", &["link", "set", LINK, "up"])?;
         // As nodes have one: a service without pods is refused only where a packet to it would be forwarded.
         run_command("ip", &["route", "add", "default", "dev", LINK])?;
-        let certificates = Certificates::make(&programs.kubeadm, directory, socket)?;
+        fs::write(directory.join(RESOLV_CONF), format!("search {SEARCH}\nnameserver {ADDRESS}\n"))?;
+        let registry = Registry::start()?;
+        let kubeadm = Kubeadm::new(&programs.kubeadm, directory, socket, &registry.host())?;
+        let certificates = Certificates::make(&kubeadm, directory)?;
         let kubectl = Kubectl {
             program: programs.kubectl.clone(),
             kubeconfig: certificates.kubeconfig("super-admin").into(),
             cache: directory.join("kubectl-cache"),
             namespace: "default".into(),
         };
-        let parts = Parts { programs: programs.clone(), directory: directory.to_owned(), certificates };
+        let parts = Parts { programs: programs.clone(), directory: directory.to_owned(), kubeadm, certificates, registry };
         let mut control_plane = vec![parts.etcd()?, parts.apiserver()?];
         until_within(START_LIMIT, "the apiserver answers", || {
             control_plane.iter_mut().try_for_each(Service::expect_running)?;
@@ -279,6 +297,16 @@ impl Parts {
         self.start("kube-proxy", &self.programs.kube_proxy, &arguments)
     }
 
+    fn node_dns(&self) -> Result<Service> {
+        let (zone, file) = (self.directory.join("zone"), self.directory.join("Corefile"));
+        let records = format!("@ 60 SOA {NODE} root 1 60 60 60 60\n@ 60 NS {NODE}\n{NODE} 60 A {ADDRESS}\n");
+        fs::write(&zone, format!("$ORIGIN {SEARCH}.\n{records}"))?;
+        let known = format!("{SEARCH} {{\nbind {ADDRESS}\nfile {}\n}}\n", zone.display());
+        let nothing = format!(". {{\nbind {ADDRESS}\ntemplate ANY ANY {{\nrcode NXDOMAIN\n}}\n}}\n");
+        fs::write(&file, known + &nothing)?;
+        self.start("node-dns", &self.programs.addons.coredns, &["-conf".into(), file.to_string_lossy().into_owned()])
+    }
+
     fn kubelet_fields(&self) -> serde_json::Value {
         json!({
             "address": "0.0.0.0",
@@ -287,6 +315,7 @@ impl Parts {
                 "x509": { "clientCAFile": self.certificates.pki("ca.crt") },
             },
             "authorization": { "mode": "Webhook" },
+            "clusterDNS": [DNS], "clusterDomain": DOMAIN, "resolvConf": self.directory.join(RESOLV_CONF),
         })
     }
 }

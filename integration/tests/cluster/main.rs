@@ -3,6 +3,7 @@
 //! One cluster serves all cases, so this is no usual test harness: cases run some at a time, each in a Kubernetes namespace of its own, and leave
 //! their pods running; then come those that concern the whole node, one after the other; last, everything is deleted and nothing may be left.
 
+mod dns;
 mod images;
 mod network;
 mod node;
@@ -60,6 +61,8 @@ const CASES: &[(&str, Case)] = named![
     workloads::init_containers_and_sidecars_come_in_order,
     network::a_service_leads_to_each_of_its_pods,
     network::ports_are_forwarded,
+    dns::services_and_pods_have_names,
+    dns::a_pod_asks_whom_its_policy_names,
     streams::a_command_has_its_input_its_outputs_and_its_code,
     streams::files_are_copied_both_ways,
     streams::an_attached_client_speaks_with_the_program,
@@ -133,6 +136,7 @@ fn run(programs: &Programs, cases: &[(&str, Case)], node_cases: &[(&str, NodeCas
         Ok(snapshot)
     })?;
     cluster.start_proxy()?;
+    cluster.start_dns()?;
     let mut node = Node { daemon, cluster, before };
     let mut good = together(&node.cluster, cases);
     for (name, case) in node_cases.iter().chain([&END]) {

@@ -130,6 +130,7 @@ pub(crate) fn namespaces_that_are_deleted_leave_nothing(node: &mut Node) -> Resu
         kubectl.run(&words)?;
     }
     kubectl.run(&["delete", "pods", "--all", "--now"])?;
+    node.cluster.remove_addons()?;
     let client = Client::connect(&node.daemon)?;
     for pod in client.list_pod_sandbox(cri::ListPodSandboxRequest::default())?.items {
         ensure!(pod.state() != cri::PodSandboxState::SandboxReady, "pod {:?} runs", pod.metadata);
