@@ -26,7 +26,7 @@ struct Tool {
 }
 
 /// In the order in which they are built, and in which the tests that need them come: what takes long, last.
-const TOOLS: [Tool; 11] = [
+const TOOLS: [Tool; 12] = [
     Tool { name: "a client of streams", build: || go::streams().map(drop), tests: &["streams", "handlers"] },
     Tool { name: "a collector of traces", build: || go::collector().map(drop), tests: &["traces"] },
     Tool { name: "a registry", build: || go::registry().map(drop), tests: &["registries"] },
@@ -50,6 +50,7 @@ const TOOLS: [Tool; 11] = [
         build: || cluster::Programs::build().and_then(|_| go::kubernetes("health")).map(drop),
         tests: &["kubelet", "cluster"],
     },
+    Tool { name: "Kubernetes' own suite", build: || go::end_to_end().map(drop), tests: &["e2e"] },
 ];
 
 /// When a test program has its turn: the greater, the later.

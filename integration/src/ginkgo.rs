@@ -90,7 +90,15 @@ pub fn compare(outcomes: &Outcomes, must_pass: &str, not_yet: &str) -> Verdict {
     verdict
 }
 
-fn lines(text: &str) -> impl Iterator<Item = &str> {
+/// A regular expression that finds this spec and no other.
+pub fn focus(name: &str) -> String {
+    let words = name.replace(" / ", " ");
+    let quoted = words.chars().flat_map(|c| (!c.is_alphanumeric() && c != ' ').then_some('\\').into_iter().chain([c]));
+    quoted.chain(['$']).collect()
+}
+
+/// The lines of a list.
+pub fn lines(text: &str) -> impl Iterator<Item = &str> {
     text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
@@ -109,6 +117,11 @@ mod tests {
         let found = outcomes(REPORT.as_bytes()).expect("a report");
         assert_eq!(found.keys().collect::<Vec<_>>(), ["[k8s.io] Pod / basic / runs", "[k8s.io] Pod / stops"]);
         assert_eq!(found["[k8s.io] Pod / stops"], Outcome { state: "failed".into(), message: "no".into() });
+    }
+
+    #[test]
+    fn a_name_is_found_as_it_stands() {
+        assert_eq!(focus("[a] B / c (d) 2"), "\\[a\\] B c \\(d\\) 2$");
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod criu;
 pub mod daemon;
 pub mod debian;
 pub mod demo;
+pub mod e2e;
 pub mod ginkgo;
 pub mod go;
 pub mod ground;

@@ -27,6 +27,12 @@ fn enter() -> Result<()> {
     run_command("ip", &["link", "set", "lo", "up"])
 }
 
+/// What kubelet and containers mount in this node has to reach each other, and a runtime in a mount namespace of its own.
+pub fn share_mounts() -> Result<()> {
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("share mounts")
+}
+
 /// Runs a program to its end; an error carries its output.
 pub fn run_command(program: &str, arguments: &[&str]) -> Result<()> {
     output_of(program, arguments).map(drop)

@@ -12,7 +12,6 @@ use crate::{
     wait::until_within,
 };
 use anyhow::{Context, Result, ensure};
-use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
@@ -48,7 +47,7 @@ pub(super) fn measure(ground: &Ground<'_>, kinds: &[Kind]) -> Result<()> {
 fn on_a_node(ground: &Ground<'_>, kind: Kind, programs: Programs) -> Result<Vec<Sample>> {
     let (products, registry) = (ground.products.to_owned(), ground.registry.twin());
     node::run(move || {
-        share_mounts()?;
+        node::share_mounts()?;
         let ground = Ground { products: &products, registry: &registry, tmpfs: false, layers: "auto" };
         let rival = ground.start_here(kind, Network::Own)?;
         let directory = tempfile::Builder::new().prefix("windlass-compare-").tempdir()?;
@@ -59,12 +58,6 @@ fn on_a_node(ground: &Ground<'_>, kind: Kind, programs: Programs) -> Result<Vec<
         rival.stop()?;
         Ok(samples)
     })
-}
-
-/// What kubelet mounts for pods has to reach a runtime in a mount namespace of its own.
-pub(super) fn share_mounts() -> Result<()> {
-    let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("share mounts")
 }
 
 /// A cluster over any runtime, with its files below `directory`.

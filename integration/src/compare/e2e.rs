@@ -8,30 +8,17 @@ use super::{
 };
 use crate::{
     build,
-    cluster::{Cluster, Programs},
-    daemon::Daemon,
+    e2e::{Choice, Prepared},
     ginkgo::{self, Outcomes},
-    go::{self, EndToEnd, KUBERNETES_VERSION},
+    go::{self, KUBERNETES_VERSION},
     node,
     registry::Registry,
     setup,
-    standin::Images,
     standin_registry::StandinRegistry,
 };
 use anyhow::{Context, Result, ensure};
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    thread::ScopedJoinHandle,
-};
+use std::{fs, path::PathBuf, thread::ScopedJoinHandle};
 
-/// What of the suite says something about a runtime: everything of the node and of volumes that every node has to pass, and of what every
-/// cluster has to pass the parts that run pods: networks, workloads and kubectl's streams. The API's own machinery, authorization and
-/// scheduling run none, or would say the same with any.
-const CHOSEN: &str = "(sig-node || sig-storage || sig-network || sig-apps || sig-cli) && (Conformance || NodeConformance)";
-/// What needs a cluster of its own or half an hour, and what this ground lacks.
-const LEFT_OUT: &str = "Slow || Serial || Disruptive || Flaky || /^Feature:/";
 /// The committed lists.
 const MUST_PASS: &str = "integration/conformance/e2e-must-pass.txt";
 const NOT_YET: &str = "integration/conformance/e2e-not-yet.txt";
@@ -43,13 +30,13 @@ pub struct Options {
     /// Runtimes: windlass, containerd.
     #[arg(long, value_delimiter = ',', default_value = "windlass,containerd")]
     runtime: Vec<String>,
-    /// Run only the chosen specs whose names this regular expression finds; README.md stays as it is then.
-    #[arg(long, default_value = "")]
-    focus: String,
+    /// Run only the chosen specs whose names a regular expression finds; README.md stays as it is then.
+    #[arg(long)]
+    focus: Vec<String>,
     /// Leave out the specs whose names this regular expression finds; README.md stays as it is then.
     #[arg(long, default_value = "")]
     skip: String,
-    /// Specs at a time.
+    /// Specs at a time, with each runtime.
     #[arg(long, default_value_t = 8)]
     processes: usize,
     /// Leave README.md as it is.
@@ -66,14 +53,6 @@ impl Options {
     }
 }
 
-/// What runs need, built where the network is.
-#[derive(Clone)]
-struct Prepared {
-    suite: EndToEnd,
-    programs: Programs,
-    options: Options,
-}
-
 /// Builds, runs, compares with the lists and writes the table; false if a listed spec did not pass with Windlass.
 pub fn run(options: &Options) -> Result<bool> {
     for name in &options.runtime {
@@ -82,14 +61,14 @@ pub fn run(options: &Options) -> Result<bool> {
     if !options.no_build {
         build::all()?;
     }
-    let prepared = Prepared { suite: go::end_to_end()?, programs: Programs::build()?, options: options.clone() };
+    let prepared = Prepared::new()?;
+    let choice = Choice { focus: options.focus.clone(), skip: options.skip.clone(), processes: options.processes };
     let wants = |name: &str| options.runtime.iter().any(|runtime| runtime == name);
-    let images = Images::build_for_e2e(&prepared.suite)?;
     let products = wants("containerd").then(products::build).transpose()?;
     // At the same time: each has a node of its own, and specs wait more than they work.
     let (windlass, containerd) = std::thread::scope(|scope| {
-        let windlass = wants("windlass").then(|| scope.spawn(|| windlass(prepared.clone(), images.clone())));
-        let containerd = products.map(|products| scope.spawn(|| containerd(prepared.clone(), images.clone(), products)));
+        let windlass = wants("windlass").then(|| scope.spawn(|| prepared.over_windlass(&choice, &output("windlass")?)));
+        let containerd = products.map(|products| scope.spawn(|| containerd(&prepared, &choice, products)));
         (windlass.map(ended), containerd.map(ended))
     });
     let mut lines = Vec::new();
@@ -141,82 +120,28 @@ fn compare(outcomes: &Outcomes, options: &Options) -> Result<bool> {
     Ok(verdict.broken.is_empty() && verdict.unlisted.is_empty())
 }
 
-fn windlass(prepared: Prepared, images: Images) -> Result<Outcomes> {
-    let output = output("windlass")?;
+fn containerd(prepared: &Prepared, choice: &Choice, products: PathBuf) -> Result<Outcomes> {
+    let (prepared, choice, output) = (prepared.clone(), choice.clone(), output("containerd")?);
     node::run(move || {
-        cluster::share_mounts()?;
-        let mirrors = output.join("certs.d");
-        let registry = StandinRegistry::start(images)?;
-        registry.write_mirrors(&mirrors)?;
-        let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-        daemon.serve()?;
-        let mut cluster = Cluster::start(&prepared.programs, &daemon)?;
-        let outcomes = prepared.outcomes(&mut cluster, &output);
-        fs::write(output.join("daemon.log"), daemon.log())?;
-        fs::write(output.join("cluster.log"), cluster.logs())?;
-        outcomes
-    })
-}
-
-fn containerd(prepared: Prepared, images: Images, products: PathBuf) -> Result<Outcomes> {
-    let output = output("containerd")?;
-    node::run(move || {
-        cluster::share_mounts()?;
+        node::share_mounts()?;
         let registry = Registry::start()?;
         images::add_runnable(&registry)?;
-        let standins = StandinRegistry::start(images)?;
+        let standins = StandinRegistry::start(prepared.images.clone())?;
         let rival = rival::start_here(Kind::ContainerdRunc, &products, registry)?;
         standins.write_mirrors(&rival.mirrors().context("containerd has mirrors")?)?;
         let directory = tempfile::Builder::new().prefix("windlass-e2e-").tempdir()?;
         let mut cluster = cluster::start(&prepared.programs, directory.path(), &rival.socket)?;
-        let outcomes = prepared.outcomes(&mut cluster, &output);
+        let outcomes = prepared.over(&mut cluster, &choice, &output);
         fs::write(output.join("daemon.log"), rival.log())?;
-        fs::write(output.join("cluster.log"), cluster.logs())?;
         drop(cluster);
         rival.stop()?;
         outcomes
     })
 }
 
-/// The folder below `<target>` with a run's log and report.
+/// The folder below `<target>` with a run's logs and report.
 fn output(name: &str) -> Result<PathBuf> {
     let output = go::target_dir().join("e2e").join(name);
     fs::create_dir_all(&output)?;
     output.canonicalize().context("a folder for the report")
-}
-
-impl Prepared {
-    /// Runs the chosen specs to their end. A failed one is no error here.
-    fn outcomes(&self, cluster: &mut Cluster, output: &Path) -> Result<Outcomes> {
-        cluster.start_proxy()?;
-        let log = fs::File::create(output.join("e2e.log")).context("create the suite's log")?;
-        let mut command = Command::new(&self.suite.ginkgo);
-        command
-            .args(["--no-color", "--silence-skips", "--json-report=e2e.json", "--timeout=3h"])
-            .arg(format!("--output-dir={}", output.display()))
-            .arg(format!("--procs={}", self.options.processes))
-            .arg(format!("--label-filter={CHOSEN} && !({LEFT_OUT})"));
-        for (flag, value) in [("focus", &self.options.focus), ("skip", &self.options.skip)] {
-            if !value.is_empty() {
-                command.arg(format!("--{flag}={value}"));
-            }
-        }
-        let status = command
-            .arg(&self.suite.suite)
-            .args(["--", "--provider=skeleton", "--disable-log-dump", "--allowed-not-ready-nodes=0"])
-            .arg(format!("--kubeconfig={}", cluster.kubeconfig().display()))
-            .arg(format!("--kubectl-path={}", cluster.kubectl.program().display()))
-            .current_dir(output)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .status()
-            .context("run ginkgo")?;
-        let report = fs::read(output.join("e2e.json"))
-            .with_context(|| format!("ginkgo ended with {status} and left no report; its log is in {}", output.display()))?;
-        let mut outcomes = ginkgo::outcomes(&report)?;
-        // Those that were not chosen are skipped without a reason.
-        outcomes.retain(|_, outcome| outcome.state != "skipped" || !outcome.message.is_empty());
-        Ok(outcomes)
-    }
 }

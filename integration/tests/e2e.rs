@@ -1,0 +1,24 @@
+//! Quick specs of Kubernetes' own suite in a cluster over Windlass. `cargo xtask e2e` runs the others.
+
+use anyhow::Result;
+use std::{fs, path::Path};
+use windlass_integration::{
+    e2e::{Choice, Prepared},
+    ginkgo, go,
+};
+
+/// Specs at a time.
+const PROCESSES: usize = 8;
+
+#[test]
+fn quick_specs_of_kubernetes_own_suite_pass() -> Result<()> {
+    let list = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance/e2e-in-ci.txt"))?;
+    let output = go::target_dir().join("e2e/quick");
+    fs::create_dir_all(&output)?;
+    let focus = ginkgo::lines(&list).map(ginkgo::focus).collect();
+    let choice = Choice { focus, processes: PROCESSES, ..Choice::default() };
+    let outcomes = Prepared::new()?.over_windlass(&choice, &output.canonicalize()?)?;
+    let broken = ginkgo::broken(&outcomes, &list);
+    assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
+    Ok(())
+}
