@@ -1,6 +1,6 @@
-//! Specs of the CRI's validation suite that need more than this host's kernel: AppArmor, and the memory controller on cgroup v2. This program
-//! prepares images and suite here, and runs itself in the guest to run them there. `WINDLASS_GUEST_FOCUS` chooses other specs (`.` is all of
-//! them), which are then only reported.
+//! Specs of the CRI's validation suite that need more than this host's kernel: AppArmor, and the memory controller on cgroup v2, with plain
+//! cgroups and with systemd's. This program prepares images and suite here, and runs itself in the guest to run them there.
+//! `WINDLASS_GUEST_FOCUS` chooses other specs (`.` is all of them), which are then only reported.
 
 use anyhow::{Context, Result};
 use std::{
@@ -24,12 +24,22 @@ const GUEST_LIMIT: Duration = Duration::from_secs(22 * 60);
 
 #[test]
 fn the_specs_of_the_guests_list_pass() {
+    pass("the_specs_of_the_guests_list_pass", "critest-guest", &[]);
+}
+
+#[test]
+fn the_specs_of_the_guests_list_pass_under_systemd() {
+    pass("the_specs_of_the_guests_list_pass_under_systemd", "critest-guest-systemd", &[guest::SYSTEMD]);
+}
+
+/// The test of this name in a guest with these words on its kernel's command line. Logs and report stay in `kept` of `<target>`.
+fn pass(test: &str, kept: &str, words: &[&str]) {
     if let Some(directory) = env::var_os(PREPARED).map(PathBuf::from) {
         let focus = env::var(FOCUS).unwrap_or_else(|_| LISTED.to_owned());
         node::run(move || run_suite(&directory, &focus)).expect("a run of critest");
         return;
     }
-    let outcomes = boot().expect("a run of critest in the guest");
+    let outcomes = boot(test, kept, words).expect("a run of critest in the guest");
     let outcome =
         |name: &str| outcomes.get(name).map_or_else(|| "did not run".to_owned(), |o| format!("{}: {}", o.state, o.message));
     if env::var_os(FOCUS).is_some() {
@@ -50,7 +60,7 @@ fn the_specs_of_the_guests_list_pass() {
 }
 
 /// Prepares everything that needs a compiler or the network, and runs this program in the guest.
-fn boot() -> Result<ginkgo::Outcomes> {
+fn boot(test: &str, kept: &str, words: &[&str]) -> Result<ginkgo::Outcomes> {
     let directory = guest::scratch()?;
     let images = Images::build()?;
     let blobs = directory.path().join("images");
@@ -72,8 +82,9 @@ fn boot() -> Result<ginkgo::Outcomes> {
     if !focus.is_empty() {
         environment.push((FOCUS, &focus));
     }
-    let outcome = guest::run(directory.path(), &[&program, "--test-threads", "1"], &environment, GUEST_LIMIT)?;
-    let kept = go::target_dir().join("critest-guest");
+    let program = [&program, test, "--exact"];
+    let outcome = guest::run_with(directory.path(), &program, &environment, GUEST_LIMIT, words)?;
+    let kept = go::target_dir().join(kept);
     fs::create_dir_all(&kept)?;
     for name in ["critest.log", "critest.json", "daemon.log"] {
         let _ = fs::copy(directory.path().join(name), kept.join(name));

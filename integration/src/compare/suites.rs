@@ -26,6 +26,10 @@ use std::{
 /// Longest run of the suite.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
+/// Tests that run the suite in the guest, and where they leave its report.
+const PLAIN: (&str, &str) = ("the_specs_of_the_guests_list_pass", "critest-guest");
+const SYSTEMD: (&str, &str) = ("the_specs_of_the_guests_list_pass_under_systemd", "critest-guest-systemd");
+
 /// How much to run.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
@@ -51,7 +55,8 @@ pub fn run(options: &Options) -> Result<bool> {
         runs.push(noted(&format!("Windlass, run {number}"), windlass(&format!("windlass-{number}"), &[])?));
     }
     let parallel = noted("Windlass, four specs at a time", windlass("windlass-parallel", &["-parallel", "4"])?);
-    let guest = noted("Windlass, in the guest", guest()?);
+    let guest = noted("Windlass, in the guest", guest(PLAIN)?);
+    let systemd = noted("Windlass, in the guest, systemd cgroups", self::guest(SYSTEMD)?);
     let other = noted("containerd", containerd(&products)?);
     let same = runs.iter().chain([&parallel]).all(|run| states(run) == states(&runs[0]));
     println!("==> {} runs on this host and one in parallel: {}", runs.len(), if same { "all the same" } else { "NOT the same" });
@@ -60,6 +65,7 @@ pub fn run(options: &Options) -> Result<bool> {
         &[
             Line { title: "Windlass".into(), outcomes: runs.swap_remove(0) },
             Line { title: "Windlass, in the guest".into(), outcomes: guest },
+            Line { title: "Windlass, in the guest, systemd cgroups".into(), outcomes: systemd },
             Line { title: "containerd 2.4.2 + runc 1.5.2".into(), outcomes: other },
         ],
     )?;
@@ -128,10 +134,11 @@ fn containerd(products: &Path) -> Result<Outcomes> {
     })
 }
 
-/// All of the suite in the guest, by the test that runs a part of it there.
-fn guest() -> Result<Outcomes> {
-    let mut test = build::cargo();
-    test.args(["test", "--quiet", "-p", "windlass-integration", "--test", "guest_critest"]).env("WINDLASS_GUEST_FOCUS", ".");
-    build::step("the suite in the guest (five minutes)", &mut test)?;
-    ginkgo::outcomes(&fs::read(go::target_dir().join("critest-guest/critest.json")).context("read the guest's report")?)
+/// All of the suite in the guest, by the test that runs a part of it there and leaves its report in `kept` of `<target>`.
+fn guest((test, kept): (&str, &str)) -> Result<Outcomes> {
+    let mut command = build::cargo();
+    command.args(["test", "--quiet", "-p", "windlass-integration", "--test", "guest_critest", "--", "--exact", test]);
+    command.env("WINDLASS_GUEST_FOCUS", ".");
+    build::step("the suite in the guest (five minutes)", &mut command)?;
+    ginkgo::outcomes(&fs::read(go::target_dir().join(kept).join("critest.json")).context("read the guest's report")?)
 }
