@@ -63,6 +63,13 @@ impl Daemon {
         daemon.with_images()
     }
 
+    /// As systemd has its pods: their default parent is the slice of that name.
+    #[must_use]
+    pub fn in_its_slice(mut self) -> Daemon {
+        self.cgroup = format!("/{}.slice", self.cgroup.trim_start_matches('/').replace('-', "_"));
+        self
+    }
+
     /// Appends to its configuration, for its next start.
     pub fn configure(&self, text: &str) -> Result<()> {
         let mut file = fs::File::options().append(true).open(self.path("config.toml"))?;

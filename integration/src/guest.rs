@@ -10,6 +10,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -21,6 +22,9 @@ const READY: &str = "../shared/lab/guest/linux-uml-7.3.xz";
 
 /// A word for [`run_with`]: the guest's first process is systemd, with a message bus.
 pub const SYSTEMD: &str = "windlass.init=systemd";
+
+/// The word that names the one directory of the host that a guest writes.
+const RUN_WORD: &str = "windlass.run=";
 
 /// Most that is read of the output of a guest's command, or of its kernel's.
 const OUTPUT_LIMIT_BYTES: u64 = 8 << 20;
@@ -91,6 +95,12 @@ fn unpack(packed: &Path, kernel: &Path) -> Result<PathBuf> {
 pub fn kernel_knows(word: &str) -> Result<bool> {
     let bytes = fs::read(kernel()?)?;
     Ok(bytes.windows(word.len()).any(|window| window == word.as_bytes()))
+}
+
+/// Whether this process runs in a guest.
+pub fn is_here() -> bool {
+    static HERE: OnceLock<bool> = OnceLock::new();
+    *HERE.get_or_init(|| fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains(RUN_WORD)))
 }
 
 /// Runs `program` as root in a guest of its own and waits for its end. `shared` is a directory of the host that the guest may write.
@@ -180,7 +190,7 @@ fn boot(kernel: &Path, shared: &Path, console: File, words: &[&str]) -> Result<C
     command.args(["con0=null,fd:1", "con=null", "ssl=null"]);
     command.arg(format!("uml_dir={}/", shared.display())).arg("umid=guest");
     command.arg(format!("init={}", init.display())).args(words);
-    command.arg(format!("windlass.run={}", shared.display())).arg(format!("windlass.see={}", seen.display()));
+    command.arg(format!("{RUN_WORD}{}", shared.display())).arg(format!("windlass.see={}", seen.display()));
     command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
     command.spawn().context("start the guest (unshare, of Debian's util-linux)")
 }

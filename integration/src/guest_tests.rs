@@ -3,18 +3,34 @@
 
 use crate::{guest, setup};
 use anyhow::{Context, Result, bail};
-use std::{collections::BTreeMap, env, fs, path::Path, sync::OnceLock, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    time::Duration,
+};
 
 /// Set inside the guest: the directory of the results.
 const RESULTS: &str = "WINDLASS_GUEST_RESULTS";
 /// Set inside the guest: its first process is systemd.
 const SYSTEMD: &str = "WINDLASS_GUEST_SYSTEMD";
 
+/// Inside the guest: the directory of what was prepared on the host.
+pub fn prepared() -> Option<PathBuf> {
+    env::var_os(RESULTS).map(PathBuf::from)
+}
+
+/// Whether this is a guest whose first process is systemd.
+pub fn under_systemd() -> bool {
+    env::var_os(SYSTEMD).is_some()
+}
+
 /// The tests of one program that run in the guest.
 pub struct GuestTests {
     limit: Duration,
     filter: Option<&'static str>,
-    prepare: fn() -> Result<()>,
+    prepare: fn(&Path) -> Result<()>,
     disk_mib: u64,
     systemd: bool,
     run: OnceLock<Result<Run, String>>,
@@ -29,12 +45,12 @@ struct Run {
 impl GuestTests {
     /// All tests of this program, which together take no longer than `limit`.
     pub const fn all(limit: Duration) -> GuestTests {
-        GuestTests { limit, filter: None, prepare: || Ok(()), disk_mib: 0, systemd: false, run: OnceLock::new() }
+        GuestTests { limit, filter: None, prepare: |_| Ok(()), disk_mib: 0, systemd: false, run: OnceLock::new() }
     }
 
     /// The tests of this program whose names contain `filter`; `prepare` is called on the host before the guest starts, which can neither
-    /// build nor reach a network.
-    pub const fn some(limit: Duration, filter: &'static str, prepare: fn() -> Result<()>) -> GuestTests {
+    /// build nor reach a network. What it leaves in its directory is in [`prepared`] there.
+    pub const fn some(limit: Duration, filter: &'static str, prepare: fn(&Path) -> Result<()>) -> GuestTests {
         GuestTests { limit, filter: Some(filter), prepare, disk_mib: 0, systemd: false, run: OnceLock::new() }
     }
 
@@ -52,13 +68,13 @@ impl GuestTests {
 
     /// The test `name`: in the guest its body, in another guest of the same program nothing, elsewhere the result that it had there.
     pub fn test(&self, name: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
-        let Some(results) = env::var_os(RESULTS) else { return self.result_of(name) };
-        if env::var_os(SYSTEMD).is_some() != self.systemd {
+        let Some(results) = prepared() else { return self.result_of(name) };
+        if under_systemd() != self.systemd {
             return Ok(());
         }
         let result = body();
         let text = result.as_ref().map_or_else(|error| format!("{error:#}"), |()| "ok".to_owned());
-        fs::write(Path::new(&results).join(name), text).context("leave the result")?;
+        fs::write(results.join(name), text).context("leave the result")?;
         result
     }
 
@@ -88,8 +104,8 @@ impl GuestTests {
 
     /// Runs this program in the guest.
     fn boot(&self) -> Result<Run> {
-        (self.prepare)()?;
         let directory = guest::scratch()?;
+        (self.prepare)(directory.path())?;
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let (program, words) = (text(&env::current_exe()?), self.words());
         let command: Vec<&str> = [program.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();

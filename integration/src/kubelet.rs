@@ -3,7 +3,13 @@
 //! Started in the caller's mount and network namespaces; what kubelet writes at fixed places of the host is covered there. It is asked
 //! through its own HTTP interface, by `curl`, because the half of it that runs commands speaks TLS with a certificate of its own.
 
-use crate::{daemon::Daemon, go, node::output_of, process::Process};
+use crate::{
+    daemon::Daemon,
+    go,
+    node::{output_of, run_command},
+    process::Process,
+    wait,
+};
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
@@ -56,6 +62,7 @@ impl Kubelet {
             mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
                 .with_context(|| format!("cover {place}"))?;
         }
+        tell_clock(directory)?;
         for name in ["manifests", "root", "volume-plugins"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -107,13 +114,13 @@ impl Kubelet {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.process = Some(command.spawn().context("start kubelet")?.into());
-        let deadline = Instant::now() + START_LIMIT;
+        let deadline = Instant::now() + START_LIMIT * wait::factor();
         while self.look("/healthz").is_err() {
             if let Some(status) = self.process.as_mut().map(|process| process.try_wait()).transpose()?.flatten() {
                 bail!("kubelet ended with {status}:\n{}", self.log());
             }
             ensure!(Instant::now() < deadline, "kubelet did not answer within {START_LIMIT:?}:\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
+            wait::pause();
         }
         Ok(())
     }
@@ -163,6 +170,7 @@ impl Kubelet {
 
     /// The same with a limit of its own.
     pub fn wait_within(&self, limit: Duration, name: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let limit = limit * wait::factor();
         let deadline = Instant::now() + limit;
         loop {
             let pod = self.pod(name)?;
@@ -173,7 +181,7 @@ impl Kubelet {
                 let status = pod.map_or_else(|| "kubelet does not list it".to_owned(), |pod| pod["status"].to_string());
                 bail!("pod {name}: not {what} within {limit:?}: {status}\n{}", self.log());
             }
-            std::thread::sleep(Duration::from_millis(100));
+            wait::pause();
         }
     }
 
@@ -230,6 +238,22 @@ impl Drop for Kubelet {
             let _ = umount2(point, MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// Kubelet does not start on a machine that names no clock in /proc/cpuinfo, as the guest's kernel does not.
+fn tell_clock(directory: &Path) -> Result<()> {
+    let text = fs::read_to_string("/proc/cpuinfo")?;
+    if !text.contains("cpu MHz") {
+        fs::create_dir_all(directory)?;
+        let told = directory.join("cpuinfo");
+        fs::write(&told, format!("{text}cpu MHz\t\t: 2000.000\n"))?;
+        run_command("mount", &["--bind", &told.to_string_lossy(), "/proc/cpuinfo"])?;
+        // Where a part of it is covered, a user namespace gets a /proc of its own only if there is a whole one somewhere.
+        let whole = directory.join("proc");
+        fs::create_dir_all(&whole)?;
+        run_command("mount", &["-t", "proc", "proc", &whole.to_string_lossy()])?;
+    }
+    Ok(())
 }
 
 fn has_every_controller(tree: &Path) -> bool {

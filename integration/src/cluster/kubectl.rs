@@ -1,5 +1,6 @@
 //! kubectl, as a person would use it.
 
+use crate::wait;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
@@ -9,7 +10,11 @@ use std::{
 };
 
 /// Longest wait for what a test wants to be so.
-const WAIT: &str = "--timeout=90s";
+const LIMIT_SECONDS: u32 = 90;
+
+fn timeout() -> String {
+    format!("--timeout={}s", LIMIT_SECONDS * wait::factor())
+}
 
 /// The program with its cluster and a namespace there.
 #[derive(Debug, Clone)]
@@ -91,7 +96,7 @@ impl Kubectl {
 
     /// Waits, at most 90 s, until `condition` holds, as `condition=Ready` or `jsonpath=...`; an error says how the object stands.
     pub fn wait(&self, what: &str, condition: &str) -> Result<()> {
-        let Err(error) = self.run(&["wait", what, &format!("--for={condition}"), WAIT]) else { return Ok(()) };
+        let Err(error) = self.run(&["wait", what, &format!("--for={condition}"), &timeout()]) else { return Ok(()) };
         let standing = self.run(&["describe", what]).unwrap_or_default();
         bail!("{error:#}\n{standing}")
     }
@@ -103,7 +108,7 @@ impl Kubectl {
 
     /// Waits until a deployment or daemon set has come to what is wanted of it.
     pub fn rolled_out(&self, what: &str) -> Result<()> {
-        let Err(error) = self.run(&["rollout", "status", what, WAIT]) else { return Ok(()) };
+        let Err(error) = self.run(&["rollout", "status", what, &timeout()]) else { return Ok(()) };
         let standing = self.run(&["describe", "pods"]).unwrap_or_default();
         bail!("{error:#}\n{standing}")
     }

@@ -18,7 +18,7 @@ use crate::{
     kubelet::Kubelet,
     node::{output_of, run_command},
     registry::Registry,
-    wait::until_within,
+    wait::{self, until_within},
 };
 use anyhow::{Context, Result};
 use certificates::Certificates;
@@ -144,6 +144,7 @@ impl Cluster {
         let parts = Parts { programs: programs.clone(), directory: directory.to_owned(), kubeadm, certificates, registry };
         let mut control_plane = vec![parts.etcd()?, parts.apiserver()?];
         until_within(START_LIMIT, "the apiserver answers", || {
+            wait::pause();
             control_plane.iter_mut().try_for_each(Service::expect_running)?;
             Ok(output_of("curl", &["-sSfk", "--max-time", "5", "https://127.0.0.1:6443/readyz"]).ok())
         })?;

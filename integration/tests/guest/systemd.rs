@@ -19,7 +19,7 @@ use windlass_proto::cri::{self, LinuxContainerResources as Resources, PodSandbox
 
 const MIB: i64 = 1 << 20;
 
-static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "systemd::", || Ok(())).under_systemd();
+static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "systemd::", |_| Ok(())).under_systemd();
 
 /// A test with nothing prepared, in the guest whose first process is systemd.
 fn in_its_guest(name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
@@ -29,10 +29,7 @@ fn in_its_guest(name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) 
 /// A test with a daemon under systemd; fails if a unit or anything else is left of what it made.
 fn under_systemd(name: &str, body: impl FnOnce(&mut Bench) -> Result<()> + Send + 'static) -> Result<()> {
     in_its_guest(name, || {
-        let mut daemon = Daemon::start(&[])?;
-        // The default parent is the slice of that name.
-        daemon.cgroup = format!("/{}.slice", daemon.cgroup.trim_start_matches('/').replace('-', "_"));
-        let mut bench = Bench::of(daemon)?;
+        let mut bench = Bench::of(Daemon::start(&[])?.in_its_slice())?;
         let before = units()?;
         body(&mut bench)?;
         bench.end()?;

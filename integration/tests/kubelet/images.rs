@@ -3,12 +3,25 @@
 use crate::{Bench, sleeper, with};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use std::{fs, path::Path};
 use windlass_integration::{
-    daemon::Daemon, image::BUSYBOX, kubelet::container_status, node, standin::Images, standin_registry::StandinRegistry,
+    guest_tests::prepared, image::BUSYBOX, kubelet::container_status, standin::Images, standin_registry::StandinRegistry,
 };
 
 /// A name that the stand-in registry has.
 const PULLED: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
+const IMAGES: &str = "images";
+
+/// Leaves the images there for [`images`], which then needs no compiler.
+pub(crate) fn prepare(directory: &Path) -> Result<()> {
+    let images = directory.join(IMAGES);
+    fs::create_dir(&images)?;
+    Images::build()?.write_to(&images)
+}
+
+fn images() -> Result<Images> {
+    prepared().map_or_else(Images::build, |directory| Images::read_from(&directory.join(IMAGES)))
+}
 
 fn of_image(name: &str, image: &str, policy: &str) -> Value {
     let pod = with(sleeper(name), "/spec/containers/0/image", json!(image));
@@ -19,12 +32,12 @@ fn waits_for(reason: &'static str) -> impl Fn(&Value) -> bool {
     move |pod| container_status(pod, "main").is_some_and(|status| status["state"]["waiting"]["reason"] == reason)
 }
 
-fn run() -> Result<()> {
+pub(crate) fn images_are_pulled_by_policy_and_removed_when_the_disk_is_full() -> Result<()> {
     let scratch = tempfile::tempdir()?;
-    let registry = StandinRegistry::start(Images::build()?)?;
+    let registry = StandinRegistry::start(images()?)?;
     let mirrors = scratch.path().join("certs.d");
     registry.write_mirrors(&mirrors)?;
-    let daemon = Daemon::start(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
+    let daemon = crate::daemon(&format!("[images]\nregistry_config_dir = {mirrors:?}\n"))?;
     let mut bench = Bench::over(daemon, json!({}))?;
     for pod in [
         of_image("present", BUSYBOX, "Never"),
@@ -56,10 +69,4 @@ fn run() -> Result<()> {
         ensure!(left == 0, "{left} images are left");
         Ok(())
     })
-}
-
-#[test]
-fn images_are_pulled_by_policy_and_removed_when_the_disk_is_full() {
-    crate::built();
-    node::run(run).expect("images under a kubelet");
 }

@@ -5,8 +5,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use windlass_integration::kubelet::{container, container_status, pod};
 
-#[test]
-fn pods_of_every_class_run_under_a_kubelet() {
+pub(crate) fn pods_of_every_class_run_under_a_kubelet() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let limits = json!({ "cpu": "100m", "memory": "64Mi" });
         let burstable = with(sleeper("burstable"), "/spec/containers/0/resources", json!({ "requests": { "cpu": "50m" } }));
@@ -28,14 +27,15 @@ fn pods_of_every_class_run_under_a_kubelet() {
         let address = |name: &str| -> Result<Value> { Ok(bench.kubelet.ready(name)?["status"]["podIP"].clone()) };
         ensure!(address("besteffort")? != address("burstable")?, "two pods have one address");
         bench.withdraw(&["besteffort", "burstable", "guaranteed", "hosts"])
-    });
+    })
 }
 
-#[test]
-fn init_containers_come_one_by_one_and_sidecars_stay() {
+pub(crate) fn init_containers_come_one_by_one_and_sidecars_stay() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let mut sidecar = container("side", "echo side >> /work/order; trap 'exit 0' TERM; while :; do sleep 0.1; done");
         sidecar["restartPolicy"] = json!("Always");
+        // The next container waits for this.
+        sidecar["startupProbe"] = json!({ "exec": { "command": ["grep", "side", "/work/order"] }, "periodSeconds": 1 });
         let mut first = container("first", "echo first >> /work/order");
         let mut second = container("second", "echo second >> /work/order");
         let mut pod = pod("ordered", "cat /work/order; trap 'exit 0' TERM; while :; do sleep 0.1; done");
@@ -57,5 +57,5 @@ fn init_containers_come_one_by_one_and_sidecars_stay() {
         let first = container_status(&pod, "first").cloned().unwrap_or_default();
         ensure!(first["state"]["terminated"]["reason"] == "Completed", "the first: {}", first["state"]);
         bench.withdraw(&["ordered"])
-    });
+    })
 }

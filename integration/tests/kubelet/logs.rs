@@ -8,8 +8,7 @@ use windlass_integration::kubelet::pod;
 
 const LINES: u32 = 40_000;
 
-#[test]
-fn a_log_is_rotated_and_no_line_is_lost() {
+pub(crate) fn a_log_is_rotated_and_no_line_is_lost() -> Result<()> {
     let fields = json!({ "containerLogMaxSize": "256Ki", "containerLogMaxFiles": 20, "containerLogMonitorInterval": "3s" });
     under_kubelet(fields, |bench| {
         // Slow enough to be rotated in its middle.
@@ -46,5 +45,5 @@ fn a_log_is_rotated_and_no_line_is_lost() {
         let log = bench.kubelet.container_log("writes", "main")?;
         ensure!(log.lines().all(|line| line.starts_with("line-")), "the log through kubelet: {log:.200}");
         bench.withdraw(&["writes"])
-    });
+    })
 }

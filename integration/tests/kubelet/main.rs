@@ -1,26 +1,125 @@
-//! A real kubelet drives the daemon: static pods of every kind, on this host as it is, and in the guest what needs the whole of cgroup v2.
+//! A real kubelet drives the daemon: static pods of every kind. The same cases run on this host as it is, in the guest, which has the whole of
+//! cgroup v2, and in the guest with systemd as its first process. Those that need the whole of cgroup v2 run in the guests alone; those
+//! that have nothing to do with cgroups not under systemd.
 
+mod cadvisor;
 mod ends;
-mod guest;
+mod eviction;
+mod figures;
+mod groups;
 mod images;
+mod in_a_cluster;
 mod kinds;
+mod limits;
 mod logs;
 mod probes;
+mod resize;
 mod restarts;
 mod volumes;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::{path::Path, time::Duration};
 use windlass_integration::{
     client::Client,
+    cluster::Programs,
     daemon::Daemon,
     go,
+    guest_tests::{GuestTests, under_systemd},
     kubelet::{Kubelet, NODE, pod},
     leak::Snapshot,
-    node,
+    node, wait,
 };
 use windlass_proto::cri;
+
+/// Longest run of all cases in a guest.
+const GUEST_LIMIT: Duration = Duration::from_secs(1200);
+/// Longest wait for what a case wants to see.
+const LIMIT: Duration = Duration::from_secs(60);
+
+static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "guest::", prepare);
+static SYSTEMD: GuestTests = GuestTests::some(GUEST_LIMIT, "systemd::", prepare).under_systemd();
+
+/// Makes a test of each case on each of its grounds.
+macro_rules! cases {
+    (
+        everywhere { $($module:ident::$case:ident,)* }
+        without_systemd { $($plain:ident::$plain_case:ident,)* }
+        guests { $($full:ident::$full_case:ident,)* }
+    ) => {
+        cases!(here on_this_host: $($module::$case,)* $($plain::$plain_case,)*);
+        cases!(guest in_the_guest: $($module::$case,)* $($plain::$plain_case,)* $($full::$full_case,)*);
+        cases!(systemd with_systemd: $($module::$case,)* $($full::$full_case,)*);
+    };
+    ($ground:ident $run:ident: $($module:ident::$case:ident,)*) => {
+        mod $ground {
+            $(#[test]
+            fn $case() -> anyhow::Result<()> {
+                crate::$run(stringify!($case), crate::$module::$case)
+            })*
+        }
+    };
+}
+
+cases! {
+    everywhere {
+        kinds::pods_of_every_class_run_under_a_kubelet,
+        kinds::init_containers_come_one_by_one_and_sidecars_stay,
+        probes::probes_of_every_kind_restart_what_is_ill,
+        ends::what_a_container_leaves_is_its_termination_message,
+        ends::a_pod_has_its_hook_and_its_time_to_end,
+        volumes::a_pod_with_users_of_its_own_runs_under_a_kubelet,
+        restarts::a_daemon_or_kubelet_that_starts_again_disturbs_no_pod,
+        restarts::pods_come_back_after_a_reboot,
+    }
+    without_systemd {
+        probes::a_probe_that_hangs_fails_at_its_time_limit,
+        ends::a_container_that_fails_again_and_again_is_held_back,
+        logs::a_log_is_rotated_and_no_line_is_lost,
+        volumes::volumes_of_every_kind_are_where_the_pod_wants_them,
+        images::images_are_pulled_by_policy_and_removed_when_the_disk_is_full,
+    }
+    guests {
+        limits::limits_hold_in_kubelets_own_groups,
+        figures::statistics_through_kubelet_are_complete,
+        figures::kubelet_finds_the_pod_that_fills_the_disk_by_our_figures,
+        cadvisor::a_kubelet_with_its_own_cadvisor_shows_labels,
+        in_a_cluster::pods_of_a_cluster_are_resized_in_place_and_evicted,
+    }
+}
+
+type Case = fn() -> Result<()>;
+
+fn on_this_host(_: &str, case: Case) -> Result<()> {
+    built()?;
+    node::run(case)
+}
+
+fn in_the_guest(name: &str, case: Case) -> Result<()> {
+    GUEST.test(name, || node::run(case))
+}
+
+fn with_systemd(name: &str, case: Case) -> Result<()> {
+    SYSTEMD.test(name, || node::run(case))
+}
+
+/// Builds what the cases run, while the network is still there.
+fn built() -> Result<()> {
+    go::kubernetes("kubelet")?;
+    go::kubernetes("health").map(drop)
+}
+
+fn prepare(directory: &Path) -> Result<()> {
+    built()?;
+    Programs::build()?;
+    images::prepare(directory)
+}
+
+/// A daemon as this ground has it, with more of a configuration.
+fn daemon(configuration: &str) -> Result<Daemon> {
+    let daemon = Daemon::configured(configuration)?;
+    Ok(if under_systemd() { daemon.in_its_slice() } else { daemon })
+}
 
 /// A daemon under a kubelet, and what was there before kubelet's first pod.
 struct Bench {
@@ -32,28 +131,13 @@ struct Bench {
 }
 
 /// Runs `body` with a daemon and a kubelet of its own; afterwards nothing may be left of its pods.
-fn under_kubelet(fields: Value, body: impl FnOnce(&mut Bench) -> Result<()> + Send + 'static) {
-    let run = move || {
-        let mut bench = Bench::begin(fields)?;
-        body(&mut bench)?;
-        bench.end()
-    };
-    built();
-    node::run(run).expect("pods under a kubelet");
-}
-
-/// Builds what the tests run while the network is still there.
-fn built() {
-    for name in ["kubelet", "health"] {
-        go::kubernetes(name).expect("a program of Kubernetes");
-    }
+fn under_kubelet(fields: Value, body: impl FnOnce(&mut Bench) -> Result<()>) -> Result<()> {
+    let mut bench = Bench::over(daemon("")?, fields)?;
+    body(&mut bench)?;
+    bench.end()
 }
 
 impl Bench {
-    fn begin(fields: Value) -> Result<Bench> {
-        Bench::over(Daemon::start(&[])?, fields)
-    }
-
     fn over(daemon: Daemon, fields: Value) -> Result<Bench> {
         let client = Client::connect(&daemon)?;
         let mut kubelet = Kubelet::prepare(&daemon, fields)?;
@@ -73,21 +157,20 @@ impl Bench {
             ensure!(pod.state() != cri::PodSandboxState::SandboxReady, "pod {:?} runs", pod.metadata);
             self.client.remove(&pod.id)?;
         }
-        self.eventually("every trace is gone", || self.before.expect_same(&Snapshot::take(&self.daemon)?))
+        self.eventually("every trace is gone", || self.before.expect_same(&Snapshot::take(&self.daemon)?))?;
+        if !under_systemd() {
+            return Ok(());
+        }
+        self.eventually("every unit is gone", || {
+            let left = node::output_of("systemctl", &["list-units", "--all", "--plain", "--no-legend", "windlass-*.scope"])?;
+            ensure!(left.is_empty(), "{left}");
+            Ok(())
+        })
     }
 
     /// Repeats `check` until it succeeds; at the deadline its last error is the result.
     fn eventually<T>(&self, what: &str, check: impl Fn() -> Result<T>) -> Result<T> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            match check() {
-                Ok(done) => return Ok(done),
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error).with_context(|| format!("{what}: not within 60 s\n{}", self.kubelet.log()));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(100)),
-            }
-        }
+        wait::until_ok(LIMIT, what, || self.kubelet.log(), check)
     }
 
     /// Takes the pods away and waits until nothing of them runs: kubelet lists them no more long before.

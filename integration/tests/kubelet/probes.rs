@@ -8,13 +8,14 @@ use windlass_integration::{
     daemon::Daemon,
     go, image,
     kubelet::{is_ready, pod},
+    wait,
 };
 
 /// The image with the answerer of gRPC health checks.
 const HEALTH: &str = "localhost/health:test";
 
 fn often(mut probe: Value) -> Value {
-    for (key, value) in [("periodSeconds", 1), ("failureThreshold", 1), ("timeoutSeconds", 1)] {
+    for (key, value) in [("periodSeconds", 1), ("failureThreshold", 1), ("timeoutSeconds", wait::factor())] {
         if probe.get(key).is_none() {
             probe[key] = json!(value);
         }
@@ -33,8 +34,7 @@ fn probed(name: &str, script: &str, probe: Value) -> Value {
     with(pod, "/spec/containers/0/livenessProbe", often(probe))
 }
 
-#[test]
-fn probes_of_every_kind_restart_what_is_ill() {
+pub(crate) fn probes_of_every_kind_restart_what_is_ill() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         import_health(&bench.daemon)?;
         let web = "mkdir /tmp/w && echo well > /tmp/w/health && exec httpd -f -p 8080 -h /tmp/w";
@@ -65,11 +65,10 @@ fn probes_of_every_kind_restart_what_is_ill() {
             bench.kubelet.wait(name, "restarted and ready again", |pod| restarts(pod, "main") >= 1 && is_ready(pod))?;
         }
         bench.withdraw(&names)
-    });
+    })
 }
 
-#[test]
-fn a_probe_that_hangs_fails_at_its_time_limit() {
+pub(crate) fn a_probe_that_hangs_fails_at_its_time_limit() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let script = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
         let probe = json!({ "exec": { "command": ["sh", "-c", "test ! -e /tmp/hang || sleep 1000"] } });
@@ -84,7 +83,7 @@ fn a_probe_that_hangs_fails_at_its_time_limit() {
         let left = bench.kubelet.run("hangs", "main", "pgrep -f 1000").unwrap_or_default();
         ensure!(left.trim().is_empty(), "processes of the probe are left: {left:?}");
         bench.withdraw(&["hangs"])
-    });
+    })
 }
 
 /// Puts the image of the answerer on the node: busybox and the program.

@@ -1,6 +1,6 @@
 //! Restarts of the daemon, of kubelet and of the machine.
 
-use crate::{restarts, sleeper, under_kubelet};
+use crate::{groups::all_pods, restarts, sleeper, under_kubelet};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::{fs, time::Duration};
@@ -10,8 +10,7 @@ fn container_id(pod: &Value) -> Option<String> {
     container_status(pod, "main")?["containerID"].as_str().map(str::to_owned)
 }
 
-#[test]
-fn a_daemon_or_kubelet_that_starts_again_disturbs_no_pod() {
+pub(crate) fn a_daemon_or_kubelet_that_starts_again_disturbs_no_pod() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         bench.kubelet.place(&sleeper("stays"))?;
         let before = container_id(&bench.kubelet.ready("stays")?);
@@ -31,11 +30,10 @@ fn a_daemon_or_kubelet_that_starts_again_disturbs_no_pod() {
         ensure!(container_id(&after) == before && restarts(&after, "main") == 0, "disturbed: {}", after["status"]);
         bench.client = windlass_integration::client::Client::connect(&bench.daemon)?;
         bench.withdraw(&["stays", "comes"])
-    });
+    })
 }
 
-#[test]
-fn pods_come_back_after_a_reboot() {
+pub(crate) fn pods_come_back_after_a_reboot() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         bench.kubelet.place(&sleeper("returns"))?;
         let before = container_id(&bench.kubelet.ready("returns")?);
@@ -48,13 +46,12 @@ fn pods_come_back_after_a_reboot() {
         let back = |pod: &Value| is_ready(pod) && container_id(pod).is_some() && container_id(pod) != before;
         bench.kubelet.wait_within(Duration::from_secs(60), "returns", "back", back)?;
         bench.withdraw(&["returns"])
-    });
+    })
 }
 
 /// Every process and cgroup of the pods, the state directory, the pins of network namespaces, the links.
 fn lose_everything_that_a_reboot_loses(bench: &crate::Bench) -> Result<()> {
-    let cgroup = bench.daemon.cgroup_directory();
-    if cgroup.exists() {
+    for cgroup in [bench.daemon.cgroup_directory(), all_pods()].iter().filter(|cgroup| cgroup.exists()) {
         fs::write(cgroup.join("cgroup.kill"), "1")?;
     }
     for pid in bench.daemon.monitors() {

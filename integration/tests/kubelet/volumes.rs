@@ -1,7 +1,7 @@
 //! Volumes of every kind that a static pod may have, and pods with users of their own.
 
 use crate::{under_kubelet, with};
-use anyhow::ensure;
+use anyhow::{Result, ensure};
 use serde_json::json;
 use std::fs;
 use windlass_integration::{
@@ -9,8 +9,7 @@ use windlass_integration::{
     kubelet::{container, pod},
 };
 
-#[test]
-fn volumes_of_every_kind_are_where_the_pod_wants_them() {
+pub(crate) fn volumes_of_every_kind_are_where_the_pod_wants_them() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let directory = bench.daemon.path("from-the-host");
         fs::create_dir(&directory)?;
@@ -44,11 +43,10 @@ fn volumes_of_every_kind_are_where_the_pod_wants_them() {
             Ok(())
         })?;
         bench.withdraw(&["volumes"])
-    });
+    })
 }
 
-#[test]
-fn a_pod_with_users_of_its_own_runs_under_a_kubelet() {
+pub(crate) fn a_pod_with_users_of_its_own_runs_under_a_kubelet() -> Result<()> {
     under_kubelet(json!({}), |bench| {
         let script = "id -u; cat /proc/self/uid_map; touch /empty/f && stat -c %u /empty/f; trap 'exit 0' TERM; \
                       while :; do sleep 0.1; done";
@@ -65,5 +63,5 @@ fn a_pod_with_users_of_its_own_runs_under_a_kubelet() {
             Ok(())
         })?;
         bench.withdraw(&["users"])
-    });
+    })
 }

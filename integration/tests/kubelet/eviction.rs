@@ -1,0 +1,83 @@
+//! Pods that kubelet ends because the node has too little left, by the figures that it has from the runtime. Static pods stay, so these are
+//! a cluster's.
+
+use crate::{restarts, sleeper, with};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use windlass_integration::{
+    client::Client,
+    cluster::{Cluster, NODE},
+    kubelet::{container_status, is_ready, pod},
+};
+use windlass_proto::cri;
+
+const MIB: u64 = 1 << 20;
+
+/// A resource, and a pod that takes more of it than there is.
+struct Shortage {
+    signal: &'static str,
+    /// Where the summary says how much is left.
+    left: &'static str,
+    /// How much of that a pod may take.
+    spare: u64,
+    condition: &'static str,
+    greedy: Value,
+}
+
+/// Short of memory, then of disk: the pod that takes too much is ended and its end is told, and another stays as it is.
+pub(super) fn check(cluster: &mut Cluster, client: &Client) -> Result<()> {
+    cluster.kubectl.create(&sleeper("modest"))?;
+    cluster.kubectl.ready("modest")?;
+    let memory = with(pod("hungry", ""), "/spec/containers/0/command", json!(["/probe", "hold-mem", "384"]));
+    let disk = pod("filling", "dd if=/dev/zero of=/file bs=1M count=192; while :; do sleep 0.1; done");
+    for shortage in [
+        Shortage {
+            signal: "memory.available",
+            left: "/node/memory/availableBytes",
+            spare: 192 * MIB,
+            condition: "MemoryPressure",
+            greedy: memory,
+        },
+        Shortage {
+            signal: "imagefs.available",
+            left: "/node/runtime/imageFs/availableBytes",
+            spare: 96 * MIB,
+            condition: "DiskPressure",
+            greedy: disk,
+        },
+    ] {
+        evict(cluster, client, &shortage).with_context(|| format!("{}: {}", shortage.signal, cluster.kubelet.log()))?;
+    }
+    cluster.kubectl.run(&["delete", "pods", "--all"]).map(drop)
+}
+
+fn evict(cluster: &mut Cluster, client: &Client, shortage: &Shortage) -> Result<()> {
+    let summary: Value = serde_json::from_str(&cluster.kubelet.look("/stats/summary")?)?;
+    let left = summary.pointer(shortage.left).and_then(Value::as_u64).with_context(|| format!("what is left in {summary}"))?;
+    let mark = left.checked_sub(shortage.spare).with_context(|| format!("only {left} bytes are left"))?;
+    cluster.kubelet.stop()?;
+    let marks = json!({ shortage.signal: mark.to_string() });
+    cluster.kubelet.configure(json!({ "evictionHard": marks, "evictionPressureTransitionPeriod": "1s" }))?;
+    cluster.kubelet.start()?;
+    let kubectl = &cluster.kubectl;
+    let name = shortage.greedy["metadata"]["name"].as_str().context("a name")?;
+    kubectl.create(&shortage.greedy)?;
+    let what = format!("pod/{name}");
+    kubectl.wait(&what, "jsonpath={.status.phase}=Failed")?;
+    let evicted = kubectl.get(&what)?;
+    let (status, end) = (&evicted["status"], &container_status(&evicted, "main").context("a status")?["state"]["terminated"]);
+    ensure!(status["reason"] == "Evicted", "{status}");
+    let message = status["message"].as_str().unwrap_or_default();
+    ensure!(message.starts_with("The node was low on resource"), "{status}");
+    // It does not listen to the first signal.
+    ensure!(end["exitCode"] == 137 && end["reason"] == "Error" && end["startedAt"].is_string(), "{status}");
+    let id = end["containerID"].as_str().and_then(|id| id.strip_prefix("windlass://")).context("the container's id")?;
+    // Kubelet may have removed what has ended.
+    if let Ok(status) = client.container(id) {
+        ensure!(status.state() == cri::ContainerState::ContainerExited && status.exit_code == 137, "{status:?}");
+    }
+    kubectl.wait(&format!("node/{NODE}"), &format!("condition={}=false", shortage.condition))?;
+    let modest = kubectl.get("pod/modest")?;
+    ensure!(is_ready(&modest) && restarts(&modest, "main") == 0, "the modest pod: {}", modest["status"]);
+    Ok(())
+}
