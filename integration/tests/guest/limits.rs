@@ -46,6 +46,36 @@ fn an_oom_killed_child_leaves_the_first_process_alone() -> Result<()> {
 }
 
 #[test]
+fn an_end_that_memory_did_not_bring_is_not_called_so() -> Result<()> {
+    in_guest("an_end_that_memory_did_not_bring_is_not_called_so", |bench| {
+        let limits = Resources { memory_limit_in_bytes: 32 * MIB, ..Default::default() };
+        let ended = |script: &str, waits: Option<&str>| -> Result<(i32, String)> {
+            let script = format!("/probe hold-mem 64; code=$?; {script}");
+            let (pod, id) = bench.limited(limits.clone(), &["sh", "-c", &script])?;
+            if let Some(said) = waits {
+                logged(bench, said)?;
+                bench.client.stop(&id, 1)?;
+            }
+            let status = bench.exited(&id)?;
+            bench.client.remove(&pod)?;
+            Ok((status.exit_code, status.reason))
+        };
+        let polite = "trap 'exit 0' TERM; echo polite after $code; while :; do sleep 0.1; done";
+        let deaf = "trap '' TERM; echo deaf after $code; while :; do sleep 0.1; done";
+        for (script, waits, expected) in [
+            ("exit 0", None, (0, "Completed")),
+            ("exit $code", None, (137, "OOMKilled")),
+            (polite, Some("polite after 137"), (0, "Completed")),
+            (deaf, Some("deaf after 137"), (137, "Error")),
+        ] {
+            let (code, reason) = ended(script, waits)?;
+            ensure!((code, reason.as_str()) == expected, "{script}: {code} {reason}, not {expected:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn an_exec_that_is_killed_for_memory_leaves_the_container_to_the_next() -> Result<()> {
     in_guest("an_exec_that_is_killed_for_memory_leaves_the_container_to_the_next", |bench| {
         let limits = Resources { memory_limit_in_bytes: 32 * MIB, ..Default::default() };

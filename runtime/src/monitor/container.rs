@@ -84,6 +84,8 @@ pub(super) struct Container {
     pub(super) later_hooks: bool,
     /// Start restores the processes of a checkpoint.
     restores: bool,
+    /// Processes that memory had cost it when it was last asked to end.
+    oom_kills_before: u64,
 }
 
 impl Container {
@@ -91,6 +93,18 @@ impl Container {
     fn lives(&self) -> bool {
         let phase = matches!(self.phase, Phase::Created | Phase::Starting(_) | Phase::Started { .. } | Phase::Running { .. });
         phase && self.ended.is_none()
+    }
+
+    /// It is about to be asked to end: whom memory has cost it so far did not end it.
+    fn on_asked_to_end(&mut self) {
+        if self.ended.is_none() {
+            self.oom_kills_before = self.cgroup.oom_kills();
+        }
+    }
+
+    /// Whether memory is why it ends with this code. A success is no such end, whoever of its processes was killed.
+    pub(super) fn is_oom_killed(&self, code: i32) -> bool {
+        code != 0 && self.cgroup.oom_kills() > self.oom_kills_before
     }
 
     /// Whether what it does next waits for its poststart or poststop hooks, whose report is the one that is watched.
@@ -187,6 +201,7 @@ impl Monitor {
             log,
             later_hooks: false,
             restores: request.restore.is_some(),
+            oom_kills_before: 0,
         };
         self.watch(key, &container);
         self.containers.insert(key, container);
@@ -363,6 +378,7 @@ impl Monitor {
     pub(super) fn signal(&mut self, to: Reply, id: &str, signal: i32) -> Result<(), StepError> {
         let held = self.held(id);
         let (_, container) = self.living("signal", id)?;
+        container.on_asked_to_end();
         send_signal(container.pidfd.as_fd(), signal, id)?;
         if !held && container.cgroup.frozen()? {
             // Nothing that is held still can obey. After a checkpoint it goes on, and does.
@@ -374,7 +390,8 @@ impl Monitor {
 
     pub(super) fn kill(&mut self, to: Reply, id: &str) -> Result<(), StepError> {
         let key = self.container_key(id).ok_or_else(|| StepError::because(Kind::NotFound, "kill", id, "no such container"))?;
-        if let Some(container) = self.containers.get(&key) {
+        if let Some(container) = self.containers.get_mut(&key) {
+            container.on_asked_to_end();
             container.cgroup.kill()?;
         }
         self.done(to);

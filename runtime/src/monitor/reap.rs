@@ -160,7 +160,7 @@ impl Monitor {
         let mut exit = Exit {
             code: ended.code,
             signal: ended.signal,
-            oom_killed: container.cgroup.oom_kills() > 0,
+            oom_killed: container.is_oom_killed(ended.code),
             finished_at_ns: ended.finished_at_ns,
         };
         let started_at_ns = if let Phase::Running { started_at_ns } = container.phase { started_at_ns } else { 0 };
