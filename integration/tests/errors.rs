@@ -46,10 +46,10 @@ fn an_image_that_is_not_there() -> Result<()> {
 }
 
 #[test]
-fn a_missing_mount_source() -> Result<()> {
-    refused(Code::InvalidArgument, &["/no/such/source", "/data"], |config| {
+fn a_mount_source_that_cannot_be_made() -> Result<()> {
+    refused(Code::InvalidArgument, &["/proc/no/such", "/data"], |config| {
         config.mounts =
-            vec![cri::Mount { container_path: "/data".into(), host_path: "/no/such/source".into(), ..Default::default() }];
+            vec![cri::Mount { container_path: "/data".into(), host_path: "/proc/no/such".into(), ..Default::default() }];
     })
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
 };
 use tonic::Code;
@@ -233,13 +233,17 @@ fn sources_and_targets_of_every_kind() -> Result<()> {
             bind(&host.join("real/file"), "/new/file"),
             bind(&host.join("real"), "/a/new"),
             bind(&shared, "/dev/shm"),
+            bind(&host.join("not/there"), "/made"),
         ];
         let id = ground.with_volumes("main", mounts)?;
         for path in ["/a/new/directory/file", "/a/new/file", "/etc/group", "/new/file"] {
             ensure!(ground.shell(&id, &format!("cat {path}"))? == "content", "{path}");
         }
-        ground.shell(&id, "test -e /dev/shm/mine")?;
+        ground.shell(&id, "test -e /dev/shm/mine && touch /made/here")?;
+        let made = fs::metadata(host.join("not/there"))?;
+        ensure!(made.is_dir() && made.permissions().mode() & 0o777 == 0o755 && host.join("not/there/here").exists(), "{made:?}");
         ground.refused(Code::InvalidArgument, &["dangling"], bind(&host.join("dangling"), "/x"))?;
+        ground.refused(Code::InvalidArgument, &["host_path"], bind(Path::new("not/absolute"), "/x"))?;
         ground.refused(Code::InvalidArgument, &["container_path"], bind(&host, "relative"))?;
         ground.end()
     })

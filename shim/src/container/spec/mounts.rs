@@ -5,7 +5,11 @@ use crate::container::image_volume;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde_json::{Value, json};
-use std::{fs, path::Path};
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
 use windlass_proto::cri::{ContainerConfig, IdMapping, Mount, MountPropagation, NamespaceMode};
 
 /// What `mount_options` of a volume may name.
@@ -87,7 +91,7 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
         return Err(Error::invalid(format!("config.mounts: {target}: image_sub_path is set without image")));
     }
     let ids = id_mappings(input, mount)?;
-    let source = fs::canonicalize(&mount.host_path)
+    let source = source(&mount.host_path)
         .map_err(|error| Error::invalid(format!("config.mounts: host_path {:?} of {target}: {error}", mount.host_path)))?;
     let mut options = vec!["rbind".to_owned()];
     options.push(propagation(input, mount)?.to_owned());
@@ -100,6 +104,18 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
         made["gidMappings"] = mapping(&gids);
     }
     Ok(made)
+}
+
+/// Where a volume is. One that is not there becomes a directory, whatever the CRI says: kubelet leaves this to the runtime for a volume of
+/// type hostPath without a `type`, containerd and CRI-O do it, and manifests (kind's of its network, for one) count on it.
+fn source(host_path: &str) -> io::Result<PathBuf> {
+    match fs::canonicalize(host_path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && host_path.starts_with('/') => {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(host_path)?;
+            fs::canonicalize(host_path)
+        }
+        found => found,
+    }
 }
 
 /// How a volume's ids are seen; only a pod with users of its own sees other ids than the host.
