@@ -5,11 +5,9 @@ use crate::{restarts, sleeper, with};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use windlass_integration::{
-    client::Client,
     cluster::{Cluster, NODE},
     kubelet::{container_status, is_ready, pod},
 };
-use windlass_proto::cri;
 
 const MIB: u64 = 1 << 20;
 
@@ -25,7 +23,7 @@ struct Shortage {
 }
 
 /// Short of memory, then of disk: the pod that takes too much is ended and its end is told, and another stays as it is.
-pub(super) fn check(cluster: &mut Cluster, client: &Client) -> Result<()> {
+pub(super) fn check(cluster: &mut Cluster) -> Result<()> {
     cluster.kubectl.create(&sleeper("modest"))?;
     cluster.kubectl.ready("modest")?;
     let memory = with(pod("hungry", ""), "/spec/containers/0/command", json!(["/probe", "hold-mem", "384"]));
@@ -46,12 +44,12 @@ pub(super) fn check(cluster: &mut Cluster, client: &Client) -> Result<()> {
             greedy: disk,
         },
     ] {
-        evict(cluster, client, &shortage).with_context(|| format!("{}: {}", shortage.signal, cluster.kubelet.log()))?;
+        evict(cluster, &shortage).with_context(|| format!("{}: {}", shortage.signal, cluster.kubelet.log()))?;
     }
     cluster.kubectl.run(&["delete", "pods", "--all"]).map(drop)
 }
 
-fn evict(cluster: &mut Cluster, client: &Client, shortage: &Shortage) -> Result<()> {
+fn evict(cluster: &mut Cluster, shortage: &Shortage) -> Result<()> {
     let summary: Value = serde_json::from_str(&cluster.kubelet.look("/stats/summary")?)?;
     let left = summary.pointer(shortage.left).and_then(Value::as_u64).with_context(|| format!("what is left in {summary}"))?;
     let mark = left.checked_sub(shortage.spare).with_context(|| format!("only {left} bytes are left"))?;
@@ -69,13 +67,12 @@ fn evict(cluster: &mut Cluster, client: &Client, shortage: &Shortage) -> Result<
     ensure!(status["reason"] == "Evicted", "{status}");
     let message = status["message"].as_str().unwrap_or_default();
     ensure!(message.starts_with("The node was low on resource"), "{status}");
-    // It does not listen to the first signal.
-    ensure!(end["exitCode"] == 137 && end["reason"] == "Error" && end["startedAt"].is_string(), "{status}");
-    let id = end["containerID"].as_str().and_then(|id| id.strip_prefix("windlass://")).context("the container's id")?;
-    // Kubelet may have removed what has ended.
-    if let Ok(status) = client.container(id) {
-        ensure!(status.state() == cri::ContainerState::ContainerExited && status.exit_code == 137, "{status:?}");
-    }
+    // It does not listen to the first signal. Kubelet removes an evicted pod's containers as they end, and may look at one once more.
+    let known = end["reason"] == "Error" && end["startedAt"].is_string();
+    ensure!(end["exitCode"] == 137 && (known || end["reason"] == "ContainerStatusUnknown"), "{status}");
+    let uid = evicted["metadata"]["uid"].as_str().context("a uid")?;
+    let finished = cluster.kubelet.log_of(&["\"Generic (PLEG): container finished\""]);
+    ensure!(finished.lines().any(|line| line.contains(uid) && line.contains("exitCode=137")), "kubelet was told: {finished}");
     kubectl.wait(&format!("node/{NODE}"), &format!("condition={}=false", shortage.condition))?;
     let modest = kubectl.get("pod/modest")?;
     ensure!(is_ready(&modest) && restarts(&modest, "main") == 0, "the modest pod: {}", modest["status"]);

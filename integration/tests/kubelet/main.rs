@@ -1,6 +1,5 @@
-//! A real kubelet drives the daemon: static pods of every kind. The same cases run on this host as it is, in the guest, which has the whole of
-//! cgroup v2, and in the guest with systemd as its first process. Those that need the whole of cgroup v2 run in the guests alone; those
-//! that have nothing to do with cgroups not under systemd.
+//! A real kubelet drives the daemon: static pods of every kind. A case is the same on all its grounds: this host as it is, the guest, which
+//! has the whole of cgroup v2, and the guest whose first process is systemd.
 
 mod cadvisor;
 mod ends;
@@ -37,69 +36,57 @@ const GUEST_LIMIT: Duration = Duration::from_secs(1200);
 /// Longest wait for what a case wants to see.
 const LIMIT: Duration = Duration::from_secs(60);
 
-static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "guest::", prepare);
-static SYSTEMD: GuestTests = GuestTests::some(GUEST_LIMIT, "systemd::", prepare).under_systemd();
+static GUEST: GuestTests = GuestTests::some(GUEST_LIMIT, "::guest", prepare);
+static SYSTEMD: GuestTests = GuestTests::some(GUEST_LIMIT, "::systemd", prepare).under_systemd();
 
 /// Makes a test of each case on each of its grounds.
 macro_rules! cases {
-    (
-        everywhere { $($module:ident::$case:ident,)* }
-        without_systemd { $($plain:ident::$plain_case:ident,)* }
-        guests { $($full:ident::$full_case:ident,)* }
-    ) => {
-        cases!(here on_this_host: $($module::$case,)* $($plain::$plain_case,)*);
-        cases!(guest in_the_guest: $($module::$case,)* $($plain::$plain_case,)* $($full::$full_case,)*);
-        cases!(systemd with_systemd: $($module::$case,)* $($full::$full_case,)*);
-    };
-    ($ground:ident $run:ident: $($module:ident::$case:ident,)*) => {
-        mod $ground {
+    ($([$($ground:ident)*] $module:ident::$case:ident,)*) => {
+        $(mod $case {
             $(#[test]
-            fn $case() -> anyhow::Result<()> {
-                crate::$run(stringify!($case), crate::$module::$case)
+            fn $ground() -> anyhow::Result<()> {
+                crate::$ground(stringify!($case), crate::$module::$case)
             })*
-        }
+        })*
     };
 }
 
 cases! {
-    everywhere {
-        kinds::pods_of_every_class_run_under_a_kubelet,
-        kinds::init_containers_come_one_by_one_and_sidecars_stay,
-        probes::probes_of_every_kind_restart_what_is_ill,
-        ends::what_a_container_leaves_is_its_termination_message,
-        ends::a_pod_has_its_hook_and_its_time_to_end,
-        volumes::a_pod_with_users_of_its_own_runs_under_a_kubelet,
-        restarts::a_daemon_or_kubelet_that_starts_again_disturbs_no_pod,
-        restarts::pods_come_back_after_a_reboot,
-    }
-    without_systemd {
-        probes::a_probe_that_hangs_fails_at_its_time_limit,
-        ends::a_container_that_fails_again_and_again_is_held_back,
-        logs::a_log_is_rotated_and_no_line_is_lost,
-        volumes::volumes_of_every_kind_are_where_the_pod_wants_them,
-        images::images_are_pulled_by_policy_and_removed_when_the_disk_is_full,
-    }
-    guests {
-        limits::limits_hold_in_kubelets_own_groups,
-        figures::statistics_through_kubelet_are_complete,
-        figures::kubelet_finds_the_pod_that_fills_the_disk_by_our_figures,
-        cadvisor::a_kubelet_with_its_own_cadvisor_shows_labels,
-        in_a_cluster::pods_of_a_cluster_are_resized_in_place_and_evicted,
-    }
+    [here guest systemd] kinds::pods_of_every_class_run_under_a_kubelet,
+    [here guest systemd] kinds::init_containers_come_one_by_one_and_sidecars_stay,
+    [here guest systemd] probes::probes_of_every_kind_restart_what_is_ill,
+    [here guest] probes::a_probe_that_hangs_fails_at_its_time_limit,
+    [here guest systemd] ends::what_a_container_leaves_is_its_termination_message,
+    [here guest] ends::a_container_that_fails_again_and_again_is_held_back,
+    [here guest systemd] ends::a_pod_has_its_hook_and_its_time_to_end,
+    [here guest] logs::a_log_is_rotated_and_no_line_is_lost,
+    [here guest] volumes::volumes_of_every_kind_are_where_the_pod_wants_them,
+    [here guest systemd] volumes::a_pod_with_users_of_its_own_runs_under_a_kubelet,
+    [here guest] images::images_are_pulled_by_policy_and_removed_when_the_disk_is_full,
+    [here guest systemd] restarts::a_daemon_or_kubelet_that_starts_again_disturbs_no_pod,
+    [here guest systemd] restarts::pods_come_back_after_a_reboot,
+    [guest systemd] limits::limits_hold_in_kubelets_own_groups,
+    [guest] figures::statistics_through_kubelet_are_complete,
+    [guest] figures::kubelet_finds_the_pod_that_fills_the_disk_by_our_figures,
+    [guest systemd] cadvisor::a_kubelet_with_its_own_cadvisor_shows_labels,
+    [systemd] in_a_cluster::pods_of_a_cluster_are_resized_in_place_and_evicted,
 }
 
 type Case = fn() -> Result<()>;
 
-fn on_this_host(_: &str, case: Case) -> Result<()> {
+/// On this host as it is.
+fn here(_: &str, case: Case) -> Result<()> {
     built()?;
     node::run(case)
 }
 
-fn in_the_guest(name: &str, case: Case) -> Result<()> {
+/// In the guest, where the whole of cgroup v2 is.
+fn guest(name: &str, case: Case) -> Result<()> {
     GUEST.test(name, || node::run(case))
 }
 
-fn with_systemd(name: &str, case: Case) -> Result<()> {
+/// In the guest whose first process is systemd.
+fn systemd(name: &str, case: Case) -> Result<()> {
     SYSTEMD.test(name, || node::run(case))
 }
 
