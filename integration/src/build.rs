@@ -64,15 +64,21 @@ pub fn install(packages: &[(&str, &str)]) -> Result<()> {
 /// Debian's other busybox, which cannot be installed beside the static one: its shell executes its tools, as those of most images do,
 /// where the static one calls them within itself. Fetched once into `<target>/windlass-tools`.
 pub fn executing_busybox() -> Result<PathBuf> {
-    let directory = go::target_dir().join("windlass-tools/busybox");
-    let program = directory.join("bin/busybox");
-    go::unless_stamped(&directory, &["busybox"], &[&program], || {
+    Ok(unpacked("busybox", &["busybox"], "bin/busybox")?.join("bin/busybox"))
+}
+
+/// The folder of Debian packages that are not installed, unpacked into `<target>/windlass-tools/<name>` unless `product` of them is there.
+pub fn unpacked(name: &str, packages: &[&str], product: &str) -> Result<PathBuf> {
+    let directory = go::target_dir().join("windlass-tools").join(name);
+    go::unless_stamped(&directory, packages, &[&directory.join(product)], || {
         let directory = directory.canonicalize()?;
-        step("fetch the package busybox", Command::new("apt-get").args(["download", "-qq", "busybox"]).current_dir(&directory))?;
-        let script = "dpkg --extract busybox_*.deb . && rm busybox_*.deb";
-        step("unpack the package busybox", Command::new("sh").args(["-c", script]).current_dir(&directory))
+        let said = packages.join(" ");
+        let mut fetch = Command::new("apt-get");
+        step(&format!("fetch {said}"), fetch.args(["download", "-qq"]).args(packages).current_dir(&directory))?;
+        let script = "for package in *.deb; do dpkg --extract $package .; done && rm *.deb";
+        step(&format!("unpack {said}"), Command::new("sh").args(["-ec", script]).current_dir(&directory))
     })?;
-    Ok(program)
+    directory.canonicalize().with_context(|| format!("find {}", directory.display()))
 }
 
 /// A cargo of this workspace.

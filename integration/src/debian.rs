@@ -41,20 +41,25 @@ rmdir .old
 echo ready
 exec sleep infinity";
 
-/// The folder with the system as it is made, which nobody may change. Made by mmdebstrap unless `<target>/windlass-tools` has it.
+/// The folder with the system as it is made, which nobody may change.
 fn made() -> Result<PathBuf> {
-    let directory = go::target_dir().join("windlass-tools/debian");
+    system("debian", INCLUDED)
+}
+
+/// A folder with the essential packages and these, which nobody may change. Made by mmdebstrap unless `<target>/windlass-tools/<name>` has it.
+pub fn system(name: &str, included: &str) -> Result<PathBuf> {
+    let directory = go::target_dir().join("windlass-tools").join(name);
     let system = directory.join("root");
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME=")).context("the codename of this Debian")?;
-    go::unless_stamped(&directory, &[RECIPE, suite, INCLUDED], &[&system.join("usr/bin/dpkg")], || {
+    go::unless_stamped(&directory, &[RECIPE, suite, included], &[&system.join("usr/bin/dpkg")], || {
         if system.exists() {
             fs::remove_dir_all(&system)?;
         }
         let mut command = Command::new("mmdebstrap");
-        command.args(["--quiet", "--variant=minbase", &format!("--include={INCLUDED}"), suite]).arg(&system);
+        command.args(["--quiet", "--variant=minbase", &format!("--include={included}"), suite]).arg(&system);
         command.args(SOURCES.into_iter().filter(|path| Path::new(path).exists()));
-        build::step(&format!("make a Debian {suite} to install into (a minute)"), &mut command)
+        build::step(&format!("make a Debian {suite} in {} (a minute)", directory.display()), &mut command)
     })?;
     system.canonicalize().context("find the Debian system")
 }
@@ -62,8 +67,8 @@ fn made() -> Result<PathBuf> {
 /// A copy of the system, in a mount namespace of its own. Dropping it ends the namespace; processes that were started in it are the caller's.
 pub struct Debian {
     holder: Process,
-    /// Removed after the holder's end.
-    _directory: tempfile::TempDir,
+    /// The copy's files, where it is one. Removed after the holder's end.
+    _directory: Option<tempfile::TempDir>,
 }
 
 impl Debian {
@@ -78,13 +83,20 @@ impl Debian {
         // Whole, and no overlay: no other overlay could have its upper directory there.
         let copied = Command::new("cp").arg("-a").arg(made()?.join(".")).arg(directory.path()).status().context("run cp")?;
         ensure!(copied.success(), "copy the Debian system: {copied}");
+        let mut system = Debian::of(directory.path())?;
+        system._directory = Some(directory);
+        Ok(system)
+    }
+
+    /// A system that is there, which keeps what is done in it.
+    pub fn of(root: &Path) -> Result<Debian> {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-ec", HOLD]).arg(directory.path());
+        command.args(["--mount", "--propagation", "private", "sh", "-ec", HOLD]).arg(root);
         let mut holder = Process::from(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("run unshare")?);
         let mut line = String::new();
         BufReader::new(holder.stdout.take().context("output of the holder")?).read_line(&mut line)?;
-        let system = Debian { holder, _directory: directory };
-        ensure!(line == "ready\n", "the copy of the Debian system cannot be entered");
+        let system = Debian { holder, _directory: None };
+        ensure!(line == "ready\n", "{} cannot be entered", root.display());
         Ok(system)
     }
 
@@ -142,7 +154,12 @@ pub struct DebianNode {
 impl DebianNode {
     /// A copy without a daemon; `name` tells nodes apart.
     pub fn start(name: &str) -> Result<DebianNode> {
-        Ok(DebianNode { system: Debian::start()?, daemon: None, cgroup: format!("/windlass-{name}-{}", std::process::id()) })
+        Ok(DebianNode::of(Debian::start()?, name))
+    }
+
+    /// The same of another system.
+    pub fn of(system: Debian, name: &str) -> DebianNode {
+        DebianNode { system, daemon: None, cgroup: format!("/windlass-{name}-{}", std::process::id()) }
     }
 
     /// Where its socket is seen from here.

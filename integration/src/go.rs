@@ -170,6 +170,23 @@ pub fn kind() -> Result<PathBuf> {
     own_program("kind", KIND_MODULE)
 }
 
+/// The command `kind`: built unless `<target>/windlass-tools/kind-command` holds the one of this recipe. Prints what it does.
+pub fn kind_command() -> Result<PathBuf> {
+    let dir = target_dir().join("windlass-tools/kind-command");
+    let (program, module) = (dir.join("kind"), Path::new(KIND_MODULE));
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &[&program], || {
+        println!("building the command kind from Go modules into {} (half a minute)", dir.display());
+        go_build(module, &["build", "-trimpath"], &program, &["sigs.k8s.io/kind"])
+    })?;
+    Ok(program)
+}
+
+/// The folder of kind's unpacked module, which the build of its command fetches.
+pub fn kind_source() -> Result<PathBuf> {
+    kind_command()?;
+    folder_of(Path::new(KIND_MODULE), "sigs.k8s.io/kind")
+}
+
 /// go-containerregistry's registry server: built unless `<target>/windlass-tools/registry` holds the one of this recipe.
 pub fn registry() -> Result<PathBuf> {
     own_program("registry", REGISTRY_MODULE)
@@ -297,11 +314,15 @@ pub fn etcd() -> Result<PathBuf> {
 
 /// The unpacked folder of a module that `module` requires.
 fn folder_of(module: &Path, required: &str) -> Result<PathBuf> {
-    let mut list = Command::new("go");
-    list.args(["list", "-m", "-f", "{{.Dir}}", required]).current_dir(module).env("GOWORK", "off");
-    let output = list.output().context("run go list")?;
-    ensure!(output.status.success(), "go list {required}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(PathBuf::from(String::from_utf8(output.stdout).with_context(|| format!("the folder of {required}"))?.trim()))
+    let go = |words: &[&str]| -> Result<String> {
+        let output = Command::new("go").args(words).arg(required).current_dir(module).env("GOWORK", "off").output();
+        let output = output.context("run go")?;
+        ensure!(output.status.success(), "go {} {required}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).with_context(|| format!("the folder of {required}"))
+    };
+    // What was built before may be gone from Go's cache.
+    go(&["mod", "download"])?;
+    Ok(PathBuf::from(go(&["list", "-m", "-f", "{{.Dir}}"])?.trim()))
 }
 
 /// Calls `build` unless `products` are there and the stamp in `dir` is that of the module's `inputs`. One process at a time.

@@ -1,10 +1,15 @@
 //! Test images made from Debian's static busybox and the `probe` program, as an archive in the format of `docker save`.
 
-use crate::setup;
+use crate::{node::output_of, setup};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use std::{fs, io::Write, path::Path, process::Command};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tar::{Builder, EntryType, Header};
 
 /// Name of the image with a shell, the usual tools, and /probe.
@@ -70,6 +75,24 @@ fn probe_layer() -> Result<Vec<u8>> {
 /// Uncompressed layers of the test image: busybox, then the probe.
 pub fn layers() -> Result<[Vec<u8>; 2]> {
     Ok([busybox_layer()?, probe_layer()?])
+}
+
+/// The libraries that a program of this machine is linked to, its loader among them.
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let needed = output_of("ldd", &[&program.to_string_lossy()])?;
+    // `name => path (address)`, and the loader by its path alone.
+    let paths = needed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+/// A layer of one of this machine's programs with the libraries that it is linked to, all of them where they are here.
+pub fn linked_layer(program: &Path) -> Result<Vec<u8>> {
+    let mut builder = Builder::new(Vec::new());
+    for path in [vec![program.to_owned()], libraries(program)?].concat() {
+        let content = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        file(&mut builder, path.to_string_lossy().trim_start_matches('/'), 0o755, &content)?;
+    }
+    Ok(builder.into_inner()?)
 }
 
 /// A layer of links: path and where it points.

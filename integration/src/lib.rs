@@ -17,6 +17,7 @@ pub mod ground;
 pub mod guest;
 pub mod guest_tests;
 pub mod image;
+pub mod kind;
 pub mod kubelet;
 pub mod leak;
 pub mod measure;

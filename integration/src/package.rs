@@ -14,13 +14,17 @@ const CARGO_DEB: &str = "3.8.0";
 /// Builds the programs and the package; says where it is.
 pub fn run() -> Result<()> {
     build::all()?;
-    let package = make(&setup::target().join("debian"))?;
+    let package = make_with(&setup::target().join("debian"), &[])?;
     println!("==> {}", package.display());
     Ok(())
 }
 
-/// Makes the package of the programs that are there, in `directory`, which is made anew.
+/// Makes the package of the programs that are there, packed quickly, in `directory`, which is made anew.
 pub fn make(directory: &Path) -> Result<PathBuf> {
+    make_with(directory, &["--fast"])
+}
+
+fn make_with(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
     let workspace = setup::workspace().canonicalize()?;
     let programs = workspace.join("target/windlass");
     ensure!(programs.join("windlass").exists(), "{} has no programs; run `cargo xtask build` first", programs.display());
@@ -29,7 +33,7 @@ pub fn make(directory: &Path) -> Result<PathBuf> {
     }
     fs::create_dir_all(directory)?;
     let mut command = Command::new(cargo_deb()?);
-    command.args(["--no-build", "--no-strip", "--quiet", "--manifest-path", "shim/Cargo.toml"]);
+    command.args(["--no-build", "--no-strip", "--quiet", "--manifest-path", "shim/Cargo.toml"]).args(flags);
     // The slash at the end makes it a folder.
     command.arg("--output").arg(directory.join("")).current_dir(&workspace);
     build::step("make the Debian package", &mut command)?;

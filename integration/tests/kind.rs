@@ -15,7 +15,7 @@ use windlass_integration::{
     setup,
 };
 
-/// A Debian system laid out as the image build file of `manifests/kind` lays out a node.
+/// A Debian system laid out as `manifests/kind/install.sh` lays out a node.
 fn node_of_kind(crictl: &Path) -> Result<DebianNode> {
     let node = DebianNode::start("kind")?;
     let manifests = setup::workspace().join("manifests");

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
-use windlass_integration::{ahead, build, cluster::command as cluster, compare, demo, measure, package, suite, upgrade};
+use std::{path::PathBuf, process::ExitCode};
+use windlass_integration::{ahead, build, cluster::command as cluster, compare, demo, kind, measure, package, suite, upgrade};
 
 /// Builds, shows and tests Windlass.
 #[derive(Debug, Parser)]
@@ -36,6 +36,12 @@ enum Command {
     /// What `up` leaves in the background.
     #[command(hide = true)]
     KeepCluster,
+    /// Make a kind node image with Windlass as its runtime, and a cluster of it with kind and Docker in a guest: load an image into it, run
+    /// pods, export its logs, delete it. Takes some minutes.
+    Kind,
+    /// What `kind` runs in the guest.
+    #[command(hide = true)]
+    KindInside { directory: PathBuf },
     /// Run the CRI's validation suite on Windlass and on containerd, and write the table of README.md. Needs half an hour.
     Suites(compare::suites::Options),
     /// Run a part of Kubernetes' own suite in a cluster of one node over Windlass, then over containerd: what every node and every cluster has
@@ -76,6 +82,8 @@ fn run(command: &Command) -> Result<bool> {
         Command::Up => cluster::up().map(|()| true),
         Command::Down => cluster::down().map(|()| true),
         Command::KeepCluster => cluster::keep().map(|()| true),
+        Command::Kind => kind::run().map(|()| true),
+        Command::KindInside { directory } => kind::run_inside(directory).map(|()| true),
         Command::Suites(options) => compare::suites::run(options),
         Command::E2e(options) => compare::e2e::run(options),
         Command::Upgrade { from } => upgrade::run(from).map(|()| true),

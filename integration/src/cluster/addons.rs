@@ -1,6 +1,6 @@
 //! What runs in the cluster as pods, from images of a registry on the node's loopback.
 
-use super::{Cluster, Kubectl, service::Service};
+use super::{Cluster, Kubectl, Programs, service::Service};
 use crate::{
     go::COREDNS_VERSION,
     image::{ARCHITECTURE, capable_layer},
@@ -21,14 +21,21 @@ fn publish(registry: &Registry, name: &str, tag: &str, layer: Vec<u8>, config: V
     registry.add_packed(name, tag, &[Packed::plain(layer)], &config);
 }
 
+impl Programs {
+    /// The layer of CoreDNS' image, and its configuration, as its publisher makes them: it may take its port because the file says so,
+    /// whoever runs it.
+    pub(crate) fn coredns_image(&self) -> Result<(Vec<u8>, Value)> {
+        let program = fs::read(&self.addons.coredns).context("read CoreDNS")?;
+        let layer = capable_layer("coredns", NET_BIND_SERVICE, &program)?;
+        Ok((layer, json!({ "Entrypoint": ["/coredns"], "User": "65532:65532" })))
+    }
+}
+
 impl Cluster {
     /// Starts the DNS of the cluster, as kubeadm does, and the one of the node, which it asks for other names. It needs the proxy.
     pub fn start_dns(&mut self) -> Result<()> {
         self.control_plane.push(self.parts.node_dns()?);
-        let program = fs::read(&self.parts.programs.addons.coredns).context("read CoreDNS")?;
-        // As its publisher makes the image: it may take its port because the file says so, whoever runs it.
-        let layer = capable_layer("coredns", NET_BIND_SERVICE, &program)?;
-        let config = json!({ "Entrypoint": ["/coredns"], "User": "65532:65532" });
+        let (layer, config) = self.parts.programs.coredns_image()?;
         publish(&self.parts.registry, "coredns", COREDNS_VERSION, layer, config);
         let kubeconfig = self.kubeconfig().to_string_lossy();
         self.parts.kubeadm.phase(&["addon", "coredns", "--kubeconfig", &kubeconfig])?;

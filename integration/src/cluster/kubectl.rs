@@ -19,14 +19,20 @@ fn timeout() -> String {
 /// The program with its cluster and a namespace there.
 #[derive(Debug, Clone)]
 pub struct Kubectl {
-    pub(super) program: PathBuf,
+    program: PathBuf,
     pub(super) kubeconfig: PathBuf,
     /// Where it keeps what the cluster can do.
-    pub(super) cache: PathBuf,
-    pub(super) namespace: String,
+    cache: PathBuf,
+    namespace: String,
 }
 
 impl Kubectl {
+    /// For a cluster that was made elsewhere; keeps what it has learnt of it in `cache`.
+    pub fn new(program: &Path, kubeconfig: &Path, cache: &Path) -> Kubectl {
+        let (program, kubeconfig, cache) = (program.to_owned(), kubeconfig.to_owned(), cache.to_owned());
+        Kubectl { program, kubeconfig, cache, namespace: "default".into() }
+    }
+
     /// The same cluster, another namespace.
     pub fn within(&self, namespace: &str) -> Kubectl {
         Kubectl { namespace: namespace.to_owned(), ..self.clone() }

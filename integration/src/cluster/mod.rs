@@ -79,6 +79,33 @@ impl Programs {
         })
     }
 
+    /// kubeadm, for a caller of its own.
+    pub fn kubeadm(&self) -> &Path {
+        &self.kubeadm
+    }
+
+    /// kubectl, for a caller of its own.
+    pub fn kubectl(&self) -> &Path {
+        &self.kubectl
+    }
+
+    /// What is on each node.
+    pub(crate) fn of_a_node(&self) -> [&Path; 3] {
+        [&self.kubeadm, &self.kubectl, &self.kubelet]
+    }
+
+    /// The program that is all of the published image whose name ends so.
+    pub(crate) fn of_image(&self, name: &str) -> Option<&Path> {
+        match name {
+            "etcd" => Some(&self.etcd),
+            "kube-apiserver" => Some(&self.kube_apiserver),
+            "kube-controller-manager" => Some(&self.kube_controller_manager),
+            "kube-scheduler" => Some(&self.kube_scheduler),
+            "kube-proxy" => Some(&self.kube_proxy),
+            _ => None,
+        }
+    }
+
     /// For a kubelet that the caller prepares.
     pub fn kubelet(&self) -> &Path {
         &self.kubelet
@@ -135,12 +162,8 @@ impl Cluster {
         let registry = Registry::start()?;
         let kubeadm = Kubeadm::new(&programs.kubeadm, directory, socket, &registry.host())?;
         let certificates = Certificates::make(&kubeadm, directory)?;
-        let kubectl = Kubectl {
-            program: programs.kubectl.clone(),
-            kubeconfig: certificates.kubeconfig("super-admin").into(),
-            cache: directory.join("kubectl-cache"),
-            namespace: "default".into(),
-        };
+        let kubeconfig = certificates.kubeconfig("super-admin");
+        let kubectl = Kubectl::new(&programs.kubectl, Path::new(&kubeconfig), &directory.join("kubectl-cache"));
         let parts = Parts { programs: programs.clone(), directory: directory.to_owned(), kubeadm, certificates, registry };
         let mut control_plane = vec![parts.etcd()?, parts.apiserver()?];
         until_within(START_LIMIT, "the apiserver answers", || {

@@ -4,7 +4,7 @@
 mod critest;
 mod e2e;
 
-use crate::{image::ARCHITECTURE, node::output_of};
+use crate::image::{ARCHITECTURE, libraries};
 use anyhow::{Context, Result, ensure};
 use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
@@ -91,17 +91,14 @@ impl Tree {
     fn program(&mut self, path: &str, program: &Path) -> Result<()> {
         let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
         self.file(path, 0o755, &read(program)?)?;
-        let needed = output_of("ldd", &[&program.to_string_lossy()])?;
-        // `name => path (address)`, and the loader by its path alone.
-        for library in needed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/'))) {
-            let library = Path::new(library);
+        for library in libraries(program)? {
             for folder in library.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev().skip(1) {
                 if self.libraries.insert(folder.to_owned()) {
                     self.directory(&folder.to_string_lossy()[1..], 0o755)?;
                 }
             }
-            if self.libraries.insert(library.to_owned()) {
-                self.file(&library.to_string_lossy()[1..], 0o755, &read(library)?)?;
+            if self.libraries.insert(library.clone()) {
+                self.file(&library.to_string_lossy()[1..], 0o755, &read(&library)?)?;
             }
         }
         Ok(())
