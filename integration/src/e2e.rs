@@ -73,6 +73,8 @@ impl Prepared {
     /// The same in a cluster of the caller's node. A failed spec is no error here.
     pub fn over(&self, cluster: &mut Cluster, choice: &Choice, output: &Path) -> Result<Outcomes> {
         cluster.start_proxy()?;
+        cluster.start_dns()?;
+        cluster.wait_for_dns()?;
         let log = fs::File::create(output.join("e2e.log")).context("create the suite's log")?;
         let mut command = Command::new(&self.suite.ginkgo);
         command

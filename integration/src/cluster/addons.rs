@@ -8,7 +8,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use std::fs;
+use std::{fs, path::Path};
 
 /// Where addons are.
 const NAMESPACE: &str = "kube-system";
@@ -47,6 +47,12 @@ impl Cluster {
     pub fn wait_for_dns(&mut self) -> Result<()> {
         self.addons().rolled_out("deployment/coredns")?;
         self.control_plane.iter_mut().try_for_each(Service::expect_running)
+    }
+
+    /// Says to a runtime that reads `hosts.toml` below `directory` how their registry is spoken to.
+    pub fn write_mirror(&self, directory: &Path) -> Result<()> {
+        let registry = &self.parts.registry;
+        registry.mirror(directory, &registry.host())
     }
 
     /// Where they are.

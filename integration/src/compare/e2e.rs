@@ -128,9 +128,11 @@ fn containerd(prepared: &Prepared, choice: &Choice, products: PathBuf) -> Result
         images::add_runnable(&registry)?;
         let standins = StandinRegistry::start(prepared.images.clone())?;
         let rival = rival::start_here(Kind::ContainerdRunc, &products, registry)?;
-        standins.write_mirrors(&rival.mirrors().context("containerd has mirrors")?)?;
+        let mirrors = rival.mirrors().context("containerd has mirrors")?;
+        standins.write_mirrors(&mirrors)?;
         let directory = tempfile::Builder::new().prefix("windlass-e2e-").tempdir()?;
         let mut cluster = cluster::start(&prepared.programs, directory.path(), &rival.socket)?;
+        cluster.write_mirror(&mirrors)?;
         let outcomes = prepared.over(&mut cluster, &choice, &output);
         fs::write(output.join("daemon.log"), rival.log())?;
         drop(cluster);
