@@ -40,8 +40,11 @@ impl Snapshot {
         for pid in daemon.monitors() {
             note("monitor", pid.to_string());
         }
+        // Not their files: systemd gives a slice controllers, and takes them, when it likes.
         walk(&daemon.cgroup_directory(), &mut |path| {
-            note("cgroup", path.to_string());
+            if Path::new(&path.to_string()).is_dir() {
+                note("cgroup", path.to_string());
+            }
         });
         for directory in ["pods", "containers", "network/cni", "checkpoints"] {
             walk(&daemon.root().join(directory), &mut |path| {

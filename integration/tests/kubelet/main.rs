@@ -133,7 +133,11 @@ impl Bench {
         let id = client.run(&first)?;
         client.remove(&id)?;
         kubelet.start()?;
-        let before = Snapshot::take(&daemon)?;
+        // It answers before it has done this.
+        let before = wait::until("kubelet has mounted its directory on itself", || {
+            let snapshot = Snapshot::take(&daemon)?;
+            Ok(snapshot.names("/kubelet/root ").then_some(snapshot))
+        })?;
         Ok(Bench { daemon, client, kubelet, before })
     }
 
