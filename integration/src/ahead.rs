@@ -2,7 +2,7 @@
 //! that need none of it: in the background, of the processors only what nobody else wants. A test that comes to a tool first waits
 //! for it, and lets it have both of them by that; whatever fails here fails, or succeeds, once more in the test that needs it.
 
-use crate::{cluster, criu, debian, go, guest, process::Process, setup, upgrade};
+use crate::{cluster, criu, debian, go, guest, kind, process::Process, setup, upgrade};
 use anyhow::{Context, Result};
 use nix::{
     sys::signal::{Signal, killpg},
@@ -26,7 +26,7 @@ struct Tool {
 }
 
 /// In the order in which they are built, and in which the tests that need them come: what takes long, last.
-const TOOLS: [Tool; 12] = [
+const TOOLS: [Tool; 13] = [
     Tool { name: "a client of streams", build: || go::streams().map(drop), tests: &["streams", "handlers"] },
     Tool { name: "a collector of traces", build: || go::collector().map(drop), tests: &["traces"] },
     Tool { name: "a registry", build: || go::registry().map(drop), tests: &["registries"] },
@@ -50,6 +50,7 @@ const TOOLS: [Tool; 12] = [
         build: || cluster::Programs::build().and_then(|_| go::kubernetes("health")).map(drop),
         tests: &["kubelet", "cluster"],
     },
+    Tool { name: "what a node of kind has", build: kind::Node::prepare, tests: &["kubeadm"] },
     Tool { name: "Kubernetes' own suite", build: || go::end_to_end().map(drop), tests: &["e2e"] },
 ];
 

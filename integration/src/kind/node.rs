@@ -38,7 +38,7 @@ const UNWANTED: [(&str, &str); 6] = [
 /// Runs a command in the root of its first word, with /proc there.
 const ENTER: &str = "mount -t proc proc $0/proc && exec chroot $0 \"$@\"";
 
-/// The root, in a folder.
+/// The root, in a folder, which goes with this value.
 pub struct Node {
     root: PathBuf,
 }
@@ -161,5 +161,11 @@ impl Node {
     pub fn size_mib(&self) -> Result<u64> {
         let said = output_of("du", &["-sm", &self.root.to_string_lossy()])?;
         said.split_whitespace().next().unwrap_or_default().parse().context("the size of the node's root")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.root);
     }
 }
