@@ -143,7 +143,6 @@ impl Client {
         })
     }
 
-    /// A URL at which a command's streams are served.
     /// What a script prints in a container; fails unless it ends with 0.
     pub fn shell(&self, id: &str, script: &str) -> Result<String> {
         let run = self.exec(id, &["sh", "-c", script])?;
@@ -159,6 +158,7 @@ impl Client {
         })
     }
 
+    /// A URL at which a command's streams are served.
     pub fn exec_url(&self, request: cri::ExecRequest) -> Result<String, Status> {
         let mut client = self.runtime_service.clone();
         self.runtime.block_on(client.exec(request)).map(|reply| reply.into_inner().url)

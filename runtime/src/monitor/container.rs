@@ -365,6 +365,16 @@ impl Monitor {
     }
 
     pub(super) fn start(&mut self, to: Reply, id: &str) -> Result<(), StepError> {
+        let (key, container) = self.living("start", id)?;
+        if let Phase::Starting(first) = container.phase
+            && !self.connected(first.connection)
+        {
+            // Of a daemon that was killed: the one that came after it waits for the outcome.
+            return self.containers.get_mut(&key).map_or(Ok(()), |container| {
+                container.phase = Phase::Starting(to);
+                Ok(())
+            });
+        }
         let (_, container) = self.living("start", id)?;
         if !matches!(container.phase, Phase::Created) {
             return Err(StepError::because(Kind::WrongState, "start", id, "it was started"));

@@ -1,6 +1,6 @@
 //! ExecSync: a process beside the container's own, its output collected within bounds, its whole cgroup killed at the deadline.
 
-use super::{Container, Exit, State};
+use super::{Container, Exit};
 use crate::{
     error::{Error, Kind, Result},
     monitor::Monitor,
@@ -95,7 +95,7 @@ pub(super) async fn start(node: &Node, container: &Container, command: Vec<Strin
     if command.is_empty() {
         return Err(Error::invalid("cmd is empty"));
     }
-    if !container.look(|record| matches!(record.state, State::Running { .. })) {
+    if !container.is_running() {
         return Err(Error::precondition(format!("container {} is not running", container.id)));
     }
     let monitor = node.pod(&container.pod_id)?.monitor()?;

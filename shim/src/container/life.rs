@@ -41,7 +41,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
         Ok(_) => {
             clock.done();
             if container.look(|record| record.from_checkpoint) {
-                find_restored(node, container, &monitor).await;
+                find_process(node, container, &monitor).await;
                 // What its memory was, and takes as much.
                 let images = node.container_directory(&container.id).join(checkpoint::IMAGES);
                 if let Err(error) = store::remove_tree(&images) {
@@ -54,26 +54,43 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
         }
         Err(error) => {
             let error = error.during(format_args!("start container {}", container.look(|record| record.name().to_owned())));
-            starting.failed(|| {
-                let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
-                let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
-                container.change_always(|record| record.state = state.clone());
-                container.tell_stopped(node);
-            });
+            starting.failed(|| publish_failure(node, container, &error));
             Err(error)
         }
     }
 }
 
-/// A restored container's first process is another than the one that waited to restore it.
-async fn find_restored(node: &Node, container: &Container, monitor: &Monitor) {
+/// A start whose daemon was killed in it goes on: the record says Running, the monitor that no program has been seen to run.
+pub async fn resume_start(node: &Node, container: &Container, monitor: &Monitor) {
+    let starting = container.ending.start(|exit| container.publish_end(node, exit));
+    match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
+        Ok(_) => {
+            tracing::info!(pod = %container.pod_id, container = %container.id, "a start that was cut off has come to its end")
+        }
+        // It runs since it was looked at, or its end is on its way here.
+        Err(error) if error.kind == Kind::Precondition => {}
+        Err(error) => return starting.failed(|| publish_failure(node, container, &error)),
+    }
+    find_process(node, container, monitor).await;
+}
+
+/// A program that could not be started is a container that has exited.
+fn publish_failure(node: &Node, container: &Container, error: &Error) {
+    let exit = Exit { code: START_ERROR_CODE, oom_killed: false, finished_at_ns: now_ns() };
+    let state = State::Exited { started_at_ns: 0, exit, reason: "StartError".into(), message: error.message.clone() };
+    container.change_always(|record| record.state = state.clone());
+    container.tell_stopped(node);
+}
+
+/// Asks which process the container's first is: a restored one is another than the one that waited to restore it.
+async fn find_process(node: &Node, container: &Container, monitor: &Monitor) {
     match monitor.call(Body::State(StateRequest {})).await {
         Ok((Body::StateReply(state), _)) => {
             let own = state.containers.iter().find(|one| one.container_id == container.id);
             own.into_iter().for_each(|state| container.adopt(node, state));
         }
         other => {
-            tracing::warn!(container = %container.id, outcome = ?other.map(drop), "process of a restored container not known")
+            tracing::warn!(container = %container.id, outcome = ?other.map(drop), "process of a container not known")
         }
     }
 }
@@ -171,7 +188,7 @@ fn forget(node: &Node, container: &Container) {
 
 /// Makes the container write to a new file at its log path, after kubelet has moved the old one away.
 pub async fn reopen_log(node: &Node, container: &Container) -> Result<()> {
-    if !container.look(|record| matches!(record.state, State::Running { .. })) {
+    if !container.is_running() {
         return Err(Error::precondition(format!("container {} is not running", container.id)));
     }
     let monitor = node.pod(&container.pod_id)?.monitor()?;

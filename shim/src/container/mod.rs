@@ -19,7 +19,7 @@ mod update;
 
 pub use create::create;
 pub(crate) use create::restore;
-pub use life::{remove, reopen_log, start, stop};
+pub use life::{remove, reopen_log, resume_start, start, stop};
 pub(crate) use spec::{missing_controllers, resources as limits};
 pub use update::{merge, update};
 
@@ -246,6 +246,10 @@ impl Container {
             };
             record.state = State::Running { pid, started_at_ns };
         });
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.look(|record| matches!(record.state, State::Running { .. }))
     }
 
     pub fn is_exited(&self) -> bool {

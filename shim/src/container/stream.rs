@@ -4,7 +4,7 @@
 //! An exec whose client goes away is killed with everything in its cgroup; one that ends by itself leaves what it put into the background. An
 //! attached client that goes away, or does not read, changes nothing for the container, but for the end of an input that is for one client.
 
-use super::{Container, State, exec};
+use super::{Container, exec};
 use crate::{
     error::{Error, Kind, Result},
     monitor::Monitor,
@@ -227,7 +227,7 @@ impl<T> Drop for AbortOnDrop<T> {
 
 /// A client attached to a container, from its coming to its going or the output's end.
 async fn attach(node: &Node, container: &Container, mut streams: Streams) -> Result<Ending> {
-    if !container.look(|record| matches!(record.state, State::Running { .. })) {
+    if !container.is_running() {
         return Err(Error::precondition(format!("container {} is not running", container.id)));
     }
     let monitor = node.pod(&container.pod_id)?.monitor()?;

@@ -2,7 +2,7 @@
 
 use super::Service;
 use crate::{
-    container::{Container, State},
+    container::Container,
     error::{Error, Result},
     pod::Phase,
     streaming::{Target, Wanted},
@@ -12,7 +12,7 @@ use windlass_proto::cri;
 
 fn running(service: &Service, id: &str) -> Result<Arc<Container>> {
     let container = service.node.container(id)?;
-    if container.look(|record| matches!(record.state, State::Running { .. })) {
+    if container.is_running() {
         Ok(container)
     } else {
         Err(Error::precondition(format!("container {} is not running", container.id)))

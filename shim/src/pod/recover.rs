@@ -11,7 +11,7 @@ use crate::{
     telemetry::{self, Repair},
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
-use windlass_proto::monitor::{ContainerState, StateRequest, container_state, frame::Body};
+use windlass_proto::monitor::{ContainerState, DeleteRequest, StateRequest, container_state, frame::Body};
 
 /// Longest wait at start for the end of pods that were not finished.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(10);
@@ -22,8 +22,11 @@ pub async fn recover(node: &Arc<Node>) {
         tracing::warn!(%error, "files of unfinished checkpoints not removed");
     }
     for id in store::entries(&node.config.root.join("pods")) {
-        match store::read::<Record>(&node.pod_directory(&id).join("record.json")) {
+        let directory = node.pod_directory(&id);
+        match store::read::<Record>(&directory.join("record.json")) {
             Some(record) => node.insert_pod(Arc::new(Pod::new(record))),
+            // Its making came as far as its directories.
+            None if store::entries(&directory).iter().all(|name| name == "record.tmp") => remove_directories(node, &id),
             None => tracing::warn!(pod = %id, "pod directory without a readable record is left alone"),
         }
     }
@@ -71,6 +74,15 @@ pub async fn recover(node: &Arc<Node>) {
     node.images.collect_unused();
 }
 
+fn remove_directories(node: &Node, id: &str) {
+    telemetry::repaired(Repair::UnfinishedPod);
+    for directory in [node.run_directory(id), node.pod_directory(id)] {
+        if let Err(error) = store::remove_tree(&directory) {
+            tracing::warn!(pod = %id, %error, "unfinished pod not removed");
+        }
+    }
+}
+
 async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
     tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
     let _turn = pod.turn.lock().await;
@@ -103,22 +115,36 @@ async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let (reply, descriptors) = monitor.call(Body::State(StateRequest {})).await?;
     // All monitors of one line of daemons have the same.
     descriptors.into_iter().for_each(|tree| node.images.adopt_layer_tree(tree));
-    let states: HashMap<String, ContainerState> = match reply {
+    let mut states: HashMap<String, ContainerState> = match reply {
         Body::StateReply(state) => state.containers.into_iter().map(|state| (state.container_id.clone(), state)).collect(),
         _ => HashMap::new(),
     };
     pod.set_monitor(Some(monitor.clone()));
+    let mut cut_off = Vec::new();
     for container in node.containers_of(&pod.id) {
-        let exit = match states.get(&container.id) {
+        let exit = match states.remove(&container.id) {
             Some(state) if state.phase() == container_state::Phase::Exited => state.exit.map(container::exit_of),
+            Some(state) if state.phase() != container_state::Phase::Running && container.is_running() => {
+                cut_off.push(container);
+                continue;
+            }
             Some(state) => {
-                container.adopt(node, state);
+                container.adopt(node, &state);
                 continue;
             }
             None => container::recorded_exit(node, &pod.id, &container.id),
         };
         container.exited(node, exit.unwrap_or_else(|| container::Exit::unknown(crate::node::now_ns())));
     }
-    watch::events(node.clone(), pod.clone(), monitor, events);
+    for id in states.into_keys() {
+        telemetry::repaired(Repair::UnfinishedContainer);
+        if let Err(error) = monitor.call(Body::Delete(DeleteRequest { container_id: id.clone() })).await {
+            tracing::warn!(pod = %pod.id, container = %id, %error, "unfinished container not removed");
+        }
+    }
+    watch::events(node.clone(), pod.clone(), monitor.clone(), events);
+    for container in cut_off {
+        container::resume_start(node, &container, &monitor).await;
+    }
     Ok(())
 }

@@ -161,22 +161,22 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
         files::write(&node.pod_directory(&pod.id), &pod.record())?;
         prepare_logs(pod)
     };
-    if own_network {
+    let network = if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
         let attaching = Clock::start(Timed::PodNetwork);
         let network = async { network::attach(node, pod, socket).await.inspect(|_| attaching.done()) };
         let (got, rest) = tokio::join!(network, rest);
         let got = got?;
         rest?;
-        pod.change(node, |record| {
-            record.network = Some(got);
-            record.phase = Phase::Ready;
-        })?;
+        Some(got)
     } else {
         rest.await?;
-        pod.change(node, |record| record.phase = Phase::Ready)?;
-    }
-    files::write_hosts(&node.pod_directory(&pod.id), &pod.record())?;
+        None
+    };
+    let ready = Record { network, phase: Phase::Ready, ..pod.record() };
+    files::write_hosts(&node.pod_directory(&pod.id), &ready)?;
+    // Last: the next daemon takes a pod whose record says this as it is.
+    pod.change(node, |record| *record = ready)?;
     whole.done();
     node.insert_pod(pod.clone());
     node.tell(pod, &pod.id, EventKind::ContainerCreatedEvent);
