@@ -1,4 +1,5 @@
-//! `windlass-monitor --dir RUNDIR`: the monitor of one pod. Started by the daemon with its control connection as fd 0.
+//! `windlass-monitor --dir RUNDIR`: the monitor of one pod. Started by the daemon with its control connection as fd 0 and a socket
+//! for later ones as fd 2.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -16,7 +17,9 @@ fn main() -> ExitCode {
             Ok(())
         }
         _ => {
-            eprintln!("usage: windlass-monitor --dir RUNDIR   (with the daemon's connection as standard input)");
+            eprintln!(
+                "usage: windlass-monitor --dir RUNDIR   (with the daemon's connection as standard input, a listening socket as standard error)"
+            );
             return ExitCode::from(2);
         }
     };

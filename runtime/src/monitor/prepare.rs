@@ -6,18 +6,19 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::DumpableBehavior;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// Name of the listening socket in the run directory.
+/// Name of the listening socket in the run directory. The last that a monitor does is to remove it.
 pub(super) const SOCKET_FILE: &str = "monitor.sock";
 
 /// Name of the monitor's own log in the run directory.
 const LOG_FILE: &str = "monitor.log";
 
-/// Serves the daemon whose connection is fd 0 (and whose tree of layers fd 1, if that is a directory), and every later one at `monitor.sock` in `directory`, until Shutdown.
+/// Serves the daemon whose connection is fd 0 (and whose tree of layers fd 1, if that is a directory), and every later one at fd 2, which
+/// listens at `monitor.sock` in `directory`, until Shutdown. The socket is older than this process: a daemon that comes after a killed one
+/// finds every monitor by it, also one that has not come this far.
 pub fn run(directory: &Path) -> std::io::Result<()> {
     let directory = directory.canonicalize()?;
     // A caller may have made it a session leader already.
@@ -27,6 +28,8 @@ pub fn run(directory: &Path) -> std::io::Result<()> {
     }
     let control = std::io::stdin().as_fd().try_clone_to_owned()?;
     let layers = layer_tree()?;
+    let listener = std::io::stderr().as_fd().try_clone_to_owned()?;
+    rustix::io::ioctl_fionbio(&listener, true)?;
     redirect_standard_streams(&directory)?;
     std::env::set_current_dir("/")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
@@ -39,7 +42,6 @@ pub fn run(directory: &Path) -> std::io::Result<()> {
     let children = SigSet::from(Signal::SIGCHLD);
     children.thread_block()?;
     let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let listener = listen(&directory)?;
     let result = Monitor::new(directory, signals, listener, control, layers)?.run();
     if let Err(error) = &result {
         note(format_args!("the event loop failed: {error}"));
@@ -62,22 +64,4 @@ fn redirect_standard_streams(directory: &Path) -> std::io::Result<()> {
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     Ok(rustix::stdio::dup2_stderr(&log)?)
-}
-
-/// Listens in the run directory. The name goes through the directory's descriptor: a socket's path holds 107 bytes only.
-fn listen(directory: &Path) -> std::io::Result<OwnedFd> {
-    let opened = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    match rustix::fs::unlinkat(&opened, SOCKET_FILE, rustix::fs::AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{SOCKET_FILE}", opened.as_raw_fd()))?;
-    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let bound = rustix::net::bind(&socket, &address);
-    rustix::process::umask(before);
-    bound?;
-    rustix::net::listen(&socket, 4)?;
-    Ok(socket)
 }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -122,7 +122,10 @@ impl Pod {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let program = std::env::var("WINDLASS_MONITOR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_windlass-monitor").into());
         let stdin = OwnedFd::from(theirs);
-        let monitor = Command::new(program).arg("--dir").arg(directory.path()).stdin(stdin).spawn().unwrap();
+        let listener = UnixListener::bind(directory.path().join("monitor.sock")).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--dir").arg(directory.path()).stdin(stdin).stderr(OwnedFd::from(listener));
+        let monitor = command.spawn().unwrap();
         Pod { directory, cgroup, monitor, client: Client::new(ours) }
     }
 

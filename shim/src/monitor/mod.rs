@@ -34,6 +34,9 @@ use windlass_proto::{
 /// Longest wait for an answer to a request that the monitor answers from its own state.
 pub const CALL_LIMIT: Duration = Duration::from_secs(60);
 
+/// Where a monitor listens, in its pod's run directory.
+const SOCKET_FILE: &str = "monitor.sock";
+
 /// Events that wait for the pod. A full channel holds back this connection's reader only.
 const EVENT_QUEUE: usize = 256;
 
@@ -65,11 +68,15 @@ impl Program {
         Ok(Program { file })
     }
 
-    /// Starts a monitor for the pod whose run directory is given and connects to it. It keeps the tree of layers. Until the process is
+    /// Starts a monitor for the pod whose run directory is given and connects to it. It keeps the tree of layers, and its socket is there
+    /// before it: the next daemon finds it however early this one is killed. Until the process is
     /// dropped its number is nobody else's; tokio reaps it if it ends while this daemon lives, and init afterwards.
     pub fn start(&self, run_directory: &Path, layers: BorrowedFd<'_>) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>, Child)> {
-        use std::os::fd::AsRawFd;
+        use std::os::{fd::AsRawFd, unix::fs::PermissionsExt};
         let failed = |error: std::io::Error| Error::io("start monitor", error);
+        let directory = open_directory(run_directory)?;
+        let listener = std::os::unix::net::UnixListener::bind(socket_in(&directory)).map_err(failed)?;
+        std::fs::set_permissions(socket_in(&directory), std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
         let mut command = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
@@ -80,23 +87,29 @@ impl Program {
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(layers.try_clone_to_owned().map_err(failed)?))
-            .stderr(Stdio::null());
+            .stderr(Stdio::from(OwnedFd::from(listener)));
         let process = command.spawn().map_err(failed)?;
         let (monitor, events) = Monitor::over(UnixStream::from_std(ours).map_err(failed)?);
         Ok((monitor, events, process))
     }
 }
 
+fn open_directory(path: &Path) -> Result<std::fs::File> {
+    std::fs::File::open(path).map_err(|error| Error::io(format_args!("open {}", path.display()), error))
+}
+
+/// A monitor's socket by way of its directory's descriptor: a socket's address takes 107 bytes (unix(7)), and a state directory may lie deep.
+fn socket_in(directory: &std::fs::File) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_FILE}", directory.as_raw_fd()))
+}
+
 impl Monitor {
     /// Connects to a monitor that an earlier daemon started.
     pub async fn connect(run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
-        use std::os::fd::AsRawFd;
-        let path: PathBuf = run_directory.join("monitor.sock");
-        let directory = std::fs::File::open(run_directory)
-            .map_err(|error| Error::io(format_args!("open {}", run_directory.display()), error))?;
-        // By way of the descriptor, because a socket's address takes 107 bytes (unix(7)) and a state directory may lie deep.
-        let short = format!("/proc/self/fd/{}/monitor.sock", directory.as_raw_fd());
-        let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(short)).await;
+        let path = run_directory.join(SOCKET_FILE);
+        let directory = open_directory(run_directory)?;
+        let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(socket_in(&directory))).await;
         let stream = connected
             .map_err(|_| Error::new(Kind::Deadline, format!("connect {}: no answer in 5 s", path.display())))?
             .map_err(|error| Error::io(format_args!("connect {}", path.display()), error))?;

@@ -30,18 +30,14 @@ pub async fn recover(node: &Arc<Node>) {
             None => tracing::warn!(pod = %id, "pod directory without a readable record is left alone"),
         }
     }
+    let mut unfinished_containers = Vec::new();
     for id in store::entries(&node.config.root.join("containers")) {
         match store::read::<container::Record>(&node.container_directory(&id).join("record.json")) {
             Some(record) if node.pod(&record.pod_id).is_ok() => {
                 node.insert_container(Arc::new(Container::restored(node, record)))
             }
-            // Its making did not come as far as a record, or its pod is gone: nothing can be running in it.
-            _ => {
-                telemetry::repaired(Repair::UnfinishedContainer);
-                if let Err(error) = store::remove_tree(&node.container_directory(&id)) {
-                    tracing::warn!(container = %id, %error, "unfinished container not removed");
-                }
-            }
+            // Its making did not come as far as a record, or its pod is gone. A monitor may be making it still.
+            _ => unfinished_containers.push(id),
         }
     }
     let mut unfinished = Vec::new();
@@ -58,6 +54,12 @@ pub async fn recover(node: &Arc<Node>) {
     }
     // A plugin that hangs must not keep the node from serving; what is not done goes on.
     let _ = tokio::time::timeout(UNFINISHED_LIMIT, futures_util::future::join_all(unfinished)).await;
+    for id in unfinished_containers {
+        telemetry::repaired(Repair::UnfinishedContainer);
+        if let Err(error) = store::remove_tree(&node.container_directory(&id)) {
+            tracing::warn!(container = %id, %error, "unfinished container not removed");
+        }
+    }
     for pod in node.pods() {
         let record = pod.record();
         // The configuration was checked when the pod was run.
@@ -137,7 +139,6 @@ async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
         container.exited(node, exit.unwrap_or_else(|| container::Exit::unknown(crate::node::now_ns())));
     }
     for id in states.into_keys() {
-        telemetry::repaired(Repair::UnfinishedContainer);
         if let Err(error) = monitor.call(Body::Delete(DeleteRequest { container_id: id.clone() })).await {
             tracing::warn!(pod = %pod.id, container = %id, %error, "unfinished container not removed");
         }
