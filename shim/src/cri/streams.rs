@@ -41,7 +41,9 @@ pub(super) fn exec(service: &Service, request: cri::ExecRequest) -> Result<Strin
 
 pub(super) fn attach(service: &Service, request: cri::AttachRequest) -> Result<String> {
     let cri::AttachRequest { container_id, stdin, tty, stdout, stderr } = request;
-    let wanted = checked(Wanted { stdin, stdout, stderr, tty })?;
+    // kubelet says of the container that it has a terminal; a client that has none itself (`kubectl attach -i` of a pipe) wants both
+    // outputs, opens their streams and none for sizes. What the terminal writes comes on the first.
+    let wanted = checked(Wanted { stdin, stdout, stderr, tty: tty && !stderr })?;
     let container_id = running(service, &container_id)?.id.clone();
     service.streaming.url(Target::Attach { container_id, wanted })
 }
