@@ -48,7 +48,7 @@ const TOOLS: [Tool; 13] = [
     Tool {
         name: "Kubernetes",
         build: || cluster::Programs::build().and_then(|_| go::kubernetes("health")).map(drop),
-        tests: &["kubelet", "cluster"],
+        tests: &["kubelet", "cluster", "manifests"],
     },
     Tool { name: "what a node of kind has", build: kind::Node::prepare, tests: &["kubeadm"] },
     Tool { name: "Kubernetes' own suite", build: || go::end_to_end().map(drop), tests: &["e2e"] },

@@ -34,8 +34,12 @@ const E2E_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/e2e");
 /// The one that builds what runs in a cluster as pods.
 const ADDONS_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/addons");
 
-/// The version of CoreDNS that the module's go.mod names; kubeadm wants this one.
+/// The versions that the module's go.mod names. kubeadm wants this CoreDNS.
 pub const COREDNS_VERSION: &str = "v1.14.6";
+pub const METRICS_SERVER_VERSION: &str = "v0.9.0";
+
+/// The Go module with the server of metrics.
+const METRICS_SERVER: &str = "sigs.k8s.io/metrics-server";
 
 /// The one that builds etcd.
 const ETCD_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/etcd");
@@ -203,19 +207,24 @@ fn own_program(name: &str, module: &str) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Builds the newest plugins of the CNI project unless `<target>/windlass-tools/cni` holds the ones of this recipe. Prints what it does.
+/// Builds the newest plugins of the CNI project, and `cnitool`, which calls them by libcni, unless `<target>/windlass-tools/cni` holds the ones of this recipe. Prints what it does.
 pub fn cni_plugins() -> Result<PathBuf> {
     let dir = target_dir().join("windlass-tools/cni");
     let programs = dir.join("programs");
-    let products: Vec<PathBuf> = CNI_PLUGINS.iter().filter_map(|plugin| Some(programs.join(plugin.split_once('/')?.1))).collect();
+    let packages: Vec<String> = CNI_PLUGINS
+        .iter()
+        .map(|plugin| format!("github.com/containernetworking/plugins/plugins/{plugin}"))
+        .chain(["github.com/containernetworking/cni/cnitool".to_owned()])
+        .collect();
+    let products: Vec<PathBuf> = packages.iter().filter_map(|package| Some(programs.join(package.rsplit_once('/')?.1))).collect();
     let products: Vec<&Path> = products.iter().map(PathBuf::as_path).collect();
     let module = Path::new(CNI_MODULE);
     unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &products, || {
         println!("building the plugins of CNI from Go modules into {} (some seconds)", dir.display());
         std::fs::create_dir_all(&programs).context("create the folder of the plugins")?;
-        let packages = CNI_PLUGINS.map(|plugin| format!("github.com/containernetworking/plugins/plugins/{plugin}"));
         // The slash at the end makes it a folder of programs.
-        go_build(module, &["build", "-trimpath"], &programs.join(""), &packages.each_ref().map(String::as_str))
+        let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+        go_build(module, &["build", "-trimpath"], &programs.join(""), &packages)
     })?;
     Ok(programs)
 }
@@ -285,17 +294,33 @@ pub fn end_to_end() -> Result<EndToEnd> {
 pub struct Addons {
     /// The DNS server.
     pub coredns: PathBuf,
+    /// The server of metrics, and the folder of the objects that deploy it.
+    pub metrics_server: PathBuf,
+    pub metrics_objects: PathBuf,
 }
 
 /// Builds them unless `<target>/windlass-tools/addons` holds the ones of this recipe. Prints what it does.
 pub fn addons() -> Result<Addons> {
     let dir = target_dir().join("windlass-tools/addons");
-    let addons = Addons { coredns: dir.join("coredns") };
+    let at = |name: &str| dir.join(name);
+    let addons = Addons { coredns: at("coredns"), metrics_server: at("metrics-server"), metrics_objects: at("objects") };
+    let products = [addons.coredns.as_path(), &addons.metrics_server, &at("objects/kustomization.yaml")];
     let module = Path::new(ADDONS_MODULE);
-    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go", "coredns/main.go"], &[&addons.coredns], || {
-        println!("building CoreDNS {COREDNS_VERSION} from Go modules into {} (half a minute after Kubernetes)", dir.display());
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go", "coredns/main.go"], &products, || {
+        println!(
+            "building CoreDNS {COREDNS_VERSION} and metrics-server {METRICS_SERVER_VERSION} into {} (half a minute after Kubernetes)",
+            dir.display()
+        );
         // The slash at the end makes it a folder of programs.
-        go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &dir.join(""), &["./coredns"])
+        let packages = ["./coredns", &format!("{METRICS_SERVER}/cmd/metrics-server")];
+        go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &dir.join(""), &packages)?;
+        let from = folder_of(module, METRICS_SERVER)?.join("manifests/base");
+        std::fs::create_dir_all(&addons.metrics_objects).context("create the folder of objects")?;
+        for entry in std::fs::read_dir(&from).with_context(|| format!("read {}", from.display()))?.flatten() {
+            let content = std::fs::read(entry.path()).with_context(|| format!("read {}", entry.path().display()))?;
+            std::fs::write(addons.metrics_objects.join(entry.file_name()), content)?;
+        }
+        Ok(())
     })?;
     Ok(addons)
 }

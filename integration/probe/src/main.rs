@@ -8,7 +8,7 @@ use std::{
     fs,
     io::Write,
     process::ExitCode,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 fn main() -> ExitCode {
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Some("sleep") => std::thread::sleep(Duration::from_secs(number(1))),
         Some("hold-mem") => hold(number(1)),
         Some("load") => load([number(1), number(2), number(3), number(4)], words.get(5).map_or("", String::as_str)),
+        Some("steady") => steady(number(1), number(2)),
         Some("flood") => flood(number(1)),
         Some("echo") => echo(u16::try_from(number(1)).unwrap_or(0)),
         Some("resolve") => return dns::resolve(&words[1..]),
@@ -83,6 +84,26 @@ fn load([cpu_ms, touch, write, send]: [u64; 4], address: &str) {
     println!("done in {} us", used().as_micros());
     std::thread::sleep(Duration::from_secs(3600));
     std::hint::black_box((&memory, &socket));
+}
+
+/// Keeps this many MiB, and takes of each tenth of a second the given share of the processor's time, in thousandths, or what it gets of
+/// that. Tells after each the time since 1970 in milliseconds and the processor's time in microseconds.
+fn steady(share: u64, mebibytes: u64) {
+    let mut memory = vec![0u8; usize::try_from(mebibytes << 20).unwrap_or(0)];
+    for page in memory.iter_mut().step_by(4096) {
+        *page = 1;
+    }
+    let used = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::MAX, Duration::from);
+    let (begun, before) = (Instant::now(), used());
+    for tick in 1u64.. {
+        while used().saturating_sub(before) < Duration::from_micros(share * 100 * tick) {
+            std::hint::black_box((0..1000).sum::<u64>());
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        println!("{} {}", now.as_millis(), used().as_micros());
+        std::thread::sleep(Duration::from_millis(100 * tick).saturating_sub(begun.elapsed()));
+    }
+    std::hint::black_box(&memory);
 }
 
 fn flood(bytes: u64) {

@@ -2,8 +2,8 @@
 
 use super::{Cluster, Kubectl, Programs, service::Service};
 use crate::{
-    go::COREDNS_VERSION,
-    image::{ARCHITECTURE, capable_layer},
+    go::{COREDNS_VERSION, METRICS_SERVER_VERSION},
+    image::{ARCHITECTURE, capable_layer, programs_layer},
     registry::{Packed, Registry},
 };
 use anyhow::{Context, Result};
@@ -53,6 +53,38 @@ impl Cluster {
     pub fn write_mirror(&self, directory: &Path) -> Result<()> {
         let registry = &self.parts.registry;
         registry.mirror(directory, &registry.host())
+    }
+
+    /// Starts the server of metrics, by its own objects. It needs the proxy.
+    pub fn start_metrics(&self) -> Result<()> {
+        let addons = &self.parts.programs.addons;
+        let program = fs::read(&addons.metrics_server).context("read metrics-server")?;
+        let layer = programs_layer(&[("metrics-server", &program)])?;
+        publish(
+            &self.parts.registry,
+            "metrics-server",
+            METRICS_SERVER_VERSION,
+            layer,
+            json!({ "Entrypoint": ["/metrics-server"] }),
+        );
+        let directory = self.parts.directory.join("metrics-server");
+        fs::create_dir_all(directory.join("base"))?;
+        for entry in fs::read_dir(&addons.metrics_objects)?.flatten() {
+            fs::copy(entry.path(), directory.join("base").join(entry.file_name()))?;
+        }
+        // kubelet's certificate is its own; and figures every ten seconds, the shortest that it allows, which no request may take.
+        let more = ["--kubelet-insecure-tls", "--metric-resolution=10s", "--kubelet-request-timeout=5s"];
+        let patch = more.map(|flag| json!({ "op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": flag }));
+        let kustomization = json!({
+            "resources": ["base"],
+            "images": [{
+                "name": "gcr.io/k8s-staging-metrics-server/metrics-server",
+                "newName": format!("{}/metrics-server", self.parts.registry.host()), "newTag": METRICS_SERVER_VERSION,
+            }],
+            "patches": [{ "target": { "kind": "Deployment" }, "patch": json!(patch).to_string() }],
+        });
+        fs::write(directory.join("kustomization.yaml"), kustomization.to_string())?;
+        self.addons().run(&["apply", "-k", &directory.to_string_lossy()]).map(drop)
     }
 
     /// Where they are.

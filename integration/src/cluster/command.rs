@@ -80,8 +80,9 @@ pub fn up() -> Result<()> {
     println!("kubectl get nodes -o wide");
     println!("kubectl run first --image={BUSYBOX} --image-pull-policy=Never -- sh -c 'while :; do date; sleep 1; done'");
     println!("kubectl logs -f first");
+    println!("kubectl top pods --containers    # figures come within a minute");
     println!(
-        "\nThe node has that one image and CoreDNS; registries of the host's loopback and beyond are out of its reach, for it has a network of its own."
+        "\nThe node has that one image and those of its addons; registries of the host's loopback and beyond are out of its reach, for it has a network of its own."
     );
     println!("`cargo xtask down` ends the cluster and removes all of it.");
     Ok(())
@@ -116,6 +117,7 @@ pub fn keep() -> Result<()> {
         let mut cluster = Cluster::start(&programs, &daemon)?;
         cluster.start_proxy()?;
         cluster.start_dns()?;
+        cluster.start_metrics()?;
         cluster.wait_for_dns()?;
         open(&door, cluster.kubeconfig(), &place.path("kubeconfig"))?;
         let (up, ready) = cluster.took;

@@ -274,6 +274,14 @@ impl Parts {
             "--enable-admission-plugins=NodeRestriction".into(),
             format!("--service-cluster-ip-range={SERVICES}"),
             "--allow-privileged=true".into(),
+            // As kubeadm has them: an apiserver of others, as that of metrics, knows by this who asks.
+            format!("--requestheader-client-ca-file={}", pki("front-proxy-ca.crt")),
+            "--requestheader-allowed-names=front-proxy-client".into(),
+            "--requestheader-username-headers=X-Remote-User".into(),
+            "--requestheader-group-headers=X-Remote-Group".into(),
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-".into(),
+            format!("--proxy-client-cert-file={}", pki("front-proxy-client.crt")),
+            format!("--proxy-client-key-file={}", pki("front-proxy-client.key")),
         ];
         self.start("kube-apiserver", &self.programs.kube_apiserver, &arguments)
     }

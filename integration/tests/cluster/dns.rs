@@ -10,7 +10,7 @@ fn text<'a>(object: &'a Value, path: &str) -> Result<&'a str> {
 }
 
 /// What a program prints in a pod, once it succeeds: CoreDNS may be about to start.
-fn said(kubectl: &Kubectl, pod: &str, words: &[&str]) -> Result<String> {
+pub(crate) fn said(kubectl: &Kubectl, pod: &str, words: &[&str]) -> Result<String> {
     eventually(&words.join(" "), || kubectl.run(&[&["exec", pod, "--", "/probe"], words].concat()))
 }
 

@@ -9,6 +9,7 @@ mod network;
 mod node;
 mod pods;
 mod streams;
+mod top;
 mod volumes;
 mod workloads;
 
@@ -32,7 +33,7 @@ use windlass_integration::{
 };
 
 /// Cases that run at the same time.
-const WIDTH: usize = 3;
+const WIDTH: usize = 5;
 /// Longest wait for what a case wants to see.
 const LIMIT: Duration = Duration::from_secs(90);
 const PAUSE: Duration = Duration::from_millis(200);
@@ -53,27 +54,34 @@ macro_rules! named {
     ($($module:ident::$name:ident,)*) => { &[$((concat!(stringify!($module), "::", stringify!($name)), $module::$name)),*] };
 }
 
-/// Each in a namespace of its own.
+/// Each in a namespace of its own. The first two wait for most of their time.
 const CASES: &[(&str, Case)] = named![
+    top::figures_are_those_of_a_known_load,
+    workloads::a_cron_job_starts_a_job_each_minute,
     workloads::a_deployment_runs_and_rolls_out,
     workloads::a_daemon_set_has_a_pod_on_the_node,
     workloads::a_job_runs_to_completion_with_its_sidecar,
+    workloads::a_stateful_set_keeps_its_claims,
     workloads::init_containers_and_sidecars_come_in_order,
     network::a_service_leads_to_each_of_its_pods,
+    network::a_service_leads_to_no_pod_that_is_not_ready,
     network::ports_are_forwarded,
     dns::services_and_pods_have_names,
     dns::a_pod_asks_whom_its_policy_names,
     streams::a_command_has_its_input_its_outputs_and_its_code,
     streams::files_are_copied_both_ways,
     streams::an_attached_client_speaks_with_the_program,
+    streams::an_attached_client_has_the_program_s_terminal,
     streams::a_log_is_followed_to_its_end,
     streams::an_ephemeral_container_sees_its_target,
+    streams::a_pod_and_a_node_are_looked_into,
     volumes::what_is_projected_is_there_and_changes,
     volumes::a_service_account_s_token_is_good_at_the_apiserver,
     images::a_pull_secret_opens_a_registry,
     pods::users_of_a_pod_are_not_the_host_s,
     pods::a_runtime_class_chooses_the_handler,
     pods::a_pod_that_is_deleted_has_its_grace,
+    pods::a_pod_is_evicted_when_its_budget_allows,
     pods::a_container_that_ends_is_started_again,
 ];
 
@@ -137,6 +145,7 @@ fn run(programs: &Programs, cases: &[(&str, Case)], node_cases: &[(&str, NodeCas
     })?;
     cluster.start_proxy()?;
     cluster.start_dns()?;
+    cluster.start_metrics()?;
     let mut node = Node { daemon, cluster, before };
     let mut good = together(&node.cluster, cases);
     for (name, case) in node_cases.iter().chain([&END]) {

@@ -40,6 +40,22 @@ pub(crate) fn a_service_leads_to_each_of_its_pods(kubectl: &Kubectl) -> Result<(
         ensure!(answered == names, "{answered:?} of {names:?}");
         Ok(())
     })?;
+    // A client that the service keeps to one pod has the same one each time.
+    kubectl.run(&[
+        "expose",
+        "deployment/web",
+        "--name=sticky",
+        "--port=80",
+        "--target-port=8080",
+        "--session-affinity=ClientIP",
+    ])?;
+    let sticky = kubectl.get("service/sticky")?["spec"]["clusterIP"].as_str().context("an address")?.to_owned();
+    eventually("one pod answers always", || {
+        let answers = kubectl.run(&["exec", "client", "--", "sh", "-c", &ask(&format!("{sticky} 80"))])?;
+        let answered: BTreeSet<&str> = answers.lines().collect();
+        ensure!(answers.lines().count() == 12 && answered.len() == 1 && answered.is_subset(&names), "{answered:?}");
+        Ok(())
+    })?;
     // A pod that reaches itself through the service comes from the node's address.
     let server = pods.first().and_then(|pod| pod["metadata"]["name"].as_str()).context("a pod")?;
     let address = kubectl.get("service/web")?["spec"]["clusterIP"].as_str().context("an address")?.to_owned();
@@ -58,6 +74,43 @@ pub(crate) fn a_service_leads_to_each_of_its_pods(kubectl: &Kubectl) -> Result<(
         ensure!(!tried.status.success() && said.contains("refused"), "after {:?}: {said}", begun.elapsed());
         Ok(())
     })
+}
+
+pub(crate) fn a_service_leads_to_no_pod_that_is_not_ready(kubectl: &Kubectl) -> Result<()> {
+    let mut slow = pod("slow", SERVER);
+    slow["spec"]["containers"][0]["readinessProbe"] =
+        json!({ "exec": { "command": ["test", "-e", "/tmp/ready"] }, "periodSeconds": 1 });
+    kubectl.create(&slow)?;
+    kubectl.run(&["expose", "pod/slow", "--port=80", "--target-port=8080"])?;
+    kubectl.run(&["expose", "pod/slow", "--name=early", "--port=80", "--target-port=8080"])?;
+    kubectl.run(&["patch", "service/early", "--patch", r#"{"spec":{"publishNotReadyAddresses":true}}"#])?;
+    let ask = |service: &str| {
+        let address = kubectl.get(&format!("service/{service}"))?["spec"]["clusterIP"].as_str().context("an address")?.to_owned();
+        output_of("curl", &["-sSf", "--max-time", "5", &format!("http://{address}/name")])
+    };
+    let led = |service: &str| {
+        eventually("the service leads to the pod", || {
+            let answer = ask(service)?;
+            ensure!(answer == "slow\n", "{answer:?}");
+            Ok(())
+        })
+    };
+    let refused = || {
+        eventually("the service leads nowhere", || {
+            let refused = ask("slow").is_err_and(|error| format!("{error:#}").contains("curl: (7)"));
+            ensure!(refused, "it is not refused");
+            Ok(())
+        })
+    };
+    led("early")?;
+    refused()?;
+    kubectl.run(&["exec", "slow", "--", "touch", "/tmp/ready"])?;
+    led("slow")?;
+    kubectl.run(&["exec", "slow", "--", "rm", "/tmp/ready"])?;
+    refused()?;
+    // Cases that look at all pods want them ready.
+    kubectl.run(&["exec", "slow", "--", "touch", "/tmp/ready"])?;
+    kubectl.ready("slow")
 }
 
 pub(crate) fn ports_are_forwarded(kubectl: &Kubectl) -> Result<()> {

@@ -30,7 +30,6 @@ pub(crate) fn the_node_is_ready_and_says_what_it_is(node: &mut Node) -> Result<(
     Ok(())
 }
 
-/// `kubectl top` shows these, but asks for them a server of metrics that is no part of Kubernetes.
 pub(crate) fn statistics_come_through_the_apiserver(node: &mut Node) -> Result<()> {
     let kubectl = &node.cluster.kubectl;
     let running = kubectl.list(&["pods", "--all-namespaces", "--field-selector=status.phase=Running"])?;

@@ -1,6 +1,6 @@
 //! Pods with users of their own, and how pods and containers end.
 
-use crate::{FOREVER, eventually, pod};
+use crate::{FOREVER, eventually, pod, workload};
 use anyhow::{Result, ensure};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -69,6 +69,32 @@ pub(crate) fn a_pod_that_is_deleted_has_its_grace(kubectl: &Kubectl) -> Result<(
         ensure!(took >= Duration::from_secs(least) && took < Duration::from_secs(most), "{name} took {took:?}");
     }
     Ok(())
+}
+
+/// As `kubectl drain` does; a budget may forbid it.
+pub(crate) fn a_pod_is_evicted_when_its_budget_allows(kubectl: &Kubectl) -> Result<()> {
+    let mut web = workload("Deployment", "web", FOREVER);
+    let begun = json!({ "exec": { "command": ["sh", "-c", "echo begun > /tmp/hook"] } });
+    web["spec"]["template"]["spec"]["containers"][0]["lifecycle"] = json!({ "postStart": begun });
+    kubectl.create(&web)?;
+    kubectl.run(&["create", "poddisruptionbudget", "all", "--selector=app=web", "--min-available=1"])?;
+    kubectl.rolled_out("deployment/web")?;
+    kubectl.wait("poddisruptionbudget/all", "jsonpath={.status.currentHealthy}=1")?;
+    let first = kubectl.list(&["pods"])?[0]["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let hook = kubectl.run(&["exec", &first, "--", "cat", "/tmp/hook"])?;
+    ensure!(hook == "begun\n", "the hook after the start: {hook:?}");
+    let path = format!("/api/v1/namespaces/{}/pods/{first}/eviction", kubectl.namespace());
+    let eviction = json!({ "apiVersion": "policy/v1", "kind": "Eviction", "metadata": { "name": first } });
+    let evict = || kubectl.outcome(&["create", "--raw", &path, "-f", "-"], eviction.to_string().as_bytes());
+    let refused = evict()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("disruption budget"), "{said}");
+    kubectl.run(&["scale", "deployment/web", "--replicas=2"])?;
+    kubectl.wait("poddisruptionbudget/all", "jsonpath={.status.disruptionsAllowed}=1")?;
+    let taken = evict()?;
+    ensure!(taken.status.success(), "{}", String::from_utf8_lossy(&taken.stderr));
+    kubectl.wait(&format!("pod/{first}"), "delete")?;
+    kubectl.rolled_out("deployment/web")
 }
 
 pub(crate) fn a_container_that_ends_is_started_again(kubectl: &Kubectl) -> Result<()> {

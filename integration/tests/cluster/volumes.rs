@@ -37,12 +37,16 @@ pub(crate) fn what_is_projected_is_there_and_changes(kubectl: &Kubectl) -> Resul
     ensure!(seen == "redanchorred7anchorred7anchor\n1\n440\ntmpfs\n", "in the pod: {seen:?}");
     ensure!(shell("wc -c < /all/token")?.trim().parse::<u32>()? > 300, "no token");
     ensure!(shell("touch /all/new 2>&1 || true")?.contains("Read-only"), "the volume is writable");
-    kubectl.run(&["patch", "configmap", "settings", "--patch", r#"{"data":{"colour":"blue"}}"#])?;
+    kubectl.run(&["patch", "configmap", "settings", "--patch", r#"{"data":{"colour":"blue","size":"8"}}"#])?;
+    kubectl.run(&["patch", "secret", "hidden", "--patch", r#"{"stringData":{"word":"chain"}}"#])?;
     // kubelet looks at its pods now if one of them changes.
-    kubectl.run(&["annotate", "pod/reader", "look=now"])?;
-    eventually("the change is seen", || {
-        let seen = shell("cat /map/colour /all/config/colour")?;
-        ensure!(seen == "blueblue", "{seen:?}");
+    kubectl.run(&["label", "pod/reader", "look=now"])?;
+    eventually("the changes are seen", || {
+        let seen = shell(
+            "cat /map/colour /all/config/colour /map/size /etc/size /secret/word /all/word; grep -c look=.now /all/labels",
+        )?;
+        // A single file that is mounted stays what it was.
+        ensure!(seen == "blueblue87chainchain1\n", "{seen:?}");
         Ok(())
     })
 }

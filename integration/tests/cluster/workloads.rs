@@ -1,11 +1,11 @@
 //! What controllers make of pods.
 
-use crate::{FOREVER, pod, workload};
-use anyhow::{Result, ensure};
+use crate::{FOREVER, eventually, pod, workload};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use windlass_integration::{
-    cluster::Kubectl,
-    kubelet::{container, container_status},
+    cluster::{Kubectl, NODE},
+    kubelet::{container, container_status, is_ready},
 };
 
 fn version_of_each(kubectl: &Kubectl) -> Result<Vec<String>> {
@@ -73,6 +73,72 @@ pub(crate) fn a_job_runs_to_completion_with_its_sidecar(kubectl: &Kubectl) -> Re
         .map(|status| status["state"]["terminated"]["exitCode"].clone());
     ensure!(code == Some(json!(7)), "exit code: {code:?}");
     Ok(())
+}
+
+pub(crate) fn a_cron_job_starts_a_job_each_minute(kubectl: &Kubectl) -> Result<()> {
+    let template = json!({ "restartPolicy": "Never", "containers": [container("main", "echo tick")] });
+    kubectl.create(&json!({
+        "apiVersion": "batch/v1", "kind": "CronJob", "metadata": { "name": "clock" },
+        "spec": { "schedule": "* * * * *", "jobTemplate": { "spec": { "template": { "spec": template } } } },
+    }))?;
+    let job = eventually("a job is there", || {
+        let jobs = kubectl.list(&["jobs"])?;
+        let job = jobs.iter().find(|job| job["metadata"]["ownerReferences"][0]["name"] == "clock").context("none")?;
+        Ok(format!("job/{}", job["metadata"]["name"].as_str().unwrap_or_default()))
+    })?;
+    kubectl.wait(&job, "condition=Complete")?;
+    let log = kubectl.run(&["logs", &job])?;
+    ensure!(log == "tick\n", "log: {log:?}");
+    // Cases that look at all pods want no new ones.
+    kubectl.run(&["delete", "cronjob/clock"]).map(drop)
+}
+
+/// Each of its pods has its own volume, of the node, whichever pod of that name comes.
+pub(crate) fn a_stateful_set_keeps_its_claims(kubectl: &Kubectl) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    for number in 0..2 {
+        let path = scratch.path().join(number.to_string());
+        std::fs::create_dir(&path)?;
+        let here = json!([{ "matchExpressions": [{ "key": "kubernetes.io/hostname", "operator": "In", "values": [NODE] }] }]);
+        kubectl.create(&json!({
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": { "name": format!("local-{number}") },
+            "spec": {
+                "capacity": { "storage": "1Gi" }, "accessModes": ["ReadWriteOnce"], "storageClassName": "local",
+                "local": { "path": path }, "nodeAffinity": { "required": { "nodeSelectorTerms": here } },
+            },
+        }))?;
+    }
+    kubectl.create(&json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "db" },
+        "spec": { "clusterIP": "None", "selector": { "app": "db" }, "ports": [{ "port": 80 }] },
+    }))?;
+    let mut db = workload("StatefulSet", "db", &format!("echo $HOSTNAME >> /data/starts; {FOREVER}"));
+    db["spec"]["replicas"] = json!(2);
+    db["spec"]["serviceName"] = json!("db");
+    db["spec"]["template"]["spec"]["containers"][0]["volumeMounts"] = json!([{ "name": "data", "mountPath": "/data" }]);
+    db["spec"]["volumeClaimTemplates"] = json!([{
+        "metadata": { "name": "data" },
+        "spec": { "accessModes": ["ReadWriteOnce"], "storageClassName": "local", "resources": { "requests": { "storage": "1Gi" } } },
+    }]);
+    kubectl.create(&db)?;
+    kubectl.rolled_out("statefulset/db")?;
+    let before = kubectl.get("pod/db-1")?["metadata"]["uid"].clone();
+    kubectl.run(&["delete", "pod", "db-1"])?;
+    eventually("another pod of the name is ready", || {
+        let pod = kubectl.get("pod/db-1")?;
+        ensure!(pod["metadata"]["uid"] != before && is_ready(&pod), "{}", pod["status"]);
+        Ok(())
+    })?;
+    for (name, starts) in [("db-0", "db-0\n"), ("db-1", "db-1\ndb-1\n")] {
+        let seen = kubectl.run(&["exec", name, "--", "cat", "/data/starts"])?;
+        ensure!(seen == starts, "{name} has {seen:?}");
+        crate::dns::said(kubectl, "db-0", &["resolve", &format!("{name}.db")])?;
+    }
+    // The volumes are this test's own.
+    kubectl.run(&["delete", "statefulset/db"])?;
+    kubectl.run(&["wait", "pods", "--selector=app=db", "--for=delete", "--timeout=90s"])?;
+    kubectl.run(&["delete", "persistentvolumeclaims", "--all"])?;
+    kubectl.run(&["delete", "persistentvolume", "local-0", "local-1"]).map(drop)
 }
 
 pub(crate) fn init_containers_and_sidecars_come_in_order(kubectl: &Kubectl) -> Result<()> {
