@@ -15,11 +15,12 @@ use std::{fs, path::Path};
 const SHELL: &str = "/bin/bash";
 
 /// Tools of agnhost's image: Debian package, the program on this machine, its place in the image.
-const TOOLS: [(&str, &str, &str); 9] = [
+const TOOLS: [(&str, &str, &str); 10] = [
     ("bash", SHELL, "bin/bash"),
     ("curl", "/usr/bin/curl", "usr/bin/curl"),
     ("bind9-dnsutils", "/usr/bin/dig", "usr/bin/dig"),
     ("bind9-dnsutils", "/usr/bin/nslookup", "usr/bin/nslookup"),
+    ("libc-bin", "/usr/bin/getent", "usr/bin/getent"),
     ("hostname", "/bin/hostname", "usr/bin/hostname"),
     ("iperf", "/usr/bin/iperf", "usr/local/bin/iperf"),
     ("iproute2", "/bin/ss", "usr/bin/ss"),
