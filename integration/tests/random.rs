@@ -214,7 +214,7 @@ fn target() -> impl Strategy<Value = String> {
 fn mount() -> impl Strategy<Value = cri::Mount> {
     (
         target(),
-        pick(&["", "/tmp", "/etc", "/etc/hostname", "relative", "/no/such"]),
+        pick(&["", "/tmp", "/etc", "/etc/hostname", "relative", "/etc/hostname/none"]),
         any::<bool>(),
         mostly(false, Just(true)),
         mostly(0, -1i32..4),
