@@ -9,8 +9,8 @@ use std::{
 };
 use windlass_proto::cri::PodSandboxConfig;
 
-/// Pods of a soak where `variable` of the environment sets no other number.
-pub fn pods(variable: &str, otherwise: usize) -> Result<usize> {
+/// How many of something, where `variable` of the environment sets no other number.
+pub fn number(variable: &str, otherwise: usize) -> Result<usize> {
     Ok(std::env::var(variable).map_or(Ok(otherwise), |number| number.parse())?)
 }
 

@@ -174,7 +174,7 @@ fn many_pods_at_a_time_leave_nothing_and_the_last_starts_as_fast() -> Result<()>
         ensure!(held()? == 0);
         let clients = (0..SOAK_WIDTH).map(|_| Client::connect(&daemon)).collect::<Result<Vec<_>>>()?;
         let logs = daemon.path("logs");
-        let report = soak::run(clients, soak::pods("WINDLASS_SOAK_PODS", SOAK_PODS)?, || {
+        let report = soak::run(clients, soak::number("WINDLASS_SOAK_PODS", SOAK_PODS)?, || {
             let mut config = pod(&logs);
             let number: u16 = config.hostname.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or_default();
             // Every fourth has a port of the host.

@@ -513,7 +513,7 @@ fn many_pods_at_a_time_leave_nothing() -> Result<()> {
         let before = ground.warm()?;
         let logs = ground.daemon.path("logs");
         let clients = (0..SOAK_WIDTH).map(|_| Client::connect(&ground.daemon)).collect::<Result<Vec<_>>>()?;
-        let report = soak::run(clients, soak::pods("WINDLASS_CNI_SOAK_PODS", SOAK_PODS)?, || pod(&logs))?;
+        let report = soak::run(clients, soak::number("WINDLASS_CNI_SOAK_PODS", SOAK_PODS)?, || pod(&logs))?;
         println!("{report}");
         ensure!(ground.held().is_empty(), "{:?}", ground.held());
         before.expect_same(&ground.snapshot()?)

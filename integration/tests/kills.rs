@@ -46,7 +46,7 @@ fn lives(seed: u64) -> Result<()> {
     let before = Snapshot::warm(&daemon, &Client::connect(&daemon)?)?;
     let (socket, logs) = (daemon.socket(), daemon.path("logs"));
     let (over, lived) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let kills = soak::pods("WINDLASS_KILLS", KILLS)?;
+    let kills = soak::number("WINDLASS_KILLS", KILLS)?;
     thread::scope(|scope| {
         let (over, lived, socket, logs) = (&over, &lived, &socket, &logs);
         let client = |number| -> Result<()> {
@@ -219,7 +219,9 @@ fn asked<T>(what: &str, mut call: impl FnMut() -> Result<T, Status>) -> Result<T
 
 /// Fails unless no daemon said this, the connection did; waits a little.
 fn cut_off(what: &str, status: Status, deadline: Instant) -> Result<()> {
-    let of_the_connection = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
+    // What a daemon says comes with headers.
+    let of_the_connection =
+        status.metadata().is_empty() && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
     if !of_the_connection || Instant::now() > deadline {
         bail!("{what}: {status:?}");
     }

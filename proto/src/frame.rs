@@ -10,6 +10,9 @@ pub const FRAME_LIMIT_BYTES: usize = 8 << 20;
 /// Most descriptors that travel with one frame.
 pub const FRAME_FDS_MAX: usize = 4;
 
+/// Name of a monitor's listening socket in the run directory of its pod. The daemon makes it, and the last that a monitor does is to remove it.
+pub const SOCKET_FILE: &str = "monitor.sock";
+
 /// Version of the protocol that this build speaks.
 pub const PROTOCOL_VERSION: u32 = 1;
 

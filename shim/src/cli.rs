@@ -162,7 +162,8 @@ fn lock(config: &Config) -> Result<fs::File> {
     fs::create_dir_all(&config.root).map_err(|error| Error::io(format_args!("create {}", config.root.display()), error))?;
     let path = config.root.join("lock");
     let file = fs::File::create(&path).map_err(|error| Error::io(format_args!("open {}", path.display()), error))?;
-    // A record lock (fcntl(2)), not flock(2): a child on its way to exec does not hold it, so that the daemon after a killed one finds it free.
+    // A record lock (fcntl(2)), not flock(2): a child on its way to exec does not hold it, so that the daemon after a killed one finds it
+    // free. It goes with any descriptor of the file: this is the only place that opens it.
     rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
         rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::ACCESS => Error::precondition(format!(
             "{} is in use by another windlass; stop it or give another --root",

@@ -365,22 +365,18 @@ impl Monitor {
     }
 
     pub(super) fn start(&mut self, to: Reply, id: &str) -> Result<(), StepError> {
-        let (key, container) = self.living("start", id)?;
-        if let Phase::Starting(first) = container.phase
-            && !self.connected(first.connection)
-        {
-            // Of a daemon that was killed: the one that came after it waits for the outcome.
-            return self.containers.get_mut(&key).map_or(Ok(()), |container| {
-                container.phase = Phase::Starting(to);
-                Ok(())
-            });
-        }
+        let first = if let Phase::Starting(first) = self.living("start", id)?.1.phase { Some(first) } else { None };
+        let cut_off = first.is_some_and(|first| !self.connected(first.connection));
         let (_, container) = self.living("start", id)?;
-        if !matches!(container.phase, Phase::Created) {
-            return Err(StepError::because(Kind::WrongState, "start", id, "it was started"));
+        match container.phase {
+            Phase::Created => {
+                let gone = || StepError::because(Kind::WrongState, "start", id, "its process has ended");
+                container.report.as_mut().ok_or_else(gone)?.open_gate().map_err(|_| gone())?;
+            }
+            // By a daemon that was killed: the one that came after it waits for the outcome.
+            Phase::Starting(_) if cut_off => {}
+            _ => return Err(StepError::because(Kind::WrongState, "start", id, "it was started")),
         }
-        let gone = || StepError::because(Kind::WrongState, "start", id, "its process has ended");
-        container.report.as_mut().ok_or_else(gone)?.open_gate().map_err(|_| gone())?;
         container.phase = Phase::Starting(to);
         Ok(())
     }

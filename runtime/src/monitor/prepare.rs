@@ -10,9 +10,6 @@ use rustix::process::DumpableBehavior;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// Name of the listening socket in the run directory. The last that a monitor does is to remove it.
-pub(super) const SOCKET_FILE: &str = "monitor.sock";
-
 /// Name of the monitor's own log in the run directory.
 const LOG_FILE: &str = "monitor.log";
 

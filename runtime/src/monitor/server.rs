@@ -7,7 +7,6 @@ use super::exec::Exec;
 use super::note::note;
 use super::pod::{self, Pod};
 use super::poll::{Poll, Source};
-use super::prepare::SOCKET_FILE;
 use crate::process::{Context, Kind, StepError};
 use nix::sys::signalfd::SignalFd;
 use rustix::io::Errno;
@@ -16,7 +15,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use windlass_proto::frame::PROTOCOL_VERSION;
+use windlass_proto::frame::{PROTOCOL_VERSION, SOCKET_FILE};
 use windlass_proto::monitor::{
     ContainerState, Empty, Failure, Frame, SetupReply, SetupRequest, ShutdownRequest, StateReply, container_state, frame::Body,
 };

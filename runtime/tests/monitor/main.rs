@@ -122,7 +122,7 @@ impl Pod {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let program = std::env::var("WINDLASS_MONITOR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_windlass-monitor").into());
         let stdin = OwnedFd::from(theirs);
-        let listener = UnixListener::bind(directory.path().join("monitor.sock")).unwrap();
+        let listener = UnixListener::bind(directory.path().join(frame::SOCKET_FILE)).unwrap();
         let mut command = Command::new(program);
         command.arg("--dir").arg(directory.path()).stdin(stdin).stderr(OwnedFd::from(listener));
         let monitor = command.spawn().unwrap();
@@ -207,7 +207,7 @@ impl Pod {
         assert!(self.monitor.wait().unwrap().success());
         let procs = self.cgroup.join("monitor/cgroup.procs");
         wait_until("the monitor ends", || std::fs::read_to_string(&procs).is_ok_and(|text| text.is_empty()));
-        assert!(!self.pin().exists() && !self.directory.path().join("monitor.sock").exists());
+        assert!(!self.pin().exists() && !self.directory.path().join(frame::SOCKET_FILE).exists());
         std::fs::remove_dir(self.cgroup.join("monitor")).unwrap();
         std::fs::remove_dir(&self.cgroup).expect("no other cgroup is left");
     }
@@ -360,7 +360,7 @@ fn a_new_connection_takes_over_and_a_broken_one_harms_nobody() {
     let mut pod = Pod::start("again");
     pod.set_up();
     pod.run("c", "sleep 1000");
-    let connect = || Client::new(UnixStream::connect(pod.directory.path().join("monitor.sock")).unwrap());
+    let connect = || Client::new(UnixStream::connect(pod.directory.path().join(frame::SOCKET_FILE)).unwrap());
     let mut second = connect();
     second.socket.write_all(&[255; 64]).unwrap();
     assert_eq!(second.socket.read(&mut [0; 1]).unwrap_or(0), 0);

@@ -41,7 +41,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
         Ok(_) => {
             clock.done();
             if container.look(|record| record.from_checkpoint) {
-                find_process(node, container, &monitor).await;
+                find_process(container, &monitor).await;
                 // What its memory was, and takes as much.
                 let images = node.container_directory(&container.id).join(checkpoint::IMAGES);
                 if let Err(error) = store::remove_tree(&images) {
@@ -60,8 +60,13 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     }
 }
 
-/// A start whose daemon was killed in it goes on: the record says Running, the monitor that no program has been seen to run.
+/// A start whose daemon was killed in it goes on: the record says Running, the monitor that no program has been seen to run. Nobody waits
+/// for it, as it may take long.
 pub async fn resume_start(node: &Node, container: &Container, monitor: &Monitor) {
+    let _turn = container.turn.lock().await;
+    if !container.is_running() || node.container(&container.id).is_err() {
+        return;
+    }
     let starting = container.ending.start(|exit| container.publish_end(node, exit));
     match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
         Ok(_) => {
@@ -71,7 +76,7 @@ pub async fn resume_start(node: &Node, container: &Container, monitor: &Monitor)
         Err(error) if error.kind == Kind::Precondition => {}
         Err(error) => return starting.failed(|| publish_failure(node, container, &error)),
     }
-    find_process(node, container, monitor).await;
+    find_process(container, monitor).await;
 }
 
 /// A program that could not be started is a container that has exited.
@@ -83,11 +88,11 @@ fn publish_failure(node: &Node, container: &Container, error: &Error) {
 }
 
 /// Asks which process the container's first is: a restored one is another than the one that waited to restore it.
-async fn find_process(node: &Node, container: &Container, monitor: &Monitor) {
+async fn find_process(container: &Container, monitor: &Monitor) {
     match monitor.call(Body::State(StateRequest {})).await {
         Ok((Body::StateReply(state), _)) => {
             let own = state.containers.iter().find(|one| one.container_id == container.id);
-            own.into_iter().for_each(|state| container.adopt(node, state));
+            own.into_iter().for_each(|state| container.adopt(state));
         }
         other => {
             tracing::warn!(container = %container.id, outcome = ?other.map(drop), "process of a container not known")

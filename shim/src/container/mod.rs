@@ -233,7 +233,7 @@ impl Container {
     }
 
     /// Takes over what a monitor says of a container that has not ended.
-    pub fn adopt(&self, _node: &Node, state: &ContainerState) {
+    pub fn adopt(&self, state: &ContainerState) {
         if state.phase() != monitor::container_state::Phase::Running {
             return;
         }

@@ -27,15 +27,12 @@ use tokio::{
 };
 use tracing::Instrument;
 use windlass_proto::{
-    frame,
+    frame::{self, SOCKET_FILE},
     monitor::{Failure, Frame, failure, frame::Body},
 };
 
 /// Longest wait for an answer to a request that the monitor answers from its own state.
 pub const CALL_LIMIT: Duration = Duration::from_secs(60);
-
-/// Where a monitor listens, in its pod's run directory.
-const SOCKET_FILE: &str = "monitor.sock";
 
 /// Events that wait for the pod. A full channel holds back this connection's reader only.
 const EVENT_QUEUE: usize = 256;

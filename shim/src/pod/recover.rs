@@ -131,7 +131,7 @@ async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
                 continue;
             }
             Some(state) => {
-                container.adopt(node, &state);
+                container.adopt(&state);
                 continue;
             }
             None => container::recorded_exit(node, &pod.id, &container.id),
@@ -145,7 +145,8 @@ async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     }
     watch::events(node.clone(), pod.clone(), monitor.clone(), events);
     for container in cut_off {
-        container::resume_start(node, &container, &monitor).await;
+        let (node, monitor) = (node.clone(), monitor.clone());
+        tokio::spawn(async move { container::resume_start(&node, &container, &monitor).await });
     }
     Ok(())
 }
