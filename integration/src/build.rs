@@ -69,7 +69,7 @@ pub fn executing_busybox() -> Result<PathBuf> {
 
 /// The folder of Debian packages that are not installed, unpacked into `<target>/windlass-tools/<name>` unless `product` of them is there.
 pub fn unpacked(name: &str, packages: &[&str], product: &str) -> Result<PathBuf> {
-    let directory = go::target_dir().join("windlass-tools").join(name);
+    let directory = setup::target().join("windlass-tools").join(name);
     go::unless_stamped(&directory, packages, &[&directory.join(product)], || {
         let directory = directory.canonicalize()?;
         let said = packages.join(" ");

@@ -1,6 +1,6 @@
 //! One daemon under a temporary root, with the programs that `cargo xtask build` laid side by side.
 
-use crate::{process::Process, setup};
+use crate::{node, process::Process, setup};
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
@@ -144,12 +144,7 @@ impl Daemon {
 
     /// Runs a command of the program with this daemon's root and socket.
     pub fn windlass(&self, words: &[&str]) -> Result<String> {
-        let output = self.command(words)?.output().context("run windlass")?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        if !output.status.success() {
-            bail!("windlass {}: {}{}", words.join(" "), text(&output.stdout), text(&output.stderr));
-        }
-        Ok(text(&output.stdout))
+        node::succeed(&format!("windlass {}", words.join(" ")), &mut self.command(words)?)
     }
 
     /// Starts the daemon and waits for its socket.

@@ -6,7 +6,7 @@ use crate::{
     daemon::{STOP_LIMIT, cgroup_root, remove_cgroup},
     go,
     process::Process,
-    wait,
+    setup, wait,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -48,7 +48,7 @@ fn made() -> Result<PathBuf> {
 
 /// A folder with the essential packages and these, which nobody may change. Made by mmdebstrap unless `<target>/windlass-tools/<name>` has it.
 pub fn system(name: &str, included: &str) -> Result<PathBuf> {
-    let directory = go::target_dir().join("windlass-tools").join(name);
+    let directory = setup::target().join("windlass-tools").join(name);
     let system = directory.join("root");
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME=")).context("the codename of this Debian")?;

@@ -3,7 +3,6 @@
 
 use crate::{
     cluster::{Cluster, Programs},
-    daemon::Daemon,
     ginkgo::{self, Outcomes},
     go::{self, EndToEnd},
     node,
@@ -58,11 +57,8 @@ impl Prepared {
         let (prepared, choice, output) = (self.clone(), choice.clone(), output.to_owned());
         node::run(move || {
             node::share_mounts()?;
-            let mirrors = output.join("certs.d");
             let registry = StandinRegistry::start(prepared.images.clone())?;
-            registry.write_mirrors(&mirrors)?;
-            let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-            daemon.serve()?;
+            let daemon = registry.daemon(&output.join("certs.d"))?;
             let mut cluster = Cluster::start(&prepared.programs, &daemon)?;
             let outcomes = prepared.over(&mut cluster, &choice, &output);
             fs::write(output.join("daemon.log"), daemon.log())?;

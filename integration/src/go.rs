@@ -1,6 +1,7 @@
 //! Go modules that the conformance tests need: the CRI's own interface file, the real `crictl` and `critest`, and the validation
 //! programs of the OCI runtime specification, built from `integration/go` into `<target>/windlass-tools`. Owns that cache; versions and checksums are committed, never taken as they come.
 
+use crate::setup;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -109,17 +110,9 @@ pub fn module(path: &str, version: &str, h1: &str) -> Result<PathBuf> {
     found.dir.with_context(|| format!("download {name}: go named no folder"))
 }
 
-/// `<target>` of this build: `CARGO_TARGET_DIR`, or `target` beside the workspace's manifest.
-pub fn target_dir() -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target"),
-    }
-}
-
 /// Builds crictl, critest and ginkgo unless `<target>/windlass-tools` holds the ones of this recipe. Prints what it does.
 pub fn tools() -> Result<Tools> {
-    let dir = target_dir().join("windlass-tools");
+    let dir = setup::target().join("windlass-tools");
     let tools = Tools { crictl: dir.join("crictl"), critest: dir.join("critest"), ginkgo: dir.join("ginkgo") };
     let products: [&Path; 3] = [&tools.crictl, &tools.critest, &tools.ginkgo];
     unless_built(&dir, Path::new(TOOLS_MODULE), &["go.mod", "go.sum", "tools.go"], &products, || {
@@ -143,7 +136,7 @@ pub struct Validation {
 
 /// Builds the validation programs unless `<target>/windlass-tools/oci` holds the ones of this recipe. Prints what it does.
 pub fn validation() -> Result<Validation> {
-    let dir = target_dir().join("windlass-tools/oci");
+    let dir = setup::target().join("windlass-tools/oci");
     let validation = Validation { programs: dir.join("programs"), rootfs: dir.join("rootfs.tar.gz") };
     let module = Path::new(VALIDATION_MODULE);
     unless_built(&dir, module, &["go.mod", "go.sum"], &[&validation.programs.join("runtimetest"), &validation.rootfs], || {
@@ -176,13 +169,15 @@ pub fn kind() -> Result<PathBuf> {
 
 /// The command `kind`: built unless `<target>/windlass-tools/kind-command` holds the one of this recipe. Prints what it does.
 pub fn kind_command() -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/kind-command");
-    let (program, module) = (dir.join("kind"), Path::new(KIND_MODULE));
-    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &[&program], || {
-        println!("building the command kind from Go modules into {} (half a minute)", dir.display());
-        go_build(module, &["build", "-trimpath"], &program, &["sigs.k8s.io/kind"])
-    })?;
-    Ok(program)
+    Program {
+        folder: "kind-command",
+        name: "kind",
+        module: KIND_MODULE,
+        sources: &["tools.go"],
+        flags: "",
+        package: "sigs.k8s.io/kind",
+    }
+    .built()
 }
 
 /// The folder of kind's unpacked module, which the build of its command fetches.
@@ -196,20 +191,42 @@ pub fn registry() -> Result<PathBuf> {
     own_program("registry", REGISTRY_MODULE)
 }
 
-/// Builds a module's own `main.go`. Prints what it does.
+/// A module's own `main.go`, built.
 fn own_program(name: &str, module: &str) -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools").join(name);
-    let (program, module) = (dir.join(name), Path::new(module));
-    unless_built(&dir, module, &["go.mod", "go.sum", "main.go"], &[&program], || {
-        println!("building {name} from Go modules into {} (about a minute)", dir.display());
-        go_build(module, &["build", "-trimpath"], &program, &["."])
-    })?;
-    Ok(program)
+    Program { folder: name, name, module, sources: &["main.go"], flags: "", package: "." }.built()
+}
+
+/// One program of a module.
+struct Program<'a> {
+    /// Below `<target>/windlass-tools`.
+    folder: &'a str,
+    name: &'a str,
+    module: &'a str,
+    /// Files of ours that it is built from, besides go.mod and go.sum.
+    sources: &'a [&'a str],
+    /// For `go build`; empty for none.
+    flags: &'a str,
+    package: &'a str,
+}
+
+impl Program<'_> {
+    /// Builds it unless the one of this recipe is there. Prints what it does.
+    fn built(&self) -> Result<PathBuf> {
+        let directory = setup::target().join("windlass-tools").join(self.folder);
+        let (program, module) = (directory.join(self.name), Path::new(self.module));
+        let inputs = [&["go.mod", "go.sum"], self.sources].concat();
+        unless_built(&directory, module, &inputs, &[&program], || {
+            println!("building {} from Go modules into {}", self.name, directory.display());
+            let verb: Vec<&str> = ["build", "-trimpath", self.flags].into_iter().filter(|word| !word.is_empty()).collect();
+            go_build(module, &verb, &program, &[self.package])
+        })?;
+        Ok(program)
+    }
 }
 
 /// Builds the newest plugins of the CNI project, and `cnitool`, which calls them by libcni, unless `<target>/windlass-tools/cni` holds the ones of this recipe. Prints what it does.
 pub fn cni_plugins() -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/cni");
+    let dir = setup::target().join("windlass-tools/cni");
     let programs = dir.join("programs");
     let packages: Vec<String> = CNI_PLUGINS
         .iter()
@@ -230,20 +247,18 @@ pub fn cni_plugins() -> Result<PathBuf> {
 }
 
 /// A program of Kubernetes, such as `kubelet`, or `health`, the answerer of gRPC health checks: built unless
-/// `<target>/windlass-tools/kube` holds it. Prints what it does.
+/// `<target>/windlass-tools/kube` holds it, which takes some minutes the first time. Prints what it does.
 pub fn kubernetes(name: &str) -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/kube").join(name);
-    let program = dir.join(name);
-    let module = Path::new(KUBERNETES_MODULE);
-    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go", "health/main.go"], &[&program], || {
-        println!("building {name} of Kubernetes {KUBERNETES_VERSION} from Go modules (some minutes, the first time)");
-        let package = match name {
-            "health" => "./health".to_owned(),
-            _ => format!("k8s.io/kubernetes/cmd/{name}"),
-        };
-        go_build(module, &["build", "-trimpath", &kubernetes_flags()], &program, &[&package])
-    })?;
-    Ok(program)
+    let package = if name == "health" { "./health".to_owned() } else { format!("k8s.io/kubernetes/cmd/{name}") };
+    Program {
+        folder: &format!("kube/{name}"),
+        name,
+        module: KUBERNETES_MODULE,
+        sources: &["tools.go", "health/main.go"],
+        flags: &kubernetes_flags(),
+        package: &package,
+    }
+    .built()
 }
 
 /// For the linker: what Kubernetes' programs take for their version.
@@ -270,7 +285,7 @@ pub struct EndToEnd {
 
 /// Builds the suite unless `<target>/windlass-tools/e2e` holds the one of this recipe. Prints what it does.
 pub fn end_to_end() -> Result<EndToEnd> {
-    let dir = target_dir().join("windlass-tools/e2e");
+    let dir = setup::target().join("windlass-tools/e2e");
     let module = Path::new(E2E_MODULE);
     let built = EndToEnd {
         suite: dir.join("e2e.test"),
@@ -301,7 +316,7 @@ pub struct Addons {
 
 /// Builds them unless `<target>/windlass-tools/addons` holds the ones of this recipe. Prints what it does.
 pub fn addons() -> Result<Addons> {
-    let dir = target_dir().join("windlass-tools/addons");
+    let dir = setup::target().join("windlass-tools/addons");
     let at = |name: &str| dir.join(name);
     let addons = Addons { coredns: at("coredns"), metrics_server: at("metrics-server"), metrics_objects: at("objects") };
     let products = [addons.coredns.as_path(), &addons.metrics_server, &at("objects/kustomization.yaml")];
@@ -327,14 +342,15 @@ pub fn addons() -> Result<Addons> {
 
 /// etcd's server: built unless `<target>/windlass-tools/etcd` holds the one of this recipe. Prints what it does.
 pub fn etcd() -> Result<PathBuf> {
-    let dir = target_dir().join("windlass-tools/etcd");
-    let program = dir.join("etcd");
-    let module = Path::new(ETCD_MODULE);
-    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &[&program], || {
-        println!("building etcd from Go modules into {} (about a minute)", dir.display());
-        go_build(module, &["build", "-trimpath", "-ldflags=-s -w"], &program, &["go.etcd.io/etcd/server/v3"])
-    })?;
-    Ok(program)
+    Program {
+        folder: "etcd",
+        name: "etcd",
+        module: ETCD_MODULE,
+        sources: &["tools.go"],
+        flags: "-ldflags=-s -w",
+        package: "go.etcd.io/etcd/server/v3",
+    }
+    .built()
 }
 
 /// The unpacked folder of a module that `module` requires.

@@ -240,13 +240,15 @@ impl Drop for Kubelet {
     }
 }
 
-/// Kubelet does not start on a machine that names no clock in /proc/cpuinfo, as the guest's kernel does not.
+/// What /proc/cpuinfo lacks in the guest: kubelet does not start on a machine that names no clock there.
+pub(crate) const CLOCK: &str = "cpu MHz\t\t: 2000.000\n";
+
 fn tell_clock(directory: &Path) -> Result<()> {
     let text = fs::read_to_string("/proc/cpuinfo")?;
     if !text.contains("cpu MHz") {
         fs::create_dir_all(directory)?;
         let told = directory.join("cpuinfo");
-        fs::write(&told, format!("{text}cpu MHz\t\t: 2000.000\n"))?;
+        fs::write(&told, text + CLOCK)?;
         run_command("mount", &["--bind", &told.to_string_lossy(), "/proc/cpuinfo"])?;
         // Where a part of it is covered, a user namespace gets a /proc of its own only if there is a whole one somewhere.
         let whole = directory.join("proc");

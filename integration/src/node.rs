@@ -40,15 +40,13 @@ pub fn run_command(program: &str, arguments: &[&str]) -> Result<()> {
 
 /// Standard output of a program that must succeed.
 pub fn output_of(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
+    succeed(&format!("{program} {}", arguments.join(" ")), Command::new(program).args(arguments))
+}
+
+/// Standard output of a command that must succeed; an error has both of its outputs below this title.
+pub fn succeed(title: &str, command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("run {title}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    ensure!(
-        output.status.success(),
-        "{program} {}: {}\n{}{}",
-        arguments.join(" "),
-        output.status,
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    ensure!(output.status.success(), "{title}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
     Ok(text(&output.stdout))
 }

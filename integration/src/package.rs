@@ -64,7 +64,7 @@ pub fn later(package: &Path) -> Result<PathBuf> {
 
 /// cargo-deb, built once into `<target>/windlass-tools`.
 fn cargo_deb() -> Result<PathBuf> {
-    let directory = go::target_dir().join("windlass-tools/cargo-deb");
+    let directory = setup::target().join("windlass-tools/cargo-deb");
     let program = directory.join("bin/cargo-deb");
     go::unless_stamped(&directory, &["cargo-deb", CARGO_DEB], &[&program], || {
         let mut install = build::cargo();

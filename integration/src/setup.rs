@@ -1,16 +1,26 @@
 //! Where built programs lie, and what a machine must have.
 
 use anyhow::{Context, Result, ensure};
-use std::{env, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 /// Root of the workspace.
 pub fn workspace() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("")
 }
 
 /// Cargo's target directory.
 pub fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// The directory below it in which a run leaves its logs and reports.
+pub fn reports(name: &str) -> Result<PathBuf> {
+    let directory = target().join(name);
+    fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+    directory.canonicalize().context("directory of the reports")
 }
 
 /// Directory of `windlass`, `windlass-monitor`, `windlass-oci` and `probe`, made by `cargo xtask build`.

@@ -1,6 +1,9 @@
 //! A read-only registry of the stand-in images, on loopback and over plain HTTP. Answers manifests and blobs and nothing else.
 
-use crate::standin::{Images, MANIFEST_TYPE, digest};
+use crate::{
+    daemon::Daemon,
+    standin::{Images, MANIFEST_TYPE, digest},
+};
 use anyhow::{Context, Result};
 use std::{
     fs,
@@ -31,6 +34,14 @@ pub struct StandinRegistry {
 }
 
 impl StandinRegistry {
+    /// A daemon that serves, for which this is every registry; the files that say so are in `mirrors`.
+    pub fn daemon(&self, mirrors: &Path) -> Result<Daemon> {
+        self.write_mirrors(mirrors)?;
+        let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
+        daemon.serve()?;
+        Ok(daemon)
+    }
+
     /// Listens on a free port of loopback, in the network namespace of the calling thread.
     pub fn start(images: Images) -> Result<StandinRegistry> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen on loopback")?;

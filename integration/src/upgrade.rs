@@ -56,7 +56,7 @@ pub fn run(revisions: &[String]) -> Result<()> {
 pub fn programs_of(revision: &str) -> Result<PathBuf> {
     let id = git(&["rev-parse", "--verify", &format!("{revision}^{{commit}}")]);
     let id = id.with_context(|| format!("find revision {revision}: the whole history is needed, a shallow clone has none"))?;
-    let directory = go::target_dir().join("windlass-tools/older").join(&id[..12]);
+    let directory = setup::target().join("windlass-tools/older").join(&id[..12]);
     let products = [directory.join("windlass"), directory.join("windlass-monitor")];
     go::unless_stamped(&directory, &["2"], &products.each_ref().map(PathBuf::as_path), || {
         let place = tempfile::Builder::new().prefix("build-").tempdir_in(&directory)?;
@@ -67,7 +67,7 @@ pub fn programs_of(revision: &str) -> Result<PathBuf> {
         git(&["archive", "--output", &archive.to_string_lossy(), id.trim()])?;
         node::run_command("tar", &["-C", &source.to_string_lossy(), "-xf", &archive.to_string_lossy()])?;
         for profile in ["debug", "x86_64-unknown-linux-musl/monitor", "monitor"] {
-            lend_dependencies(&go::target_dir().join(profile), &target.join(profile))?;
+            lend_dependencies(&setup::target().join(profile), &target.join(profile))?;
         }
         let daemon = ["build", "--quiet", "-p", "windlass", "--bin", "windlass"];
         let monitor = ["build", "--quiet", "--profile", "monitor", "--target", STATIC_TARGET, "-p", "windlass-runtime"];

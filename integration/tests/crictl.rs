@@ -23,23 +23,10 @@ struct Crictl {
 
 impl Crictl {
     fn run(&self, words: &[&str]) -> Result<String> {
-        let output = Command::new(&self.program)
-            .arg("--config")
-            .arg(&self.config)
-            .args(["--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint])
-            .args(words)
-            .output()
-            .context("run crictl")?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        ensure!(
-            output.status.success(),
-            "crictl {}: {}\n{}{}",
-            words.join(" "),
-            output.status,
-            text(&output.stdout),
-            text(&output.stderr)
-        );
-        Ok(text(&output.stdout).trim().to_owned())
+        let mut command = Command::new(&self.program);
+        command.arg("--config").arg(&self.config);
+        command.args(["--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint]).args(words);
+        Ok(node::succeed(&format!("crictl {}", words.join(" ")), &mut command)?.trim().to_owned())
     }
 
     fn json(&self, words: &[&str]) -> Result<Value> {

@@ -4,8 +4,7 @@ use anyhow::Result;
 use std::{path::Path, process::Command, time::Duration};
 use windlass_integration::{
     critest::{self, Prepared, Run},
-    daemon::Daemon,
-    ginkgo, go, node,
+    ginkgo, go, node, setup,
     standin_registry::StandinRegistry,
 };
 
@@ -40,17 +39,12 @@ const WEBSOCKET: [&str; 3] = ["-websocket-exec", "-websocket-attach", "-websocke
 /// The suite against a daemon whose registries are the stand-ins'. Its log and report stay in this directory of `<target>`.
 fn run_suite(directory: &str, focus: &'static str, flags: &'static [&str]) -> Result<ginkgo::Outcomes> {
     let suite = Prepared::new()?;
-    let output = go::target_dir().join(directory);
-    std::fs::create_dir_all(&output)?;
-    let output = output.canonicalize()?;
+    let output = setup::reports(directory)?;
     node::run(move || {
         let program = suite.program();
         let scratch = tempfile::tempdir()?;
-        let mirrors = scratch.path().join("certs.d");
         let registry = StandinRegistry::start(suite.images)?;
-        registry.write_mirrors(&mirrors)?;
-        let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-        daemon.serve()?;
+        let daemon = registry.daemon(&scratch.path().join("certs.d"))?;
         let socket = daemon.socket();
         let (suite, output, limit) = (&*program, &*output, SUITE_LIMIT);
         let outcomes = Run { suite, socket: &socket, output, limit, focus, flags, beside: None }.outcomes();

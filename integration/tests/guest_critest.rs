@@ -9,9 +9,7 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use windlass_integration::{
-    critest, daemon::Daemon, ginkgo, go, guest, node, setup, standin::Images, standin_registry::StandinRegistry,
-};
+use windlass_integration::{critest, ginkgo, go, guest, node, setup, standin::Images, standin_registry::StandinRegistry};
 
 /// Set inside the guest: the directory that was prepared.
 const PREPARED: &str = "WINDLASS_GUEST_CRITEST";
@@ -40,22 +38,15 @@ fn pass(test: &str, kept: &str, words: &[&str]) {
         return;
     }
     let outcomes = boot(test, kept, words).expect("a run of critest in the guest");
-    let outcome =
-        |name: &str| outcomes.get(name).map_or_else(|| "did not run".to_owned(), |o| format!("{}: {}", o.state, o.message));
     if env::var_os(FOCUS).is_some() {
-        for name in outcomes.keys().filter(|name| outcomes[*name].state != "skipped") {
-            println!("{name}: {}", outcome(name));
+        for (name, outcome) in outcomes.iter().filter(|(_, outcome)| outcome.state != "skipped") {
+            println!("{name}: {}: {}", outcome.state, outcome.message);
         }
         return;
     }
     let list = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance/must-pass-in-guest.txt");
     let list = fs::read_to_string(&list).unwrap_or_else(|error| panic!("read {}: {error}", list.display()));
-    let broken: Vec<String> = list
-        .lines()
-        .filter(|name| !name.is_empty() && !name.starts_with('#'))
-        .filter(|name| outcome(name) != "passed: ")
-        .map(|name| format!("{name}: {}", outcome(name)))
-        .collect();
+    let broken = ginkgo::broken(&outcomes, &list);
     assert!(broken.is_empty(), "{} listed specs did not pass:\n{}", broken.len(), broken.join("\n"));
 }
 
@@ -84,8 +75,7 @@ fn boot(test: &str, kept: &str, words: &[&str]) -> Result<ginkgo::Outcomes> {
     }
     let program = [&program, test, "--exact"];
     let outcome = guest::run_with(directory.path(), &program, &environment, GUEST_LIMIT, words)?;
-    let kept = go::target_dir().join(kept);
-    fs::create_dir_all(&kept)?;
+    let kept = setup::reports(kept)?;
     for name in ["critest.log", "critest.json", "daemon.log"] {
         let _ = fs::copy(directory.path().join(name), kept.join(name));
     }
@@ -95,10 +85,7 @@ fn boot(test: &str, kept: &str, words: &[&str]) -> Result<ginkgo::Outcomes> {
 
 fn run_suite(directory: &Path, focus: &str) -> Result<()> {
     let registry = StandinRegistry::start(Images::read_from(&directory.join("images"))?)?;
-    let mirrors = directory.join("certs.d");
-    registry.write_mirrors(&mirrors)?;
-    let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-    daemon.serve()?;
+    let daemon = registry.daemon(&directory.join("certs.d"))?;
     let (suite, socket) = (directory.join("critest"), daemon.socket());
     let run =
         critest::Run { suite: &suite, socket: &socket, output: directory, limit: SUITE_LIMIT, focus, flags: &[], beside: None };

@@ -2,19 +2,16 @@
 //! so that what the ground itself forbids is seen. Compares with the committed lists, and writes README.md's table.
 
 use super::{
-    cluster, images, products,
-    results::{self, Line, count},
-    rival::{self, Kind},
+    cluster, products,
+    results::{self, Line, noted},
+    rival,
 };
 use crate::{
     build,
     e2e::{Choice, Prepared},
     ginkgo::{self, Outcomes},
-    go::{self, KUBERNETES_VERSION},
-    node,
-    registry::Registry,
-    setup,
-    standin_registry::StandinRegistry,
+    go::KUBERNETES_VERSION,
+    node, setup,
 };
 use anyhow::{Context, Result, ensure};
 use std::{fs, path::PathBuf, thread::ScopedJoinHandle};
@@ -67,20 +64,20 @@ pub fn run(options: &Options) -> Result<bool> {
     let products = wants("containerd").then(products::build).transpose()?;
     // At the same time: each has a node of its own, and specs wait more than they work.
     let (windlass, containerd) = std::thread::scope(|scope| {
-        let windlass = wants("windlass").then(|| scope.spawn(|| prepared.over_windlass(&choice, &output("windlass")?)));
+        let windlass =
+            wants("windlass").then(|| scope.spawn(|| prepared.over_windlass(&choice, &setup::reports("e2e/windlass")?)));
         let containerd = products.map(|products| scope.spawn(|| containerd(&prepared, &choice, products)));
         (windlass.map(ended), containerd.map(ended))
     });
     let mut lines = Vec::new();
     let mut good = true;
     if let Some(outcomes) = windlass.transpose()? {
-        noted("Windlass", &outcomes);
+        let outcomes = noted("Windlass", outcomes);
         good = compare(&outcomes, options)?;
         lines.push(Line { title: "Windlass".into(), outcomes });
     }
     if let Some(outcomes) = containerd.transpose()? {
-        noted("containerd", &outcomes);
-        lines.push(Line { title: "containerd 2.4.2 + runc 1.5.2".into(), outcomes });
+        lines.push(Line { title: "containerd 2.4.2 + runc 1.5.2".into(), outcomes: noted("containerd", outcomes) });
     }
     let table = results::table(&format!("e2e.test {KUBERNETES_VERSION}"), &lines)?;
     println!("{table}");
@@ -92,13 +89,6 @@ pub fn run(options: &Options) -> Result<bool> {
 
 fn ended(run: ScopedJoinHandle<'_, Result<Outcomes>>) -> Result<Outcomes> {
     run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-fn noted(what: &str, outcomes: &Outcomes) {
-    println!("==> {what}: {} of {} specs passed", count(outcomes, "passed"), outcomes.len());
-    for (name, outcome) in outcomes.iter().filter(|(_, outcome)| outcome.state != "passed") {
-        println!("    {}: {name}: {}", outcome.state, outcome.message.lines().next().unwrap_or_default());
-    }
 }
 
 /// False if a listed spec did not pass, or one is listed nowhere.
@@ -121,29 +111,17 @@ fn compare(outcomes: &Outcomes, options: &Options) -> Result<bool> {
 }
 
 fn containerd(prepared: &Prepared, choice: &Choice, products: PathBuf) -> Result<Outcomes> {
-    let (prepared, choice, output) = (prepared.clone(), choice.clone(), output("containerd")?);
+    let (prepared, choice, output) = (prepared.clone(), choice.clone(), setup::reports("e2e/containerd")?);
     node::run(move || {
         node::share_mounts()?;
-        let registry = Registry::start()?;
-        images::add_runnable(&registry)?;
-        let standins = StandinRegistry::start(prepared.images.clone())?;
-        let rival = rival::start_here(Kind::ContainerdRunc, &products, registry)?;
-        let mirrors = rival.mirrors().context("containerd has mirrors")?;
-        standins.write_mirrors(&mirrors)?;
+        let (rival, _standins) = rival::containerd(&products, prepared.images.clone())?;
         let directory = tempfile::Builder::new().prefix("windlass-e2e-").tempdir()?;
         let mut cluster = cluster::start(&prepared.programs, directory.path(), &rival.socket)?;
-        cluster.write_mirror(&mirrors)?;
+        cluster.write_mirror(&rival.mirrors().context("containerd has mirrors")?)?;
         let outcomes = prepared.over(&mut cluster, &choice, &output);
         fs::write(output.join("daemon.log"), rival.log())?;
         drop(cluster);
         rival.stop()?;
         outcomes
     })
-}
-
-/// The folder below `<target>` with a run's logs and report.
-fn output(name: &str) -> Result<PathBuf> {
-    let output = go::target_dir().join("e2e").join(name);
-    fs::create_dir_all(&output)?;
-    output.canonicalize().context("a folder for the report")
 }

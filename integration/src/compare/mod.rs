@@ -18,7 +18,7 @@ mod streams;
 pub mod suites;
 mod table;
 
-use crate::{build, client::Client, cluster::Programs, go, guest, node, registry::Registry};
+use crate::{build, client::Client, cluster::Programs, go, guest, node, registry::Registry, setup};
 use anyhow::{Context, Result, ensure};
 use rival::{Ground, Kind, Network, Rival};
 use std::{
@@ -113,13 +113,13 @@ fn measure(options: &Options, products: &Path) -> Result<()> {
     images::add_runnable(&registry)?;
     let wants = |part: &str| options.what.iter().any(|what| what == part);
     if wants("pull") {
-        let measured = images::add_measured(&registry, &go::target_dir().join("windlass-tools/layers"))?;
+        let measured = images::add_measured(&registry, &setup::target().join("windlass-tools/layers"))?;
         let ground = Ground { products, registry: &registry, tmpfs: !options.disk, layers: "auto" };
         pull::measure(&ground, &kinds(options), &measured, options.pulls)?;
     }
     let ground = Ground { products, registry: &registry, tmpfs: false, layers: "auto" };
     if wants("sharing") {
-        images::add_shared(&registry, &go::target_dir().join("windlass-tools/layers"))?;
+        images::add_shared(&registry, &setup::target().join("windlass-tools/layers"))?;
         sharing::measure(&ground, &kinds(options))?;
     }
     if ["start", "cni", "parallel", "exec", "streams"].into_iter().any(wants) {

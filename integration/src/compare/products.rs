@@ -100,7 +100,7 @@ const PRODUCTS: [Product; 4] = [
 /// Builds what is missing; returns the folder of the programs. Prints what it does.
 pub(super) fn build() -> Result<PathBuf> {
     build::install(&PACKAGES)?;
-    let folder = go::target_dir().join("windlass-tools/peers");
+    let folder = setup::target().join("windlass-tools/peers");
     for product in &PRODUCTS {
         product.build(&folder)?;
     }

@@ -16,7 +16,16 @@ pub(super) struct Line {
     pub(super) outcomes: Outcomes,
 }
 
-pub(super) fn count(outcomes: &Outcomes, state: &str) -> usize {
+/// Tells how a run went, and gives it back.
+pub(super) fn noted(what: &str, outcomes: Outcomes) -> Outcomes {
+    println!("==> {what}: {} of {} specs passed", count(&outcomes, "passed"), outcomes.len());
+    for (name, outcome) in outcomes.iter().filter(|(_, outcome)| !["passed", "skipped"].contains(&outcome.state.as_str())) {
+        println!("    {}: {name}: {}", outcome.state, outcome.message.lines().next().unwrap_or_default());
+    }
+    outcomes
+}
+
+fn count(outcomes: &Outcomes, state: &str) -> usize {
     outcomes.values().filter(|outcome| outcome.state == state).count()
 }
 

@@ -4,8 +4,8 @@
 //! Every one sees the same: cgroup v2 and nothing else, a loopback registry on the same port, the same images, no limits on containers.
 //! Hierarchies of cgroup v1 are out of sight and stay as they are.
 
-use super::config;
-use crate::{daemon, daemon::Daemon, node, registry::Registry};
+use super::{config, images};
+use crate::{daemon, daemon::Daemon, node, registry::Registry, standin::Images, standin_registry::StandinRegistry};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 use std::{
@@ -111,9 +111,15 @@ impl Ground<'_> {
     }
 }
 
-/// Starts one of the others in the caller's network namespace, which has this registry.
-pub(super) fn start_here(kind: Kind, products: &Path, registry: Registry) -> Result<Rival> {
-    other(kind, products, registry, false).with_context(|| format!("start {}", kind.name()))
+/// Starts containerd with runc in the caller's network namespace. These images are there under their published names as long as the second
+/// value is.
+pub(super) fn containerd(products: &Path, standins: Images) -> Result<(Rival, StandinRegistry)> {
+    let registry = Registry::start()?;
+    images::add_runnable(&registry)?;
+    let standins = StandinRegistry::start(standins)?;
+    let rival = other(Kind::ContainerdRunc, products, registry, false).context("start containerd")?;
+    standins.write_mirrors(&rival.mirrors().context("containerd has mirrors")?)?;
+    Ok((rival, standins))
 }
 
 fn mount_data(data: &Path) -> Result<()> {

@@ -2,26 +2,19 @@
 //! runc, so that what the ground itself forbids is seen. Writes README.md's table.
 
 use super::{
-    images, products,
-    results::{self, Line, count},
-    rival::{self, Kind},
+    products,
+    results::{self, Line, noted},
+    rival,
 };
 use crate::{
     build,
     critest::{Prepared, Run},
-    daemon::Daemon,
     ginkgo::{self, Outcomes},
-    go, node,
-    registry::Registry,
+    node, setup,
     standin_registry::StandinRegistry,
 };
 use anyhow::{Context, Result};
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 /// Longest run of the suite.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -76,48 +69,26 @@ pub fn run(options: &Options) -> Result<bool> {
     Ok(same)
 }
 
-fn noted(what: &str, outcomes: Outcomes) -> Outcomes {
-    println!("==> {what}: {} of {} specs passed", count(&outcomes, "passed"), outcomes.len());
-    for (name, outcome) in outcomes.iter().filter(|(_, outcome)| !["passed", "skipped"].contains(&outcome.state.as_str())) {
-        println!("    {}: {name}: {}", outcome.state, outcome.message.lines().next().unwrap_or_default());
-    }
-    outcomes
-}
-
 fn states(outcomes: &Outcomes) -> BTreeMap<&str, &str> {
     outcomes.iter().map(|(name, outcome)| (name.as_str(), outcome.state.as_str())).collect()
 }
 
-/// The folder below `<target>` with a run's log and report.
-fn output(name: &str) -> Result<PathBuf> {
-    let output = go::target_dir().join("suites").join(name);
-    fs::create_dir_all(&output)?;
-    output.canonicalize().context("a folder for the report")
-}
-
 fn windlass(name: &str, flags: &'static [&'static str]) -> Result<Outcomes> {
-    let (suite, output) = (Prepared::new()?, output(name)?);
+    let (suite, output) = (Prepared::new()?, setup::reports(&format!("suites/{name}"))?);
     node::run(move || {
         let program = suite.program();
-        let mirrors = output.join("certs.d");
         let registry = StandinRegistry::start(suite.images)?;
-        registry.write_mirrors(&mirrors)?;
-        let mut daemon = Daemon::prepare(&["--registry-config-dir", &mirrors.to_string_lossy()])?;
-        daemon.serve()?;
+        let daemon = registry.daemon(&output.join("certs.d"))?;
         let socket = daemon.socket();
         Run { suite: &program, socket: &socket, output: &output, limit: LIMIT, focus: "", flags, beside: None }.outcomes()
     })
 }
 
 fn containerd(products: &Path) -> Result<Outcomes> {
-    let (suite, output, products) = (Prepared::new()?, output("containerd")?, products.to_owned());
+    let (suite, output, products) = (Prepared::new()?, setup::reports("suites/containerd")?, products.to_owned());
     node::run(move || {
         let program = suite.program();
-        let registry = Registry::start()?;
-        images::add_runnable(&registry)?;
-        let standins = StandinRegistry::start(suite.images)?;
-        let rival = rival::start_here(Kind::ContainerdRunc, &products, registry)?;
-        standins.write_mirrors(&rival.mirrors().context("containerd has mirrors")?)?;
+        let (rival, _standins) = rival::containerd(&products, suite.images)?;
         let run = Run {
             suite: &program,
             socket: &rival.socket,
@@ -140,5 +111,5 @@ fn guest((test, kept): (&str, &str)) -> Result<Outcomes> {
     command.args(["test", "--quiet", "-p", "windlass-integration", "--test", "guest_critest", "--", "--exact", test]);
     command.env("WINDLASS_GUEST_FOCUS", ".");
     build::step("the suite in the guest (five minutes)", &mut command)?;
-    ginkgo::outcomes(&fs::read(go::target_dir().join(kept).join("critest.json")).context("read the guest's report")?)
+    ginkgo::outcomes(&fs::read(setup::target().join(kept).join("critest.json")).context("read the guest's report")?)
 }

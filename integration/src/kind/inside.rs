@@ -1,7 +1,7 @@
 //! What runs in the guest: Docker, and kind as a user calls it.
 
 use super::IMAGE as NODE_IMAGE;
-use crate::{image, node::run_command, process::Process, setup, wait::until_within};
+use crate::{image, kubelet::CLOCK, node::run_command, process::Process, setup, wait::until_within};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -26,7 +26,7 @@ const DOCKER_LIMIT: Duration = Duration::from_secs(120);
 const READY: &str = "10m";
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
-/// Kubelet does not start on a machine that names no clock in /proc/cpuinfo, as the guest's kernel does not.
+/// What the node sees as /proc/cpuinfo.
 const CPU_INFO: &str = "/tmp/cpuinfo";
 
 /// What a user's configuration has no need of: the clock, a mode of kube-proxy that needs fewer programs in its image, and patience with a
@@ -139,8 +139,7 @@ pub fn run(directory: &Path) -> Result<()> {
 
 /// Docker with the guest's disk. Ends with the value.
 fn start_docker(user: &User, directory: &Path) -> Result<Process> {
-    let info = fs::read_to_string("/proc/cpuinfo")?;
-    fs::write(CPU_INFO, format!("{info}cpu MHz\t\t: 2000.000\n"))?;
+    fs::write(CPU_INFO, fs::read_to_string("/proc/cpuinfo")? + CLOCK)?;
     fs::create_dir_all("/var/lib/docker")?;
     // What was written need not outlive the guest.
     run_command("mount", &["-o", "noatime,nobarrier", "/dev/ubda", "/var/lib/docker"])?;

@@ -6,7 +6,7 @@ use crate::{
     build,
     cluster::Programs,
     debian, go, image,
-    node::{output_of, run_command},
+    node::{output_of, run_command, succeed},
     package, setup,
 };
 use anyhow::{Context, Result, ensure};
@@ -89,10 +89,7 @@ impl Node {
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-ec", ENTER]).arg(&self.root).args(words);
         command.env_clear().env("PATH", "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8");
-        let output = command.output().with_context(|| format!("run {title}"))?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        ensure!(output.status.success(), "{title}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
-        Ok(())
+        succeed(title, &mut command).map(drop)
     }
 
     /// What kind's image is without Windlass, and without containerd.
