@@ -139,8 +139,11 @@ fn run(programs: &Programs, cases: &[(&str, Case)], node_cases: &[(&str, NodeCas
     println!("the apiserver answers after {:.1?}, the node is ready {:.1?} later", cluster.took.0, cluster.took.1);
     let before = eventually("the daemon has the node's range of addresses", || {
         let range = cluster.kubectl.get(&format!("node/{NODE}"))?["spec"]["podCIDR"].as_str().unwrap_or_default().to_owned();
-        let snapshot = Snapshot::warm(&daemon, &Client::connect(&daemon)?)?;
+        let client = Client::connect(&daemon)?;
+        let snapshot = Snapshot::warm(&daemon, &client)?;
         ensure!(!range.is_empty() && snapshot.names(&range), "the range is {range:?}");
+        // The range may have come between this pod's start and its end, and a first look of kubelet's as well.
+        snapshot.expect_same(&Snapshot::warm(&daemon, &client)?)?;
         Ok(snapshot)
     })?;
     cluster.start_proxy()?;

@@ -2,7 +2,7 @@
 //! a cluster's.
 
 use crate::{restarts, sleeper, with};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use windlass_integration::{
     cluster::{Cluster, NODE},
@@ -44,7 +44,7 @@ pub(super) fn check(cluster: &mut Cluster) -> Result<()> {
             greedy: disk,
         },
     ] {
-        evict(cluster, &shortage).with_context(|| format!("{}: {}", shortage.signal, cluster.kubelet.log()))?;
+        evict(cluster, &shortage).map_err(|error| anyhow!("{}: {error:#}\n{}", shortage.signal, cluster.kubelet.log()))?;
     }
     cluster.kubectl.run(&["delete", "pods", "--all"]).map(drop)
 }

@@ -417,8 +417,23 @@ impl Inner {
         self.close_ports(pod_id)?;
         // The link first: an address is free only when nobody can answer for it.
         removal::remove_links(&mut Socket::open()?, pod_id)?;
-        self.table().release(pod_id);
+        self.release([pod_id]);
         Ok(())
+    }
+
+    /// Frees the addresses of pods whose links are gone; gateway and rules of an earlier subnet go with its last pod.
+    fn release<'a>(&self, pod_ids: impl IntoIterator<Item = &'a str>) {
+        let unchanged = {
+            let mut table = self.table();
+            let before = table.served();
+            for pod_id in pod_ids {
+                table.release(pod_id);
+            }
+            before == table.served()
+        };
+        if !unchanged && let Err(error) = self.installed(true) {
+            tracing::error!(error = %chain(&error), "rules of an earlier subnet may remain until the next pod");
+        }
     }
 
     fn detach_or_log(&self, pod_id: &str) {

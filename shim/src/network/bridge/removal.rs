@@ -121,9 +121,7 @@ fn work(inner: &Inner) {
             return;
         }
         let failures = remove(&pods);
-        for pod in pods.iter().filter(|pod| !failures.contains_key(*pod)) {
-            inner.table().release(pod);
-        }
+        inner.release(pods.iter().filter(|pod| !failures.contains_key(*pod)).map(String::as_str));
         for (pod, reason) in &failures {
             tracing::error!(pod, reason, "the pod's link is not removed; its address stays taken");
         }

@@ -506,7 +506,10 @@ fn assigned_subnets_are_for_new_pods_and_the_old_ones_last_as_long_as_theirs() {
     let bridge = Bridge::start(BridgeConfig { subnets: subnets(&["10.96.0.0/24"]), ..config() }).unwrap();
     assert_eq!(bridge.ready(), Ok(()));
     connection(&a, &host(), old.gateways[1]);
+    assert!(run("nft", &["list", "ruleset"]).contains("10.99.0.0/24"));
     bridge.inner.detach("a").unwrap();
+    assert_eq!(bridge_addresses(), ["10.97.1.1/24"]);
+    assert!(!run("nft", &["list", "ruleset"]).contains("10.99.0.0/24"));
     assert_eq!(attach(&bridge, "a", &a).unwrap().ips, [IpAddr::from([10, 97, 1, 3])]);
     let bridge = Bridge::start(config()).unwrap();
     assert_eq!(bridge_addresses(), ["10.97.1.1/24"]);
