@@ -139,7 +139,14 @@ pub async fn sync(node: &Node, container: &Container, command: Vec<String>, time
         }
         Ok(Err(error)) => Err(error),
         Err(_) => {
-            started.kill().await;
+            let end = async {
+                started.kill().await;
+                // Its caller may look at once whether it is gone.
+                if !started.exit.is_terminated() {
+                    let _ = (&mut started.exit).await;
+                }
+            };
+            let _ = tokio::time::timeout(KILL_LIMIT, end).await;
             let seconds = timeout.unwrap_or_default().as_secs_f64();
             Err(Error::new(Kind::Deadline, format!("exec {first:?} did not end within {seconds} s and was killed")))
         }
