@@ -88,17 +88,22 @@ pub fn cargo() -> Command {
     command
 }
 
+/// Installs what the machine lacks.
+pub fn install_missing() -> Result<()> {
+    install(&PACKAGES)?;
+    executing_busybox().map(drop)
+}
+
 /// Installs what is missing and builds everything that a node or a test runs.
 pub fn all() -> Result<()> {
-    install(&PACKAGES)?;
-    executing_busybox()?;
+    install_missing()?;
     let installed = output_of("rustup", &["target", "list", "--installed"]).context("rustup is needed for the static target")?;
     if !installed.lines().any(|line| line == STATIC_TARGET) {
         step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;
     }
     step(
         "build windlass and bench",
-        cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bins"]),
+        cargo().args("build --release -p windlass -p windlass-integration --bin windlass --bin bench".split(' ')),
     )?;
     let fixed = ["build", "--profile", "monitor", "--target", STATIC_TARGET];
     step(

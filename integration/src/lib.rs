@@ -29,6 +29,7 @@ pub mod process;
 pub mod prometheus;
 pub mod registry;
 pub mod setup;
+pub mod side_by_side;
 pub mod soak;
 pub mod standin;
 pub mod standin_registry;
