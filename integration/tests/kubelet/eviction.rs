@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use windlass_integration::{
     cluster::{Cluster, NODE},
+    daemon::Daemon,
     kubelet::{container_status, is_ready, pod},
 };
 
@@ -23,7 +24,7 @@ struct Shortage {
 }
 
 /// Short of memory, then of disk: the pod that takes too much is ended and its end is told, and another stays as it is.
-pub(super) fn check(cluster: &mut Cluster) -> Result<()> {
+pub(super) fn check(cluster: &mut Cluster, daemon: &Daemon) -> Result<()> {
     cluster.kubectl.create(&sleeper("modest"))?;
     cluster.kubectl.ready("modest")?;
     let memory = with(pod("hungry", ""), "/spec/containers/0/command", json!(["/probe", "hold-mem", "384"]));
@@ -44,12 +45,13 @@ pub(super) fn check(cluster: &mut Cluster) -> Result<()> {
             greedy: disk,
         },
     ] {
-        evict(cluster, &shortage).map_err(|error| anyhow!("{}: {error:#}\n{}", shortage.signal, cluster.kubelet.log()))?;
+        evict(cluster, daemon, &shortage)
+            .map_err(|error| anyhow!("{}: {error:#}\n{}", shortage.signal, cluster.kubelet.log()))?;
     }
     cluster.kubectl.run(&["delete", "pods", "--all"]).map(drop)
 }
 
-fn evict(cluster: &mut Cluster, shortage: &Shortage) -> Result<()> {
+fn evict(cluster: &mut Cluster, daemon: &Daemon, shortage: &Shortage) -> Result<()> {
     let summary: Value = serde_json::from_str(&cluster.kubelet.look("/stats/summary")?)?;
     let left = summary.pointer(shortage.left).and_then(Value::as_u64).with_context(|| format!("what is left in {summary}"))?;
     let mark = left.checked_sub(shortage.spare).with_context(|| format!("only {left} bytes are left"))?;
@@ -63,16 +65,19 @@ fn evict(cluster: &mut Cluster, shortage: &Shortage) -> Result<()> {
     let what = format!("pod/{name}");
     kubectl.wait(&what, "jsonpath={.status.phase}=Failed")?;
     let evicted = kubectl.get(&what)?;
-    let (status, end) = (&evicted["status"], &container_status(&evicted, "main").context("a status")?["state"]["terminated"]);
+    let (status, main) = (&evicted["status"], container_status(&evicted, "main").context("a status")?);
     ensure!(status["reason"] == "Evicted", "{status}");
     let message = status["message"].as_str().unwrap_or_default();
     ensure!(message.starts_with("The node was low on resource"), "{status}");
-    // It does not listen to the first signal. Kubelet removes an evicted pod's containers as they end, and may look at one once more.
+    // It does not listen to the first signal. Kubelet removes an evicted pod's containers as they end, and may come too late to see how; the
+    // code is its own guess then.
+    let end = &main["state"]["terminated"];
     let known = end["reason"] == "Error" && end["startedAt"].is_string();
     ensure!(end["exitCode"] == 137 && (known || end["reason"] == "ContainerStatusUnknown"), "{status}");
-    let uid = evicted["metadata"]["uid"].as_str().context("a uid")?;
-    let finished = cluster.kubelet.log_of(&["\"Generic (PLEG): container finished\""]);
-    ensure!(finished.lines().any(|line| line.contains(uid) && line.contains("exitCode=137")), "kubelet was told: {finished}");
+    let id = main["containerID"].as_str().and_then(|id| id.strip_prefix("windlass://")).context("the container's id")?;
+    let log = daemon.log();
+    let ended: Vec<&str> = log.lines().filter(|line| line.contains("container exited") && line.contains(id)).collect();
+    ensure!(ended.len() == 1 && ended[0].contains("code=137"), "the ends of {id}: {ended:?}");
     kubectl.wait(&format!("node/{NODE}"), &format!("condition={}=false", shortage.condition))?;
     let modest = kubectl.get("pod/modest")?;
     ensure!(is_ready(&modest) && restarts(&modest, "main") == 0, "the modest pod: {}", modest["status"]);

@@ -8,5 +8,5 @@ pub(crate) fn pods_of_a_cluster_are_resized_in_place_and_evicted() -> Result<()>
     let daemon = daemon("")?;
     let mut cluster = Cluster::start(&Programs::build()?, &daemon).with_context(|| daemon.log())?;
     resize::check(&cluster).context("resize")?;
-    eviction::check(&mut cluster).context("eviction")
+    eviction::check(&mut cluster, &daemon).context("eviction")
 }

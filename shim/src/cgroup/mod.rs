@@ -9,13 +9,19 @@ mod systemd;
 pub use driver::Driver;
 
 use crate::error::{Error, Result};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use std::{
     fs, io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-const POLL: Duration = Duration::from_millis(2);
+/// A process may come into a cgroup right after it was killed.
+const KILL_AGAIN: Duration = Duration::from_millis(50);
 
 /// The mounted cgroup v2 tree.
 #[derive(Debug, Clone)]
@@ -59,26 +65,58 @@ impl Tree {
 
 /// Kills everything below `directory` and waits until it is empty. An absent cgroup is empty.
 pub async fn kill(directory: &Path, limit: Duration) -> io::Result<()> {
-    if !directory.exists() {
-        return Ok(());
-    }
     let deadline = Instant::now() + limit;
     while populated(directory) {
         match fs::write(directory.join("cgroup.kill"), "1") {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        if Instant::now() > deadline {
+        if !left(directory, KILL_AGAIN).await? && Instant::now() > deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, format!("processes in {} do not end", directory.display())));
         }
-        tokio::time::sleep(POLL).await;
     }
     Ok(())
 }
 
+/// Waits until no process is in the cgroup or below it; false at the limit. An absent cgroup is empty.
+pub async fn left(directory: &Path, limit: Duration) -> io::Result<bool> {
+    let events = match fs::File::open(directory.join("cgroup.events")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        opened => opened?,
+    };
+    if !is_populated(&events) {
+        return Ok(true);
+    }
+    tokio::task::spawn_blocking(move || wait_until_left(&events, limit)).await.map_err(io::Error::other)?
+}
+
+/// The kernel marks the file as changed with POLLPRI (cgroup v2, "cgroup.events").
+fn wait_until_left(events: &fs::File, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    while is_populated(events) {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            return Ok(false);
+        }
+        let rest = Timespec { tv_sec: rest.as_secs().cast_signed(), tv_nsec: rest.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&rest)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(true)
+}
+
 /// True while a process is in the cgroup or below it.
 pub fn populated(directory: &Path) -> bool {
-    fs::read_to_string(directory.join("cgroup.events")).is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+    fs::File::open(directory.join("cgroup.events")).is_ok_and(|events| is_populated(&events))
+}
+
+fn is_populated(events: &fs::File) -> bool {
+    let mut text = [0; 256];
+    events
+        .read_at(&mut text, 0)
+        .is_ok_and(|length| text[..length].split(|byte| *byte == b'\n').any(|line| line == b"populated 1"))
 }
 
 /// Path in the v2 tree of the cgroup that a process is in.
@@ -127,10 +165,11 @@ mod tests {
         assert_eq!(tree.directory("/kubepods/pod1"), Path::new("/sys/fs/cgroup/kubepods/pod1"));
     }
 
-    #[test]
-    fn an_absent_cgroup_is_empty_and_removed() {
+    #[tokio::test]
+    async fn an_absent_cgroup_is_empty_and_removed() {
         let absent = Path::new("/sys/fs/cgroup/windlass-test-that-is-not-there");
         assert!(!populated(absent));
+        assert!(left(absent, Duration::ZERO).await.expect("nobody is there"));
         remove(absent).expect("nothing to remove");
     }
 }

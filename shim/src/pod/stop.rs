@@ -8,10 +8,7 @@ use crate::{
     node::Node,
     store,
 };
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 use windlass_proto::monitor::{ShutdownRequest, frame::Body};
 
 /// Longest wait for a monitor to end its pod before the daemon does it.
@@ -75,8 +72,9 @@ async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
 /// Waits until the monitor has left its cgroup, by the kernel's word.
 async fn leave(node: &Node, pod: &Pod) {
     let leaf = pod.look(|record| record.monitor_cgroup(node));
-    let deadline = Instant::now() + LEAVE_LIMIT;
-    while cgroup::populated(&leaf) && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_micros(300)).await;
+    match cgroup::left(&leaf, LEAVE_LIMIT).await {
+        Ok(true) => {}
+        Ok(false) => tracing::warn!(pod = %pod.id, "the monitor does not leave its cgroup; killing it"),
+        Err(error) => tracing::warn!(pod = %pod.id, %error, "the end of the monitor is not seen; killing it"),
     }
 }
