@@ -21,6 +21,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .compile_fds(image)?;
         let files = ["containers", "tasks", "version"].map(|name| format!("proto/containerd/{name}.proto"));
         tonic_prost_build::configure().build_transport(false).compile_fds(protox::compile(files, ["proto"])?)?;
+        // Maps in order, so that what plugins are told is the same each time.
+        for name in ["nri", "ttrpc"] {
+            let file = protox::compile([format!("proto/{name}.proto")], ["proto"])?;
+            prost_build::Config::new().btree_map(["."]).compile_fds(file)?;
+        }
         let trace = protox::compile(["proto/trace.proto"], ["proto"])?;
         tonic_prost_build::configure().build_transport(false).compile_fds(trace)?;
     }

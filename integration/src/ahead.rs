@@ -26,12 +26,17 @@ struct Tool {
 }
 
 /// In the order in which they are built, and in which the tests that need them come: what takes long, last.
-const TOOLS: [Tool; 13] = [
+const TOOLS: [Tool; 14] = [
     Tool { name: "a client of streams", build: || go::streams().map(drop), tests: &["streams", "handlers"] },
     Tool { name: "a collector of traces", build: || go::collector().map(drop), tests: &["traces"] },
     Tool { name: "a registry", build: || go::registry().map(drop), tests: &["registries"] },
     Tool { name: "plugins of CNI", build: || go::cni_plugins().map(drop), tests: &["cni"] },
     Tool { name: "crictl, critest", build: || go::tools().map(drop), tests: &["crictl", "sessions", "critest"] },
+    Tool {
+        name: "a plugin of NRI, and the critest that knows NRI",
+        build: || go::nri_plugin().and_then(|_| go::earlier_nri_plugin()).and_then(|_| go::critest_with_nri()).map(drop),
+        tests: &["nri"],
+    },
     Tool { name: "CRIU", build: || criu::program().map(drop), tests: &["checkpoint"] },
     Tool { name: "the validation suite of OCI", build: || go::validation().map(drop), tests: &["oci_validation"] },
     Tool {

@@ -23,6 +23,12 @@ const COLLECTOR_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/collecto
 /// The one that builds a registry server.
 const REGISTRY_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/registry");
 
+/// The one that builds a plugin of NRI, and the validation suite of the CRI that has specs of NRI.
+const NRI_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/nri");
+
+/// The one that builds a plugin of NRI of an earlier interface.
+const EARLIER_NRI_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/nri-earlier");
+
 /// The one that builds kind's calls of a node.
 const KIND_MODULE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/go/kind");
 
@@ -160,6 +166,28 @@ pub fn streams() -> Result<PathBuf> {
 /// A collector of traces with OpenTelemetry's own types: built unless `<target>/windlass-tools/collector` holds the one of this recipe.
 pub fn collector() -> Result<PathBuf> {
     own_program("collector", COLLECTOR_MODULE)
+}
+
+/// A plugin of NRI with the interface's own library: built unless `<target>/windlass-tools/nri` holds the one of this recipe.
+pub fn nri_plugin() -> Result<PathBuf> {
+    own_program("nri", NRI_MODULE)
+}
+
+/// A plugin of NRI with the library of an interface before 0.12: built unless `<target>/windlass-tools/nri-earlier` holds the one of this recipe.
+pub fn earlier_nri_plugin() -> Result<PathBuf> {
+    own_program("nri-earlier", EARLIER_NRI_MODULE)
+}
+
+/// The validation suite of the CRI in the version that has specs of NRI: built unless `<target>/windlass-tools/critest-nri` holds the one of
+/// this recipe. Prints what it does.
+pub fn critest_with_nri() -> Result<PathBuf> {
+    let dir = setup::target().join("windlass-tools/critest-nri");
+    let (program, module) = (dir.join("critest"), Path::new(NRI_MODULE));
+    unless_built(&dir, module, &["go.mod", "go.sum", "tools.go"], &[&program], || {
+        println!("building critest v1.37.0 from Go modules into {} (a minute)", dir.display());
+        go_build(module, &["test", "-c", "-trimpath"], &program, &["sigs.k8s.io/cri-tools/cmd/critest"])
+    })?;
+    Ok(program)
 }
 
 /// kind's own code against a node: built unless `<target>/windlass-tools/kind` holds the one of this recipe.

@@ -24,6 +24,7 @@ pub mod measure;
 pub mod metrics;
 pub mod next_release;
 pub mod node;
+pub mod nri;
 pub mod package;
 pub mod process;
 pub mod prometheus;

@@ -113,6 +113,24 @@ fn the_cri_is_the_published_one() {
     assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
 }
 
+const NRI: (&str, &str, &str) = ("github.com/containerd/nri", "v0.12.5", "h1:sPYUCT4fRbshF0ewiIaFXv2n6+tLIwY0kKII9ycMszY=");
+
+/// All but its services, which no code is generated from, and what only plugins inside the runtime call.
+#[test]
+fn nri_is_the_published_one() {
+    let module = go::module(NRI.0, NRI.1, NRI.2).expect("the published interface");
+    let messages = |folder: &Path, file: &str| {
+        let mut facts = facts(&compile(folder, file));
+        facts.retain(|name, _| !name.starts_with("service ") && !name.contains(".LogRequest"));
+        facts
+    };
+    let published = messages(&module.join("pkg/api"), "api.proto");
+    assert!(published.len() > 300, "the published file has {} facts", published.len());
+    let found =
+        differences(&published, &messages(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../proto/proto")), "nri.proto"));
+    assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
+}
+
 /// Applies `change` to our file and expects exactly the differences whose names are listed.
 fn check(change: impl FnOnce(&mut FileDescriptorProto), expected: &[&str]) {
     let original = ours();

@@ -22,6 +22,20 @@ pub mod trace {
     tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
 }
 
+/// The Node Resource Interface: what plugins are told and answer.
+#[cfg(feature = "cri")]
+pub mod nri {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/nri.pkg.api.v1alpha1.rs"));
+}
+
+/// The remote procedure calls that the Node Resource Interface is spoken over.
+#[cfg(feature = "cri")]
+pub mod ttrpc {
+    #![allow(clippy::all, clippy::allow_attributes, unreachable_pub, missing_docs, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/ttrpc.rs"));
+}
+
 /// The calls of containerd's API that cAdvisor makes.
 #[cfg(feature = "cri")]
 pub mod containerd {

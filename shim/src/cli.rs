@@ -5,7 +5,7 @@ mod image;
 use crate::{
     apparmor::AppArmor,
     cgroup::{self, Driver, Tree},
-    config::{Config, LayerChoice},
+    config::{Config, DEFAULT_NRI_SOCKET, LayerChoice},
     container::stream::Sessions,
     cri,
     error::{Error, Result},
@@ -14,7 +14,7 @@ use crate::{
     monitor::Program,
     network::{Network, bridge::BridgeConfig, subnet::parse_subnets},
     node::Node,
-    pod,
+    nri, pod,
     service::{self, Socket},
     streaming::Server,
     telemetry::{
@@ -94,6 +94,10 @@ impl Flags {
         }
         if let (Some(state), None) = (&self.state, &self.socket) {
             config.socket = state.join("windlass.sock");
+        }
+        // A second daemon leaves the first one's plugins alone.
+        if let Some(state) = self.state.as_ref().filter(|_| config.nri.socket_path == Path::new(DEFAULT_NRI_SOCKET)) {
+            config.nri.socket_path = state.join("nri.sock");
         }
         set(&mut config.root, self.root);
         set(&mut config.state, self.state);
@@ -198,6 +202,8 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
     let _metrics = telemetry::Endpoint::start(&node).await?;
     let _cadvisor = cri::cadvisor::start(&node)?;
+    // Before the first request: a plugin that is installed sees every pod.
+    let plugins = nri::start(&node).await?;
     let (socket, listener) = Socket::listen(&node.config.socket)?;
     tracing::info!(
         socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
@@ -210,6 +216,9 @@ async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
     };
     let served = cri::serve(node.clone(), streaming, listener, terminated).await;
     drop(socket);
+    if let Some(plugins) = plugins {
+        plugins.stop(&node).await;
+    }
     leave_nothing_unused(&node).await;
     drop(ended);
     if let Some(exporting) = exporting {

@@ -1,6 +1,9 @@
 //! The configuration: a TOML file whose every key has a default, under the flags of `windlass serve`.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    nri::ValidatorConfig,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +13,12 @@ pub const DEFAULT_PATH: &str = "/etc/windlass/config.toml";
 
 /// Name of the handler that is always there, beside the empty name.
 pub const NATIVE_HANDLER: &str = "windlass";
+
+/// Where plugins of NRI look for a runtime.
+pub const DEFAULT_NRI_SOCKET: &str = "/var/run/nri/nri.sock";
+
+/// Longest time that a plugin of NRI may be given: kubelet waits two minutes.
+const NRI_TIMEOUT_MAX_MS: u64 = 60_000;
 
 /// The whole configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +47,28 @@ pub struct Config {
     pub metrics: MetricsConfig,
     pub tracing: TracingConfig,
     pub cadvisor: CadvisorConfig,
+    pub nri: NriConfig,
+}
+
+/// `[nri]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NriConfig {
+    /// Whether plugins of the Node Resource Interface are started and accepted. Nothing costs anything while there are none.
+    pub enable: bool,
+    /// Where plugins connect; mode 0660, root's.
+    pub socket_path: PathBuf,
+    /// Directory of plugins that the daemon starts: executables `NN-name`.
+    pub plugin_path: PathBuf,
+    /// Directory of their configurations: `NN-name.conf`, else `name.conf`.
+    pub plugin_config_path: PathBuf,
+    /// Longest wait for a plugin to register, and for it to take in the pods and containers that there are.
+    pub plugin_registration_timeout_ms: u64,
+    /// Longest wait for a plugin's answer; one that has none then is let go.
+    pub plugin_request_timeout_ms: u64,
+    /// No socket: only the plugins that the daemon starts.
+    pub disable_connections: bool,
+    pub validator: ValidatorConfig,
 }
 
 /// `[cadvisor]`
@@ -153,7 +184,7 @@ pub struct Ulimit {
 }
 
 /// The names that `default_ulimits` takes.
-const ULIMITS: [&str; 16] = [
+pub(crate) const ULIMITS: [&str; 16] = [
     "as",
     "core",
     "cpu",
@@ -348,6 +379,41 @@ impl Default for Config {
             metrics: MetricsConfig::default(),
             tracing: TracingConfig::default(),
             cadvisor: CadvisorConfig::default(),
+            nri: NriConfig::default(),
+        }
+    }
+}
+
+impl Default for NriConfig {
+    fn default() -> NriConfig {
+        NriConfig {
+            // As containerd and CRI-O have it: charts of plugins and of device drivers expect the socket on every node.
+            enable: true,
+            socket_path: DEFAULT_NRI_SOCKET.into(),
+            plugin_path: "/opt/nri/plugins".into(),
+            plugin_config_path: "/etc/nri/conf.d".into(),
+            plugin_registration_timeout_ms: 5000,
+            plugin_request_timeout_ms: 2000,
+            disable_connections: false,
+            validator: ValidatorConfig::default(),
+        }
+    }
+}
+
+impl NriConfig {
+    fn check(&self) -> std::result::Result<(), String> {
+        for (key, limit) in [
+            ("plugin_registration_timeout_ms", self.plugin_registration_timeout_ms),
+            ("plugin_request_timeout_ms", self.plugin_request_timeout_ms),
+        ] {
+            if !(1..=NRI_TIMEOUT_MAX_MS).contains(&limit) {
+                return Err(format!("nri.{key}: {limit} is not 1 to {NRI_TIMEOUT_MAX_MS}"));
+            }
+        }
+        let paths = [("socket_path", &self.socket_path), ("plugin_path", &self.plugin_path)];
+        match paths.into_iter().chain([("plugin_config_path", &self.plugin_config_path)]).find(|(_, path)| !path.is_absolute()) {
+            Some((key, path)) => Err(format!("nri.{key}: {} is not absolute", path.display())),
+            None => Ok(()),
         }
     }
 }
@@ -468,6 +534,7 @@ impl Config {
             class.check(name).map_err(invalid)?;
         }
         config.images.check().map_err(invalid)?;
+        config.nri.check().map_err(invalid)?;
         if config.network.cni_timeout_seconds == 0 {
             return Err(invalid("network.cni_timeout_seconds: 0 seconds for a plugin".into()));
         }
@@ -524,6 +591,9 @@ mod tests {
             ("[block_io_classes.slow]\nweight = 5", "slow: weight 5"),
             ("[images]\nmax_parallel_layers = 0", "max_parallel_layers"),
             ("[images]\nprogress_timeout_seconds = 0", "progress_timeout_seconds"),
+            ("[nri]\nplugin_request_timeout_ms = 0", "nri.plugin_request_timeout_ms: 0"),
+            ("[nri]\nsocket_path = \"nri.sock\"", "nri.socket_path: nri.sock"),
+            ("[nri.validator]\nreject = true", "reject"),
         ] {
             std::fs::write(&path, format!("{text}\n")).expect("write");
             let error = Config::load(Some(&path)).expect_err(text);

@@ -20,6 +20,7 @@ pub mod log;
 pub mod monitor;
 pub mod network;
 pub mod node;
+pub mod nri;
 pub mod pod;
 pub mod selinux;
 pub mod service;

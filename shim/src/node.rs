@@ -10,6 +10,7 @@ use crate::{
     image::Store,
     monitor::Program,
     network::Network,
+    nri::Nri,
     pod::{Phase, Pod},
     selinux::SeLinux,
     stats::Stats,
@@ -35,6 +36,7 @@ pub struct Node {
     pub selinux: SeLinux,
     pub events: Events,
     pub stats: Stats,
+    pub nri: Nri,
     pods: RwLock<BTreeMap<String, Arc<Pod>>>,
     containers: RwLock<BTreeMap<String, Arc<Container>>>,
     unfinished: Mutex<Vec<Weak<Pod>>>,
@@ -53,6 +55,7 @@ impl Node {
         apparmor: AppArmor,
     ) -> Node {
         Node {
+            nri: Nri::new(&config.nri),
             config,
             tree,
             driver,

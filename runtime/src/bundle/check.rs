@@ -10,8 +10,6 @@ pub(crate) fn check(spec: &Spec) -> Result<(), StepError> {
     let process = spec.process().as_ref();
     let linux = spec.linux().as_ref();
     let asked = [
-        ("process.scheduler", process.is_some_and(|process| process.scheduler().is_some())),
-        ("process.ioPriority", process.is_some_and(|process| process.io_priority().is_some())),
         ("process.execCPUAffinity", process.is_some_and(|process| process.exec_cpu_affinity().is_some())),
         ("linux.intelRdt", linux.is_some_and(|linux| linux.intel_rdt().is_some())),
         ("linux.personality", linux.is_some_and(|linux| linux.personality().is_some())),

@@ -175,6 +175,7 @@ impl<'a> Build<'a> {
         let process = self.process()?;
         security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
         security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
+        security::set_priorities(process)?;
         // Hooks that the child executes before its program come from the host, and are not for the container's profile.
         if hooks::listed(self.spec()?, Stage::CreateContainer) { Ok(()) } else { self.confine() }
     }

@@ -25,6 +25,7 @@ pub(super) fn run(enter: &Enter<'_>, report: &ChildReport) -> Result<Infallible,
     let (process, filter, user) = read_process(enter)?;
     security::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
     security::set_oom_score(process.oom_score_adj().unwrap_or(0))?;
+    security::set_priorities(&process)?;
     security::confine_at_exec(&process)?;
     security::label_at_exec(&process)?;
     if let Some((uid, gid)) = user {

@@ -6,6 +6,7 @@ pub mod descriptors;
 pub mod exec;
 pub mod keyring;
 pub mod mount_attr;
+pub mod priority;
 pub mod process;
 pub mod seccomp;
 pub mod signal;

@@ -7,6 +7,7 @@ use crate::{
     events::EventKind,
     image::{Image, Reference},
     node::{Node, new_id, now_ns},
+    nri,
     pod::{self, Phase, Pod},
     selinux, store,
     telemetry::{Clock, Phase as Timed},
@@ -17,10 +18,12 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tokio::sync::RwLockReadGuard;
 use tracing::Instrument;
 use windlass_proto::{
     cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode},
     monitor::{CreateRequest, DeleteRequest, Restore, create_request::PidMode, frame::Body},
+    nri::Container as Shown,
 };
 
 /// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
@@ -76,9 +79,12 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     }
     let directory = node.container_directory(&id);
     match of_origin(&node, &pod, &id, config, from, &directory).await {
-        Ok(container) => {
-            node.insert_container(Arc::new(container));
+        Ok((container, hold)) => {
+            let container = Arc::new(container);
+            node.insert_container(container.clone());
+            drop(hold);
             node.tell(&pod, &id, EventKind::ContainerCreatedEvent);
+            nri::container_created(&node, &container).await;
             Ok(id)
         }
         Err(error) => {
@@ -94,22 +100,25 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
     }
 }
 
+/// A container that is in no list yet, and what keeps plugins of NRI from joining until it is.
+type Made<'a> = (Container, RwLockReadGuard<'a, ()>);
+
 /// A container of an image, or of the checkpoint that is given or named in its place.
-async fn of_origin(
-    node: &Arc<Node>,
+async fn of_origin<'a>(
+    node: &'a Arc<Node>,
     pod: &Pod,
     id: &str,
     config: ContainerConfig,
     from: Option<Source>,
     directory: &Path,
-) -> Result<Container> {
+) -> Result<Made<'a>> {
     let strict = from.is_some();
     let source = from.map_or_else(|| Source::of(node, &config), |source| Ok(Some(source)))?;
     let Some(source) = source else {
         let image_name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
         let missing = || Error::not_found(format!("image {image_name:?} is not on this node; pull it first"));
         let image = node.images.get(image_name).ok_or_else(missing)?;
-        return assemble(node, pod, id, config, &image, directory, None).await;
+        return assemble(&Making { node, pod, id, image: &image, directory, checkpoint: None }, config).await;
     };
     let (own, place) = (node.clone(), directory.to_owned());
     let loaded = tokio::task::spawn_blocking(move || source.load(&own, &place)).await;
@@ -119,18 +128,39 @@ async fn of_origin(
     if strict && asked.is_some_and(|asked| asked.id != image.id) {
         return Err(Error::invalid(format!("image: the checkpoint has {}, the configuration another", image.id)));
     }
-    assemble(node, pod, id, config, &image, directory, Some((loaded, strict))).await
+    assemble(&Making { node, pod, id, image: &image, directory, checkpoint: Some((loaded, strict)) }, config).await
 }
 
-async fn assemble(
-    node: &Node,
-    pod: &Pod,
-    id: &str,
-    config: ContainerConfig,
-    image: &Arc<Image>,
-    directory: &Path,
+/// What a container is made of, beside its configuration.
+struct Making<'a, 'n> {
+    node: &'n Arc<Node>,
+    pod: &'a Pod,
+    id: &'a str,
+    image: &'a Arc<Image>,
+    /// The bundle.
+    directory: &'a Path,
+    /// With whether all of it must be as the configuration says.
     checkpoint: Option<(Loaded, bool)>,
-) -> Result<Container> {
+}
+
+async fn assemble<'n>(making: &Making<'_, 'n>, config: ContainerConfig) -> Result<Made<'n>> {
+    let (node, mut told) = (making.node, None);
+    let hold = node.nri.hold().await;
+    match make(making, config, &mut told).await {
+        Ok(container) => Ok((container, hold)),
+        Err(error) => {
+            if let Some(shown) = told {
+                nri::container_undone(node, &making.pod.record(), shown).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// `told`: what plugins of NRI have been told of it.
+async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut Option<Shown>) -> Result<Container> {
+    let Making { node, pod, id, image, directory, checkpoint } = making;
+    let (node, id, image) = (*node, *id, *image);
     let monitor = pod.monitor()?;
     let bundling = Clock::start(Timed::ContainerBundle);
     let volumes = image_volume::find(node, &config)?;
@@ -140,7 +170,13 @@ async fn assemble(
     let pod_record = pod.record();
     let identity = identity::resolve(&config, image)?;
     let input = spec::Input { node, pod: &pod_record, id, config: &config, image, identity: &identity, directory };
-    let (oci, not_enforced) = spec::build(&input)?;
+    let (mut oci, mut not_enforced) = spec::build(&input)?;
+    let mut adjusted = spec::Outcome::default();
+    if nri::adjusts(node) {
+        (oci, adjusted) = ask_plugins(&input, node, oci, told).await?;
+        not_enforced
+            .extend(adjusted.not_enforced.iter().filter(|name| !not_enforced.contains(name)).cloned().collect::<Vec<_>>());
+    }
     if !not_enforced.is_empty() {
         if node.config.cgroup.strict {
             return Err(Error::unimplemented(format!(
@@ -150,10 +186,13 @@ async fn assemble(
         }
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
-    if let Some((loaded, strict)) = &checkpoint {
+    if let Some((loaded, strict)) = checkpoint {
         loaded.check(&oci, *strict)?;
     }
-    relabel(&input, spec::labels(&input)?.file).await?;
+    relabel(&input, spec::labels(&input)?.file, std::mem::take(&mut adjusted.relabel)).await?;
+    if let Some(limits) = adjusted.limits {
+        config.linux.get_or_insert_default().resources = Some(limits);
+    }
     let program = seccomp_program(node, &oci)?;
     write_bundle(directory, &oci, image, &volumes, program.as_deref())?;
     let log_path = log_path(&pod_record, &config)?;
@@ -195,8 +234,27 @@ async fn assemble(
     Ok(container)
 }
 
+/// Asks plugins of NRI what they change of it: the configuration with that, and what else it comes to.
+async fn ask_plugins(
+    input: &spec::Input<'_>,
+    node: &Arc<Node>,
+    oci: oci_spec::runtime::Spec,
+    told: &mut Option<Shown>,
+) -> Result<(oci_spec::runtime::Spec, spec::Outcome)> {
+    let mut spec = serde_json::to_value(&oci).map_err(|error| Error::internal(format!("encode config.json: {error}")))?;
+    let shown = Shown {
+        image: Some(nri::image(&image_name(input.config, input.image), &image_ref(input.config, input.image), &input.image.id)),
+        ..nri::of_spec(input.id, &input.pod.id, input.config, &spec)
+    };
+    *told = Some(shown.clone());
+    let adjustment = nri::create_container(node, input.pod, shown).await?;
+    let adjusted = spec::adjust(&mut spec, &adjustment, input).map_err(|error| error.during("adjustment by NRI plugins"))?;
+    let oci = serde_json::from_value(spec).map_err(|error| Error::invalid(format!("adjustment by NRI plugins: {error}")))?;
+    Ok((oci, adjusted))
+}
+
 /// Gives the pod's files, and the volumes that ask for it, the SELinux label that the container may use.
-async fn relabel(input: &spec::Input<'_>, label: String) -> Result<()> {
+async fn relabel(input: &spec::Input<'_>, label: String, more: Vec<PathBuf>) -> Result<()> {
     if label.is_empty() {
         return Ok(());
     }
@@ -205,6 +263,7 @@ async fn relabel(input: &spec::Input<'_>, label: String) -> Result<()> {
     let mut paths: Vec<_> =
         volumes.collect::<std::io::Result<_>>().map_err(|error| Error::io("find a volume to relabel", error))?;
     let own = input.node.pod_directory(&input.pod.id);
+    paths.extend(more);
     paths.extend(["hosts", "hostname", "resolv.conf"].map(|name| own.join(name)));
     let work = move || paths.iter().try_for_each(|path| selinux::relabel(path, &label));
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("relabel: {error}")))?

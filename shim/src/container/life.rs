@@ -7,6 +7,7 @@ use crate::{
     events::EventKind,
     monitor::Monitor,
     node::{Node, now_ns},
+    nri,
     pod::Phase,
     store,
     telemetry::{Clock, Phase as Timed, trace},
@@ -26,6 +27,7 @@ const START_ERROR_CODE: i32 = 128;
 /// Opens the gate. A failure leaves the container exited with code 128, reason `StartError` and the cause as its message.
 pub async fn start(node: &Node, container: &Container) -> Result<()> {
     let _turn = container.turn.lock().await;
+    let _hold = node.nri.hold().await;
     let pid = match container.look(|record| record.state.clone()) {
         State::Created { pid } => pid,
         State::Running { .. } => return Err(Error::precondition(format!("container {} is running already", container.id))),
@@ -34,6 +36,13 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     let monitor = node.pod(&container.pod_id)?.monitor()?;
     let started_at_ns = now_ns();
     let starting = container.ending.start(|exit| container.publish_end(node, exit));
+    if let Err(error) = nri::start_container(node, container).await {
+        let error = error.during(format_args!("start container {}", container.look(|record| record.name().to_owned())));
+        starting.failed(|| publish_failure(node, container, &error));
+        // It waits at its gate.
+        let _ = monitor.call(Body::Kill(KillRequest { container_id: container.id.clone() })).await;
+        return Err(error);
+    }
     // Published before the gate opens, so that the exit of a short program always finds a running container.
     container.change(|record| record.state = State::Running { pid, started_at_ns })?;
     let clock = Clock::start(Timed::ContainerStart);
@@ -50,6 +59,8 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
             }
             tracing::info!(pod = %container.pod_id, container = %container.id, pid, "container started");
             container.tell_started(node);
+            drop(starting);
+            nri::container_started(node, container).await;
             Ok(())
         }
         Err(error) => {
@@ -103,6 +114,12 @@ async fn find_process(container: &Container, monitor: &Monitor) {
 /// Stops a container: its stop signal, then after `timeout` the kernel's kill of its whole cgroup. A later call with a shorter timeout
 /// shortens the wait, because each call kills at its own deadline.
 pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
+    end(node, container, timeout).await?;
+    nri::container_stopped(node, container).await;
+    Ok(())
+}
+
+async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
     if container.is_exited() {
         return Ok(());
     }
@@ -163,8 +180,12 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
         }
     }
     let _ = std::fs::remove_file(node.run_directory(&container.pod_id).join("exits").join(format!("{}.json", container.id)));
+    let removed = nri::to_be_removed(node, container);
     store::remove_tree(&node.container_directory(&container.id))?;
     forget(node, container);
+    if let Some((pod, shown)) = removed {
+        nri::container_removed(node, pod, shown).await;
+    }
     if let Ok(pod) = node.pod(&container.pod_id) {
         node.tell(&pod, &container.id, EventKind::ContainerDeletedEvent);
     }

@@ -21,7 +21,7 @@ pub use create::create;
 pub(crate) use create::restore;
 pub use life::{remove, reopen_log, resume_start, start, stop};
 pub(crate) use spec::{missing_controllers, resources as limits};
-pub use update::{merge, update};
+pub use update::{merge, update, update_to};
 
 use crate::{
     error::Result,
@@ -29,6 +29,7 @@ use crate::{
     image::Lease,
     log::names::{self, Known},
     node::Node,
+    nri::{self, Told},
     pod, store, telemetry,
 };
 use ending::Ending;
@@ -128,11 +129,15 @@ pub struct Container {
     /// Held by the one transition that is under way.
     pub turn: tokio::sync::Mutex<()>,
     path: PathBuf,
+    /// Held by the one change of its limits that is under way: apart from `turn`, so that a plugin of NRI may change them in a start.
+    limits: tokio::sync::Mutex<()>,
     /// Serialises writers of the record.
     writing: Mutex<()>,
     /// Whether its start has been told; held while it is told.
     started_told: Mutex<bool>,
     ending: Ending,
+    /// Whether plugins of NRI have been told that it has ended.
+    pub(crate) end_told: Told,
     /// Cancelled when the one client that its input was for has ended it.
     input_ended: CancellationToken,
     _names: Known,
@@ -146,9 +151,11 @@ impl Container {
             _names: names::learn(&record.id, || vec![("container_name", record.name().to_owned())]),
             path: node.container_directory(&record.id).join("record.json"),
             ending: Ending::new(matches!(record.state, State::Exited { .. })),
+            end_told: Told::new(matches!(record.state, State::Exited { .. })),
             record: watch::Sender::new(record),
             _lease: lease,
             turn: tokio::sync::Mutex::new(()),
+            limits: tokio::sync::Mutex::new(()),
             writing: Mutex::new(()),
             started_told: Mutex::new(false),
             input_ended: CancellationToken::new(),
@@ -230,6 +237,7 @@ impl Container {
         if let Ok(pod) = node.pod(&self.pod_id) {
             node.tell(&pod, &self.id, EventKind::ContainerStoppedEvent);
         }
+        nri::container_ends(node, self);
     }
 
     /// Takes over what a monitor says of a container that has not ended.

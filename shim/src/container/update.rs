@@ -4,29 +4,53 @@ use super::{Container, spec};
 use crate::{
     error::{Error, Result},
     node::Node,
-    store,
+    nri, store,
 };
+use serde_json::{Value, json};
+use std::sync::Arc;
 use windlass_proto::{
     cri::LinuxContainerResources,
     monitor::{UpdateRequest, frame::Body},
+    nri::LinuxResources,
 };
 
-/// Changes the limits of a created or running container, all of them or none.
-pub async fn update(node: &Node, container: &Container, mut given: LinuxContainerResources) -> Result<()> {
-    let _turn = container.turn.lock().await;
+/// Changes the limits of a created or running container, all of them or none. Plugins of NRI may have others.
+pub async fn update(node: &Arc<Node>, container: &Container, given: LinuxContainerResources) -> Result<()> {
     let during = |error: Error| error.during(format_args!("update container {}", container.id));
+    let adjusted =
+        if container.is_exited() { None } else { nri::update_container(node, container, &given).await.map_err(during)? };
+    match adjusted {
+        None => change(node, container, given, json!({})).await.map_err(during)?,
+        Some(resources) => update_to(node, container, &resources).await?,
+    }
+    nri::container_updated(node, container).await;
+    Ok(())
+}
+
+/// The same in NRI's form, without asking plugins.
+pub async fn update_to(node: &Node, container: &Container, resources: &LinuxResources) -> Result<()> {
+    let during = |error: Error| error.during(format_args!("update container {}", container.id));
+    let limits = spec::limits(resources, &node.config).map_err(during)?;
+    change(node, container, limits.cri, limits.more).await.map_err(during)
+}
+
+/// `more`: what the CRI has no field for.
+async fn change(node: &Node, container: &Container, mut given: LinuxContainerResources, more: Value) -> Result<()> {
+    let _limits = container.limits.lock().await;
     if container.is_exited() {
-        return Err(during(Error::precondition("it has exited")));
+        return Err(Error::precondition("it has exited"));
     }
     let before = container.look(|record| record.config.linux.as_ref().and_then(|linux| linux.resources.clone()));
     complete(&mut given, &before.unwrap_or_default());
-    let oci = spec::resources(&given).map_err(during)?;
-    let missing = spec::missing_controllers(&given, &node.tree);
+    let mut oci =
+        serde_json::to_value(spec::resources(&given)?).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
+    let mut missing = spec::missing_controllers(&given, &node.tree);
+    missing.extend(spec::more_missing(&more, &node.tree));
+    spec::overlay(&mut oci, more);
     if node.config.cgroup.strict && !missing.is_empty() {
         let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
-        return Err(during(Error::unimplemented(why)));
+        return Err(Error::unimplemented(why));
     }
-    let json = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
     let change = |record: &mut super::Record| {
         merge(record.config.linux.get_or_insert_default().resources.get_or_insert_default(), given.clone());
         for name in &missing {
@@ -38,10 +62,10 @@ pub async fn update(node: &Node, container: &Container, mut given: LinuxContaine
     let mut next = container.record();
     change(&mut next);
     // A disk that is full must be found before the kernel is told.
-    let room = store::reserve(&container.path, &next).map_err(during)?;
+    let room = store::reserve(&container.path, &next)?;
     let monitor = node.pod(&container.pod_id)?.monitor()?;
-    let request = UpdateRequest { container_id: container.id.clone(), resources: json };
-    monitor.call(Body::Update(request)).await.map_err(during)?;
+    let request = UpdateRequest { container_id: container.id.clone(), resources: oci.to_string() };
+    monitor.call(Body::Update(request)).await?;
     drop(room);
     container.change_always(change);
     Ok(())

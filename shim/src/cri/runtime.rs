@@ -76,6 +76,7 @@ impl Service {
             ("config".to_owned(), serde_json::json!(node.config).to_string()),
             ("cgroup".to_owned(), cgroup.to_string()),
             ("network".to_owned(), node.network.describe().to_string()),
+            ("nri".to_owned(), node.nri.describe().to_string()),
             ("apparmor".to_owned(), node.apparmor.describe()),
             ("selinux".to_owned(), node.selinux.describe()),
             ("pods".to_owned(), node.pods().len().to_string()),

@@ -28,6 +28,7 @@ use crate::{
     monitor::Monitor,
     network::{Kind, PodNetwork},
     node::Node,
+    nri::Told,
     stats::Ended,
     store,
 };
@@ -91,6 +92,8 @@ pub struct Pod {
     record: RwLock<Record>,
     monitor: Mutex<Option<Arc<Monitor>>>,
     ended: Mutex<Ended>,
+    /// Whether plugins of NRI have been told that it has stopped.
+    pub(crate) end_told: Told,
     /// Held by the one transition of this pod that is under way.
     pub turn: tokio::sync::Mutex<()>,
     _names: Known,
@@ -107,6 +110,7 @@ impl Pod {
                 vec![("pod", meta.name), ("namespace", meta.namespace)]
             }),
             ended: Mutex::new(Ended::since(record.removed_cpu_ns)),
+            end_told: Told::new(record.phase == Phase::NotReady),
             record: RwLock::new(record),
             monitor: Mutex::new(None),
             turn: tokio::sync::Mutex::new(()),

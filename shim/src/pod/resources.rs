@@ -6,7 +6,7 @@ use crate::{
     container::{limits, merge, missing_controllers},
     error::{Error, Kind, Result},
     node::Node,
-    store,
+    nri, store,
 };
 use windlass_proto::{
     cri::{LinuxContainerResources, PodSandboxConfig},
@@ -20,10 +20,24 @@ pub async fn update(
     overhead: Option<LinuxContainerResources>,
     resources: Option<LinuxContainerResources>,
 ) -> Result<()> {
-    let _turn = pod.turn.lock().await;
     let during = |error: Error| error.during(format_args!("update pod {}", pod.id));
+    if pod.phase() == Phase::Ready {
+        nri::update_pod(node, pod, overhead.as_ref(), resources.as_ref()).await.map_err(during)?;
+    }
+    change(node, pod, overhead, resources).await.map_err(during)?;
+    nri::pod_updated(node, pod).await;
+    Ok(())
+}
+
+async fn change(
+    node: &Node,
+    pod: &Pod,
+    overhead: Option<LinuxContainerResources>,
+    resources: Option<LinuxContainerResources>,
+) -> Result<()> {
+    let _turn = pod.turn.lock().await;
     if pod.phase() != Phase::Ready {
-        return Err(during(Error::precondition("it is not ready")));
+        return Err(Error::precondition("it is not ready"));
     }
     let mut next = pod.record();
     let linux = next.config.linux.get_or_insert_default();
@@ -33,8 +47,8 @@ pub async fn update(
         }
     }
     let path = node.pod_directory(&pod.id).join("record.json");
-    let room = store::reserve(&path, &next).map_err(during)?;
-    enforce(node, pod, &next.config).await.map_err(during)?;
+    let room = store::reserve(&path, &next)?;
+    enforce(node, pod, &next.config).await?;
     drop(room);
     pod.change_always(node, |record| record.config.linux.clone_from(&next.config.linux));
     Ok(())

@@ -11,6 +11,7 @@ use crate::{
     events::EventKind,
     monitor::Monitor,
     node::{Node, new_id, now_ns},
+    nri,
     telemetry::{Clock, Phase as Timed},
 };
 use rustix::fd::OwnedFd;
@@ -138,6 +139,7 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         Err(error) => {
             tracing::warn!(%error, "pod could not be run");
             node.forget_pod(&pod.id);
+            nri::pod_removed(&node, &pod.record()).await;
             if let Err(undo) = stop::erase(&node, &pod).await {
                 tracing::error!(error = %undo, "pod not wholly taken back; the next start does the rest");
             }
@@ -175,6 +177,8 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
     };
     let ready = Record { network, phase: Phase::Ready, ..pod.record() };
     files::write_hosts(&node.pod_directory(&pod.id), &ready)?;
+    let _hold = node.nri.hold().await;
+    nri::run_pod(node, &ready).await?;
     // Last: the next daemon takes a pod whose record says this as it is.
     pod.change(node, |record| *record = ready)?;
     whole.done();

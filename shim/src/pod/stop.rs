@@ -6,7 +6,7 @@ use crate::{
     error::{Kind, Result},
     events::EventKind,
     node::Node,
-    store,
+    nri, store,
 };
 use std::{sync::Arc, time::Duration};
 use windlass_proto::monitor::{ShutdownRequest, frame::Body};
@@ -20,6 +20,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 pub async fn stop(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let _turn = pod.turn.lock().await;
     stop_processes(node, pod).await;
+    tell_stopped(node, pod).await;
     network::release(node, pod).await
 }
 
@@ -28,6 +29,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     {
         let _turn = pod.turn.lock().await;
         stop_processes(node, pod).await;
+        tell_stopped(node, pod).await;
         network::release(node, pod).await?;
     }
     for container in node.containers_of(&pod.id) {
@@ -36,6 +38,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let _turn = pod.turn.lock().await;
     erase(node, pod).await?;
     node.forget_pod(&pod.id);
+    nri::pod_removed(node, &pod.record()).await;
     node.tell(pod, &pod.id, EventKind::ContainerDeletedEvent);
     tracing::info!(pod = %pod.id, "pod removed");
     Ok(())
@@ -67,6 +70,14 @@ async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
     if was_ready {
         node.tell(pod, &pod.id, EventKind::ContainerStoppedEvent);
     }
+}
+
+/// Plugins of NRI hear of the containers' ends first; the network is there still.
+async fn tell_stopped(node: &Arc<Node>, pod: &Pod) {
+    for container in node.containers_of(&pod.id) {
+        nri::container_stopped(node, &container).await;
+    }
+    nri::pod_stopped(node, pod).await;
 }
 
 /// Waits until the monitor has left its cgroup, by the kernel's word.

@@ -6,7 +6,10 @@ use crate::{
     error::{Error, Result},
 };
 use serde_json::{Value, json};
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// Annotations of this prefix name devices too, separated by commas, as older device plugins ask.
 const ANNOTATION_PREFIX: &str = "cdi.k8s.io/";
@@ -19,13 +22,17 @@ pub(super) fn apply(spec: &mut Value, input: &Input<'_>) -> Result<()> {
     names.extend(annotated.into_iter().flat_map(|(_, value)| value.split(',').map(|name| name.trim().to_owned())));
     let mut seen = std::collections::HashSet::new();
     names.retain(|name| seen.insert(name.clone()));
+    inject(spec, &input.node.config.devices.cdi_spec_dirs, &names, "config.CDI_devices")
+}
+
+/// Applies the edits of devices that `field` names.
+pub(super) fn inject(spec: &mut Value, directories: &[PathBuf], names: &[String], field: &str) -> Result<()> {
     if names.is_empty() {
         return Ok(());
     }
-    let edits =
-        cdi::find(&input.node.config.devices.cdi_spec_dirs, &names).map_err(|error| error.during("config.CDI_devices"))?;
+    let edits = cdi::find(directories, names).map_err(|error| error.during(field))?;
     for edit in edits {
-        apply_one(spec, &edit).map_err(|error| error.during(format_args!("config.CDI_devices {}", names.join(", "))))?;
+        apply_one(spec, &edit).map_err(|error| error.during(format_args!("{field} {}", names.join(", "))))?;
     }
     sort_mounts(spec);
     Ok(())
@@ -160,14 +167,14 @@ fn mount(wanted: &Mount) -> Result<Value> {
 }
 
 /// Parents before children; the kernel's own file systems keep their order.
-fn sort_mounts(spec: &mut Value) {
+pub(super) fn sort_mounts(spec: &mut Value) {
     let depth =
         |mount: &Value| mount["destination"].as_str().unwrap_or_default().split('/').filter(|part| !part.is_empty()).count();
     change(&mut spec["mounts"], |mounts| mounts.sort_by_key(depth));
 }
 
 /// Changes the list at a place that may be empty still.
-fn change(value: &mut Value, change: impl FnOnce(&mut Vec<Value>)) {
+pub(super) fn change(value: &mut Value, change: impl FnOnce(&mut Vec<Value>)) {
     let mut list = match value.take() {
         Value::Array(list) => list,
         _ => Vec::new(),

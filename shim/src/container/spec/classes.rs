@@ -3,7 +3,7 @@
 
 use super::Input;
 use crate::{
-    config::{BlockIoClass, BlockIoLimit},
+    config::{BlockIoClass, BlockIoLimit, Config},
     error::{Error, Result},
 };
 use serde_json::{Value, json};
@@ -33,13 +33,18 @@ pub(super) fn refuse_rdt(input: &Input<'_>) -> Result<()> {
 /// `blockIO` of the OCI configuration for the container's class. `None`: it has no class.
 pub(super) fn block_io(input: &Input<'_>) -> Result<Option<Value>> {
     let Some(name) = class(input, "blockio") else { return Ok(None) };
-    let classes = &input.node.config.block_io_classes;
+    block_io_class(&input.node.config, name).map(Some).map_err(|error| error.during("annotations"))
+}
+
+/// `blockIO` of the OCI configuration for a class.
+pub(super) fn block_io_class(config: &Config, name: &str) -> Result<Value> {
+    let classes = &config.block_io_classes;
     let class = classes.get(name).ok_or_else(|| {
         let known: Vec<&str> = classes.keys().map(String::as_str).collect();
         let known = if known.is_empty() { "there are none".to_owned() } else { format!("there are {}", known.join(", ")) };
-        Error::invalid(format!("annotations: block I/O class {name:?} is not in the configuration (block_io_classes): {known}"))
+        Error::invalid(format!("block I/O class {name:?} is not in the configuration (block_io_classes): {known}"))
     })?;
-    described(class).map(Some).map_err(|error| error.during(format_args!("block I/O class {name:?}")))
+    described(class).map_err(|error| error.during(format_args!("block I/O class {name:?}")))
 }
 
 fn described(class: &BlockIoClass) -> Result<Value> {

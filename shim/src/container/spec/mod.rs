@@ -1,6 +1,7 @@
 //! The OCI runtime configuration of a container, from the CRI's request, the image and the pod. Reads device nodes and mount sources of the
 //! host, changes nothing. Every field that is not applied yet and would make the container weaker is refused by name.
 
+mod adjust;
 mod cdi;
 mod classes;
 mod devices;
@@ -11,6 +12,7 @@ mod seccomp;
 mod seccomp_default;
 mod security;
 
+pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
 pub(crate) use resources::{not_enforced as missing_controllers, resources};
 
 use super::{identity::Identity, text};

@@ -30,7 +30,7 @@ pub(super) fn build(input: &Input<'_>) -> Result<Vec<Value>> {
     Ok(mounts)
 }
 
-fn normal(path: &str) -> String {
+pub(super) fn normal(path: &str) -> String {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     format!("/{}", parts.join("/"))
 }
@@ -192,6 +192,12 @@ fn check_propagation(source: &Path, mount: &Mount) -> Result<()> {
         MountPropagation::PropagationHostToContainer => &["shared:", "master:"],
         MountPropagation::PropagationBidirectional => &["shared:"],
     };
+    check_shared(source, needed)
+        .map_err(|error| error.during(format_args!("config.mounts: host_path {:?} of {}", mount.host_path, mount.container_path)))
+}
+
+/// Refuses a place whose mount is in no peer group of one of these kinds: what is mounted there cannot be passed on.
+pub(super) fn check_shared(source: &Path, needed: &[&str]) -> Result<()> {
     let found = statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID)
         .map_err(|error| Error::io(format_args!("look at {}", source.display()), error))?;
     let table = fs::read_to_string("/proc/self/mountinfo").map_err(|error| Error::io("read /proc/self/mountinfo", error))?;
@@ -203,11 +209,10 @@ fn check_propagation(source: &Path, mount: &Mount) -> Result<()> {
     if shared {
         return Ok(());
     }
-    let message = format!(
-        "config.mounts: host_path {:?} is not on a shared mount, so its mounts cannot be passed on; run `mount --make-shared` on it",
-        mount.host_path
-    );
-    Err(Error::invalid(message))
+    Err(Error::invalid(format!(
+        "{} is not on a shared mount, so its mounts cannot be passed on; run `mount --make-shared` on it",
+        source.display()
+    )))
 }
 
 /// `shared` or `slave` for the root when a volume asks for more than privacy (the root must not stop what a volume passes on).

@@ -76,7 +76,7 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// Checks a profile in the OCI runtime specification's JSON. What would be left out in silence and make it weaker is an error.
-fn parse(text: &[u8]) -> std::result::Result<Value, String> {
+pub(super) fn parse(text: &[u8]) -> std::result::Result<Value, String> {
     let mut profile: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     for entry in profile.get_mut("syscalls").and_then(Value::as_array_mut).into_iter().flatten() {
         let Some(entry) = entry.as_object_mut() else { return Err("an element of syscalls is not an object".into()) };
