@@ -340,7 +340,7 @@ fn a_network_that_appears_later_takes_over_and_a_broken_file_changes_nothing() -
         };
         fs::write(&file, scripted("1.0.0").to_string())?;
         let took = until_true("CNI", || attaches("cni"))?;
-        ensure!(took < Duration::from_millis(1500), "{took:?}");
+        ensure!(took < Duration::from_secs(5), "what is looked at once a second took {took:?}");
         let by_cni = ground.client.run(&ground.config())?;
         ensure!(ground.client.pod(&by_cni)?.network.context("network")?.ip == "10.66.0.2");
 

@@ -13,6 +13,7 @@ use windlass_integration::{
     ground::Ground,
     node,
     streams::{SPDY, WEBSOCKET, client},
+    wait::until,
 };
 use windlass_proto::cri::{self, NamespaceMode};
 
@@ -110,8 +111,11 @@ fn terminals_and_shared_processes_with_other_runtimes() -> Result<()> {
             let ground = ground(handler, shared)?;
             let first = ground.start("first", &["sleep", "1000"], |_| {})?;
             let second = ground.start("second", &["sleep", "2000"], |_| {})?;
-            let seen = ground.client.shell(&first, "ps -o args")?;
-            ensure!(seen.contains("sleep 1000") && seen.contains("sleep 2000"), "{handler}: {seen}");
+            // The start has an answer before the runtime's own process has become the container's.
+            until(&format!("{handler}: processes of both containers"), || {
+                let seen = ground.client.shell(&first, "ps -o args")?;
+                Ok((seen.contains("sleep 1000") && seen.contains("sleep 2000")).then_some(()))
+            })?;
             ground.client.stop(&second, 0)?;
             let terminal = ground
                 .start("terminal", &["sh", "-c", "tty; test -t 0 && test -t 1 && echo both"], |config| config.tty = true)?;
@@ -148,7 +152,7 @@ fn clients_are_attached_with_other_runtimes() -> Result<()> {
                 ensure!(seen["code"] == 0 && seen["stdout"]["sha256"] == seen["sent"]["sha256"], "{handler} {name}: {seen}");
                 ensure!(seen["sent"]["bytes"] == 300_000 && seen["stderr"]["head"] == "over\n", "{handler} {name}: {seen}");
                 ensure!(ground.client.exited(&id)?.exit_code == 0, "{handler} {name}");
-                let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.02; done; echo sized";
+                let script = "until [ \"$(stty size 2>/dev/null)\" = '43 132' ]; do sleep 0.02; done; echo sized";
                 let id = ground.start(&format!("{name}-tty"), &["sh", "-c", script], |config| config.tty = true)?;
                 let request = cri::AttachRequest { container_id: id.clone(), tty: true, stdout: true, ..Default::default() };
                 let url = ground.client.attach(request)?.url;

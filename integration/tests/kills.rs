@@ -29,6 +29,9 @@ const CLIENTS: u64 = 4;
 /// Longest time between a daemon's readiness and its end, in microseconds: about a pod's life.
 const DAEMON_US: u64 = 120_000;
 
+/// After so many kills within which no pod came to its end, daemons live longer: on a machine so busy, none would get a pod to run.
+const FRUITLESS: u64 = 20;
+
 /// The same for one that is killed while it starts.
 const START_US: u64 = 12_000;
 
@@ -47,21 +50,27 @@ fn lives(seed: u64) -> Result<()> {
     let (socket, logs) = (daemon.socket(), daemon.path("logs"));
     let (over, lived) = (AtomicBool::new(false), AtomicUsize::new(0));
     let kills = soak::number("WINDLASS_KILLS", KILLS)?;
+    // Connected before the first kill: a client whose connection breaks makes a new one, but the first has to be made.
+    let life = |number| -> Result<Life> { Ok(Life { client: Client::connect_to(&socket)?, dice: Dice(seed + number) }) };
+    let clients: Vec<Life> = (1..=CLIENTS).map(life).collect::<Result<_>>()?;
     thread::scope(|scope| {
-        let (over, lived, socket, logs) = (&over, &lived, &socket, &logs);
-        let client = |number| -> Result<()> {
-            let mut life = Life { client: Client::connect_to(socket)?, dice: Dice(seed + number) };
+        let (over, lived, logs) = (&over, &lived, &logs);
+        let client = |mut life: Life| -> Result<()> {
             while !over.load(Ordering::Relaxed) {
                 life.live(logs)?;
                 lived.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
         };
-        let clients: Vec<_> = (1..=CLIENTS).map(|number| scope.spawn(move || client(number))).collect();
+        let clients: Vec<_> = clients.into_iter().map(|life| scope.spawn(move || client(life))).collect();
         let mut dice = Dice(seed);
         let mut outcome = Ok(());
+        let (mut fruitless, mut ended) = (0, 0);
         for kill in 0..kills {
-            outcome = kill_once(&mut daemon, &mut dice).with_context(|| format!("kill {kill}"));
+            let longest_us = DAEMON_US * (1 + fruitless / FRUITLESS);
+            outcome = kill_once(&mut daemon, &mut dice, longest_us).with_context(|| format!("kill {kill}"));
+            let before = std::mem::replace(&mut ended, lived.load(Ordering::Relaxed));
+            fruitless = if ended > before { 0 } else { fruitless + 1 };
             if outcome.is_err() || clients.iter().any(thread::ScopedJoinHandle::is_finished) {
                 break;
             }
@@ -79,8 +88,8 @@ fn lives(seed: u64) -> Result<()> {
 }
 
 /// Lets the daemon serve for a while and kills it; every third time also the next one, while it starts.
-fn kill_once(daemon: &mut Daemon, dice: &mut Dice) -> Result<()> {
-    thread::sleep(Duration::from_micros(dice.below(DAEMON_US)));
+fn kill_once(daemon: &mut Daemon, dice: &mut Dice, longest_us: u64) -> Result<()> {
+    thread::sleep(Duration::from_micros(dice.below(longest_us)));
     daemon.kill9()?;
     if dice.below(3) == 0 {
         let starting = Process::from(daemon.command(&["serve"])?.stderr(std::process::Stdio::null()).spawn()?);

@@ -73,6 +73,13 @@ impl Sessions {
         lines.collect()
     }
 
+    /// Waits until so many lines are in it: what another client says before would come between.
+    fn has_logged(&self, name: &str, stream: &str, lines: usize) -> Result<()> {
+        until_true("what was said is answered", || Ok(self.logged(name, stream).len() >= lines))
+            .map(drop)
+            .with_context(|| format!("{name}: {:?}", self.logged(name, stream)))
+    }
+
     fn exit_code(&self, id: &str) -> Result<i32> {
         Ok(self.ground.client.exited(id)?.exit_code)
     }
@@ -241,18 +248,21 @@ fn several_attached(sessions: &Sessions, transport: &str) -> Result<()> {
     let mut one = sessions.attach(transport, "-i", &id)?;
     let count = one.say_until("one\n", "saw one")?;
     said.extend(vec!["one"; count]);
+    sessions.has_logged(transport, "stderr", said.len())?;
     let mut two = sessions.attach(transport, "-i", &id)?;
     let count = two.say_until("two\n", "saw two")?;
     said.extend(vec!["two"; count]);
+    sessions.has_logged(transport, "stderr", said.len())?;
     one.hear("saw two")?;
     // One that only listens.
     let mut three = sessions.attach(transport, "", &id)?;
     while !three.heard.lock().expect("a result").contains("saw three") {
-        one.say_until("three\n", "saw three")?;
-        said.push("three");
+        let count = one.say_until("three\n", "saw three")?;
+        said.extend(vec!["three"; count]);
         ensure!(said.len() < 1000, "the third client hears nothing");
         std::thread::sleep(Duration::from_millis(20));
     }
+    sessions.has_logged(transport, "stderr", said.len())?;
     // What is said last arrives, though its client has gone when it does.
     let four = sessions.crictl(&format!("attach --transport {transport} -i {id}"))?;
     Talk::piped(&format!("printf 'last words\\n' | {four}"))?.code()?;
@@ -291,8 +301,10 @@ fn one_input(sessions: &Sessions, transport: &str, cut: bool) -> Result<()> {
     let id = sessions.with_input(&name, &["sh", "-c", "cat; echo end of input"], |config| config.stdin_once = true)?;
     let mut first = sessions.attach(transport, "-i", &id)?;
     let firsts = first.say_until("first\n", "first")?;
+    sessions.has_logged(&name, "stdout", firsts)?;
     let mut second = sessions.attach(transport, "-i", &id)?;
     let seconds = second.say_until("second\n", "second")?;
+    sessions.has_logged(&name, "stdout", firsts + seconds)?;
     first.say("the end\n")?;
     second.hear("the end")?;
     if cut {
@@ -334,6 +346,7 @@ fn a_daemon_killed_in_the_middle_of_sessions_leaves_the_container_as_it_was() ->
         let mut reading = sessions.attach("spdy", "", &writer)?;
         let mut talking = sessions.attach("websocket", "-i", &answerer)?;
         let count = talking.say_until("one\n", "saw one")?;
+        sessions.has_logged("answerer", "stdout", count)?;
         reading.hear("line ")?;
         let kept = sessions.ground.client.exec(&answerer, &["sh", "-c", "sleep 779 >/dev/null 2>&1 &"])?;
         ensure!(kept.exit_code == 0, "{kept:?}");
