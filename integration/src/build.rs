@@ -94,43 +94,41 @@ pub fn install_missing() -> Result<()> {
     executing_busybox().map(drop)
 }
 
-/// Installs what is missing and builds everything that a node or a test runs.
+/// Installs what is missing and builds everything that a node or a test runs, and the benchmark.
 pub fn all() -> Result<()> {
+    for_a_node()?;
+    step("build bench", cargo().args(["build", "--release", "-p", "windlass", "-p", "windlass-integration", "--bin", "bench"]))?;
+    lay_out(&setup::target().join("release"), &["bench"])
+}
+
+/// Installs what is missing and builds everything that a node or a test runs.
+pub fn for_a_node() -> Result<()> {
     install_missing()?;
     let installed = output_of("rustup", &["target", "list", "--installed"]).context("rustup is needed for the static target")?;
     if !installed.lines().any(|line| line == STATIC_TARGET) {
         step(&format!("rustup target add {STATIC_TARGET}"), Command::new("rustup").args(["target", "add", STATIC_TARGET]))?;
     }
-    step(
-        "build windlass and bench",
-        cargo().args("build --release -p windlass -p windlass-integration --bin windlass --bin bench".split(' ')),
-    )?;
+    step("build windlass", cargo().args(["build", "--release", "-p", "windlass", "--bin", "windlass"]))?;
     let fixed = ["build", "--profile", "monitor", "--target", STATIC_TARGET];
     step(
         "build windlass-monitor, windlass-oci and probe",
         cargo().args(fixed).args(["-p", "windlass-runtime", "-p", "windlass-probe", "--bins"]),
     )?;
-    lay_out()
+    let target = setup::target();
+    lay_out(&target.join("release"), &["windlass"])?;
+    lay_out(&target.join(STATIC_TARGET).join("monitor"), &["windlass-monitor", "windlass-oci", "probe"])
 }
 
-fn lay_out() -> Result<()> {
-    let target = setup::target();
-    let directory = target.join("windlass");
+/// Copies programs to where [`setup::programs`] looks for them.
+fn lay_out(from: &Path, names: &[&str]) -> Result<()> {
+    let directory = setup::target().join("windlass");
     fs::create_dir_all(&directory)?;
-    let monitor = target.join(STATIC_TARGET).join("monitor");
-    let release = target.join("release");
-    for (from, name) in [
-        (&release, "windlass"),
-        (&release, "bench"),
-        (&monitor, "windlass-monitor"),
-        (&monitor, "windlass-oci"),
-        (&monitor, "probe"),
-    ] {
+    for name in names {
         // Replaced by rename: a running daemon keeps the file that it has open.
         let temporary = directory.join(format!(".{name}"));
         fs::copy(from.join(name), &temporary).with_context(|| format!("copy {name}"))?;
         fs::rename(&temporary, directory.join(name))?;
     }
-    println!("==> programs are in {}", directory.display());
+    println!("==> in {}: {}", directory.display(), names.join(", "));
     Ok(())
 }

@@ -76,6 +76,8 @@ impl Kubelet {
             "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
             "authorization": { "mode": "AlwaysAllow" },
             "failSwapOn": false, "makeIPTablesUtilChains": false, "fileCheckFrequency": "1s", "syncFrequency": "5s", "maxPods": 250,
+            // How often it looks at how full volumes are; a minute by default, for which a pod's figures would have to be waited for.
+            "volumeStatsAggPeriod": "5s",
             "evictionHard": { "memory.available": "50Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%" },
             "resolvConf": "/etc/resolv.conf",
         });

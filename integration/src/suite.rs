@@ -42,7 +42,7 @@ pub fn run() -> Result<bool> {
     let start = Instant::now();
     build::install_missing()?;
     let _ahead = Ahead::start()?;
-    build::all()?;
+    build::for_a_node()?;
     let programs = test_programs()?;
     let (alone, together): (Vec<_>, Vec<_>) = programs.iter().partition(|one| ALONE.iter().any(|(name, _)| *name == one.name));
     let mut together: Vec<(usize, Job)> = together.into_iter().flat_map(TestProgram::jobs).chain(style()).collect();
