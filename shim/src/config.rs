@@ -1,5 +1,10 @@
 //! The configuration: a TOML file whose every key has a default, under the flags of `windlass serve`.
 
+mod check;
+
+pub(crate) use check::ULIMITS;
+pub use check::{Problem, read};
+
 use crate::{
     error::{Error, Result},
     nri::ValidatorConfig,
@@ -11,14 +16,14 @@ use std::path::{Path, PathBuf};
 /// Where the configuration is read from unless `--config` names another file. It need not exist.
 pub const DEFAULT_PATH: &str = "/etc/windlass/config.toml";
 
+/// The configuration file with every field, its default and its meaning: what the package installs.
+pub const REFERENCE: &str = include_str!("../../manifests/config.toml");
+
 /// Name of the handler that is always there, beside the empty name.
 pub const NATIVE_HANDLER: &str = "windlass";
 
 /// Where plugins of NRI look for a runtime.
 pub const DEFAULT_NRI_SOCKET: &str = "/var/run/nri/nri.sock";
-
-/// Longest time that a plugin of NRI may be given: kubelet waits two minutes.
-const NRI_TIMEOUT_MAX_MS: u64 = 60_000;
 
 /// The whole configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -182,26 +187,6 @@ pub struct Ulimit {
     /// What the process may raise it to.
     pub hard: u64,
 }
-
-/// The names that `default_ulimits` takes.
-pub(crate) const ULIMITS: [&str; 16] = [
-    "as",
-    "core",
-    "cpu",
-    "data",
-    "fsize",
-    "locks",
-    "memlock",
-    "msgqueue",
-    "nice",
-    "nofile",
-    "nproc",
-    "rss",
-    "rtprio",
-    "rttime",
-    "sigpending",
-    "stack",
-];
 
 /// `[handlers.NAME]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -400,24 +385,6 @@ impl Default for NriConfig {
     }
 }
 
-impl NriConfig {
-    fn check(&self) -> std::result::Result<(), String> {
-        for (key, limit) in [
-            ("plugin_registration_timeout_ms", self.plugin_registration_timeout_ms),
-            ("plugin_request_timeout_ms", self.plugin_request_timeout_ms),
-        ] {
-            if !(1..=NRI_TIMEOUT_MAX_MS).contains(&limit) {
-                return Err(format!("nri.{key}: {limit} is not 1 to {NRI_TIMEOUT_MAX_MS}"));
-            }
-        }
-        let paths = [("socket_path", &self.socket_path), ("plugin_path", &self.plugin_path)];
-        match paths.into_iter().chain([("plugin_config_path", &self.plugin_config_path)]).find(|(_, path)| !path.is_absolute()) {
-            Some((key, path)) => Err(format!("nri.{key}: {} is not absolute", path.display())),
-            None => Ok(()),
-        }
-    }
-}
-
 impl Default for CgroupConfig {
     fn default() -> CgroupConfig {
         CgroupConfig { driver: DriverChoice::Auto, parent: "/windlass".into(), strict: false }
@@ -471,45 +438,6 @@ impl Default for ImageConfig {
     }
 }
 
-impl ContainerConfig {
-    fn check(&self) -> std::result::Result<(), String> {
-        for (name, limit) in &self.default_ulimits {
-            if !ULIMITS.contains(&name.as_str()) {
-                return Err(format!("containers.default_ulimits: {name:?} is none of {}", ULIMITS.join(", ")));
-            }
-            if limit.soft > limit.hard {
-                return Err(format!("containers.default_ulimits.{name}: soft {} is above hard {}", limit.soft, limit.hard));
-            }
-        }
-        if self.shm_size_bytes == 0 {
-            return Err("containers.shm_size_bytes: 0 bytes of /dev/shm".into());
-        }
-        Ok(())
-    }
-}
-
-impl BlockIoClass {
-    fn check(&self, name: &str) -> std::result::Result<(), String> {
-        let weights = std::iter::once(self.weight).chain(self.devices.iter().map(|device| device.weight));
-        match weights.into_iter().find(|weight| *weight != 0 && !(10..=1000).contains(weight)) {
-            Some(weight) => Err(format!("block_io_classes.{name}: weight {weight} is not 10 to 1000")),
-            None => Ok(()),
-        }
-    }
-}
-
-impl ImageConfig {
-    fn check(&self) -> std::result::Result<(), String> {
-        if self.max_parallel_layers == 0 {
-            return Err("images.max_parallel_layers: no layer at all".into());
-        }
-        if self.progress_timeout_seconds == 0 {
-            return Err("images.progress_timeout_seconds: 0 seconds for an answer".into());
-        }
-        Ok(())
-    }
-}
-
 impl Config {
     /// The program of a runtime handler, empty for the native one. `None`: no handler has this name.
     pub fn handler(&self, name: &str) -> Option<&Path> {
@@ -519,7 +447,7 @@ impl Config {
         }
     }
 
-    /// Reads `path`, or the defaults where the default path has no file.
+    /// Reads `path`, or the defaults where the default path has no file. The error names every problem of the file.
     pub fn load(path: Option<&Path>) -> Result<Config> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         let text = match std::fs::read_to_string(file) {
@@ -527,18 +455,19 @@ impl Config {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_none() => return Ok(Config::default()),
             Err(error) => return Err(Error::io(format_args!("read configuration {}", file.display()), error)),
         };
-        let invalid = |why: String| Error::invalid(format!("configuration {}: {why}", file.display()));
-        let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
-        config.containers.check().map_err(invalid)?;
-        for (name, class) in &config.block_io_classes {
-            class.check(name).map_err(invalid)?;
-        }
-        config.images.check().map_err(invalid)?;
-        config.nri.check().map_err(invalid)?;
-        if config.network.cni_timeout_seconds == 0 {
-            return Err(invalid("network.cni_timeout_seconds: 0 seconds for a plugin".into()));
-        }
-        Ok(config)
+        read(&text).map_err(|problems| {
+            let list: String = problems.iter().map(|problem| format!("\n  {problem}")).collect();
+            Error::invalid(format!(
+                "configuration {} is not taken:{list}\n`windlass config default` prints every field with its meaning; correct the file, and see by `windlass config check`",
+                file.display()
+            ))
+        })
+    }
+
+    /// What of its values makes no sense.
+    pub fn problems(&self) -> Vec<Problem> {
+        let told = check::senseless(self).into_iter();
+        told.map(|(field, what)| Problem { line: None, field, what }).collect()
     }
 
     /// The `windlass-monitor` program to run.
@@ -561,43 +490,12 @@ mod tests {
     /// manifests/config.toml shows every key with its default.
     #[test]
     fn the_reference_is_the_default() {
-        let reference = include_str!("../../manifests/config.toml");
-        let parsed: Config = toml::from_str(reference).expect("the reference parses");
+        let reference = REFERENCE;
+        let parsed = read(reference).expect("the reference is taken");
         assert_eq!(serde_json::json!(parsed), serde_json::json!(Config::default()));
         let flat = toml::to_string(&Config::default()).expect("encodes");
         for key in flat.lines().filter_map(|line| line.split_once(" =").map(|(key, _)| key)) {
             assert!(reference.lines().any(|line| line.starts_with(&format!("{key} ="))), "{key} is not in the reference");
-        }
-    }
-
-    #[test]
-    fn an_unknown_key_is_named() {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let path = directory.path().join("config.toml");
-        std::fs::write(&path, "[cgroup]\nparant = \"/x\"\n").expect("write");
-        let error = Config::load(Some(&path)).expect_err("unknown key");
-        assert!(error.message.contains("parant"), "{error}");
-    }
-
-    #[test]
-    fn limits_are_checked() {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let path = directory.path().join("config.toml");
-        for (text, named) in [
-            ("[containers]\ndefault_ulimits = { files = { soft = 1, hard = 2 } }", "\"files\""),
-            ("[containers]\ndefault_ulimits = { nofile = { soft = 3, hard = 2 } }", "nofile: soft 3"),
-            ("[containers]\ndefault_ulimits = { nofile = { soft = 3 } }", "hard"),
-            ("[containers]\nshm_size_bytes = 0", "shm_size_bytes"),
-            ("[block_io_classes.slow]\nweight = 5", "slow: weight 5"),
-            ("[images]\nmax_parallel_layers = 0", "max_parallel_layers"),
-            ("[images]\nprogress_timeout_seconds = 0", "progress_timeout_seconds"),
-            ("[nri]\nplugin_request_timeout_ms = 0", "nri.plugin_request_timeout_ms: 0"),
-            ("[nri]\nsocket_path = \"nri.sock\"", "nri.socket_path: nri.sock"),
-            ("[nri.validator]\nreject = true", "reject"),
-        ] {
-            std::fs::write(&path, format!("{text}\n")).expect("write");
-            let error = Config::load(Some(&path)).expect_err(text);
-            assert!(error.message.contains(named), "{error}");
         }
     }
 
