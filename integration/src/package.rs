@@ -1,6 +1,10 @@
 //! `cargo xtask package`: the Debian package, of the programs in `<target>/windlass`. What is in it stands in shim/Cargo.toml.
 
-use crate::{build, go, node::run_command, setup};
+use crate::{
+    build, go,
+    node::{run_command, succeed},
+    setup,
+};
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
@@ -10,6 +14,9 @@ use std::{
 
 /// The version of cargo-deb that makes the package.
 const CARGO_DEB: &str = "3.8.0";
+
+/// Shells, and the files that their completions are in.
+const COMPLETIONS: [(&str, &str); 3] = [("bash", "windlass.bash"), ("zsh", "_windlass"), ("fish", "windlass.fish")];
 
 /// Builds the programs and the package; says where it is.
 pub fn run() -> Result<()> {
@@ -32,6 +39,7 @@ fn make_with(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
         fs::remove_dir_all(directory).with_context(|| format!("empty {}", directory.display()))?;
     }
     fs::create_dir_all(directory)?;
+    describe(&programs)?;
     let mut command = Command::new(cargo_deb()?);
     command.args(["--no-build", "--no-strip", "--quiet", "--manifest-path", "shim/Cargo.toml"]).args(flags);
     // The slash at the end makes it a folder.
@@ -39,6 +47,21 @@ fn make_with(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
     build::step("make the Debian package", &mut command)?;
     let mut made = fs::read_dir(directory)?.flatten().map(|entry| entry.path());
     made.find(|path| path.extension().is_some_and(|end| end == "deb")).context("cargo-deb left no package")
+}
+
+/// Completions and manual pages, which the program itself writes, beside the programs.
+fn describe(programs: &Path) -> Result<()> {
+    let (share, program) = (programs.join("share"), programs.join("windlass"));
+    if share.exists() {
+        fs::remove_dir_all(&share).with_context(|| format!("empty {}", share.display()))?;
+    }
+    let manual = share.join("man");
+    fs::create_dir_all(&manual)?;
+    for (shell, name) in COMPLETIONS {
+        let text = succeed(&format!("windlass completions {shell}"), Command::new(&program).args(["completions", shell]))?;
+        fs::write(share.join(name), text)?;
+    }
+    succeed("windlass manual", Command::new(&program).arg("manual").arg(&manual)).map(drop)
 }
 
 /// The same package as one of a later revision, packed quickly, in the folder of the other.

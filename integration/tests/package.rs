@@ -14,7 +14,7 @@ const CONFIG: &str = "/etc/windlass/config.toml";
 const MONITOR: &str = "/usr/libexec/windlass/windlass-monitor";
 
 /// What the package brings, with its mode.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 14] = [
     ("/usr/bin/windlass", "755"),
     ("/usr/bin/windlass-oci", "755"),
     (MONITOR, "755"),
@@ -23,6 +23,12 @@ const FILES: [(&str, &str); 8] = [
     ("/usr/lib/systemd/system/windlass-cri.socket", "644"),
     ("/usr/lib/sysctl.d/50-windlass.conf", "644"),
     ("/usr/share/doc/windlass/examples/kubelet.yaml", "644"),
+    ("/usr/share/doc/windlass/OPERATING.md", "644"),
+    ("/usr/share/bash-completion/completions/windlass", "644"),
+    ("/usr/share/zsh/vendor-completions/_windlass", "644"),
+    ("/usr/share/fish/vendor_completions.d/windlass.fish", "644"),
+    ("/usr/share/man/man1/windlass.1.gz", "644"),
+    ("/usr/share/man/man1/windlass-image-pull.1.gz", "644"),
 ];
 
 /// Where a container's process and its pod's monitor are: their ids, and the monitor's program.

@@ -1,38 +1,31 @@
-//! The command line: `windlass serve` and what goes with it.
+//! The command line: the daemon, and what an operator of a node asks of it and of the node. A module for each command.
 
+mod client;
+mod config;
+mod doctor;
+mod events;
+mod exec;
 mod image;
+mod inspect;
+mod logs;
+mod manual;
+mod output;
+mod ps;
+mod serve;
+mod stats;
+mod status;
 
 use crate::{
-    apparmor::AppArmor,
-    cgroup::{self, Driver, Tree},
-    config::{Config, DEFAULT_NRI_SOCKET, LayerChoice},
-    container::stream::Sessions,
-    cri,
+    config::{Config, DEFAULT_NRI_SOCKET},
     error::{Error, Result},
-    image::{LayerFormat, RegistryFiles, Store, StoreConfig, TrustFiles},
     log,
-    monitor::Program,
-    network::{Network, bridge::BridgeConfig, subnet::parse_subnets},
-    node::Node,
-    nri, pod,
-    service::{self, Socket},
-    streaming::Server,
-    telemetry::{
-        self,
-        trace::{self, Exporter},
-    },
+    telemetry::trace,
 };
 use clap::{Args, Parser, Subcommand};
-use image::ImageCommand;
 use std::{
-    fs,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
-};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::oneshot,
+    pin::Pin,
+    process::ExitCode,
 };
 
 /// A Kubernetes container runtime: serves the CRI to kubelet and crictl, and runs pods as namespaced processes.
@@ -52,13 +45,47 @@ pub enum Command {
         #[command(flatten)]
         flags: Flags,
         #[command(subcommand)]
-        command: ImageCommand,
+        command: image::ImageCommand,
+    },
+    /// Check this node: the kernel, cgroups, directories, network, configuration, kubelet, and what was left behind. Changes nothing. Exits
+    /// with 0 if all is well, 1 if there are warnings, 2 if there are errors.
+    Doctor(doctor::Options),
+    /// Print, check and explain the configuration.
+    Config {
+        #[command(subcommand)]
+        command: config::ConfigCommand,
+    },
+    /// Show how the running daemon is: version, pods, network, limits, memory.
+    Status(status::Options),
+    /// List pods with their containers, addresses, use of processor and memory, and monitors.
+    #[command(visible_alias = "pods")]
+    Ps(ps::Options),
+    /// Show all that is known of a pod or a container: record, bundle, cgroup, namespaces, processes, limits in force, last exit.
+    Inspect(inspect::Options),
+    /// Print what a container wrote.
+    Logs(logs::Options),
+    /// Run a command in a container.
+    Exec(exec::Options),
+    /// Print what happens to pods and containers, until interrupted.
+    Events(events::Options),
+    /// Show what pods and containers use of processor, memory, disk and network.
+    Stats(stats::Options),
+    /// Print completions for a shell.
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory.
+    #[command(hide = true)]
+    Manual {
+        /// Where they go; must exist
+        directory: PathBuf,
     },
 }
 
-/// Flags that go over the configuration file.
-#[derive(Debug, Default, Args)]
-pub struct Flags {
+/// Which daemon is meant.
+#[derive(Debug, Default, Clone, Args)]
+pub struct Place {
     /// Configuration file; must exist when given [default: /etc/windlass/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -71,6 +98,13 @@ pub struct Flags {
     /// CRI socket [default: /run/windlass/windlass.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+}
+
+/// Flags that go over the configuration file.
+#[derive(Debug, Default, Clone, Args)]
+pub struct Flags {
+    #[command(flatten)]
+    place: Place,
     /// CNI configuration files [default: /etc/cni/net.d]
     #[arg(long, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
@@ -85,13 +119,14 @@ pub struct Flags {
     log_level: Option<String>,
 }
 
-impl Flags {
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}
+
+impl Place {
     fn over(self, config: &mut Config) {
-        fn set<T>(target: &mut T, value: Option<T>) {
-            if let Some(value) = value {
-                *target = value;
-            }
-        }
         if let (Some(state), None) = (&self.state, &self.socket) {
             config.socket = state.join("windlass.sock");
         }
@@ -102,184 +137,194 @@ impl Flags {
         set(&mut config.root, self.root);
         set(&mut config.state, self.state);
         set(&mut config.socket, self.socket);
+    }
+
+    /// The configuration with these flags over it.
+    fn load(self) -> Result<Config> {
+        Flags { place: self, ..Flags::default() }.load()
+    }
+}
+
+impl Flags {
+    fn over(self, config: &mut Config) {
+        self.place.over(config);
         set(&mut config.network.cni_conf_dir, self.cni_conf_dir);
         set(&mut config.network.cni_bin_dir, self.cni_bin_dir);
         set(&mut config.images.registry_config_dir, self.registry_config_dir);
         set(&mut config.log_level, self.log_level);
     }
 
+    /// The configuration with these flags over it.
     fn load(self) -> Result<Config> {
-        let mut config = Config::load(self.config.as_deref())?;
+        let mut config = Config::load(self.place.config.as_deref())?;
         self.over(&mut config);
-        for (name, path) in [("root", &config.root), ("state", &config.state), ("socket", &config.socket)] {
-            if !path.is_absolute() {
-                return Err(Error::invalid(format!("{name} {} is not an absolute path", path.display())));
+        // What the file says was good: it is a flag.
+        match config.problems().first() {
+            Some(problem) => Err(Error::invalid(problem.to_string())),
+            None => Ok(config),
+        }
+    }
+}
+
+/// Runs a command to its end, and says what the program exits with.
+pub fn run(cli: Cli) -> Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
+    match cli.command {
+        Command::Serve(flags) => {
+            let config = flags.load()?;
+            serve::is_root()?;
+            let (spans, exporter) = trace::start(&config.tracing)?.unzip();
+            log::start(&config.log_level, spans)?;
+            on_threads(Box::pin(serve::run(config, exporter))).map(done)
+        }
+        Command::Image { flags, command } => {
+            let config = flags.load()?;
+            log::start(&config.log_level, None)?;
+            on_threads(Box::pin(image::run(config, command))).map(done)
+        }
+        Command::Doctor(options) => doctor::run(options),
+        Command::Config { command } => config::run(command),
+        Command::Status(options) => here(Box::pin(status::run(options))).map(done),
+        Command::Ps(options) => here(Box::pin(ps::run(options))).map(done),
+        Command::Inspect(options) => here(Box::pin(inspect::run(options))).map(done),
+        Command::Logs(options) => here(Box::pin(logs::run(options))).map(done),
+        Command::Exec(options) => {
+            let mut code = ExitCode::SUCCESS;
+            here(Box::pin(async {
+                code = exec::run(options).await?;
+                Ok(())
+            }))?;
+            Ok(code)
+        }
+        Command::Events(options) => here(Box::pin(events::run(options))).map(done),
+        Command::Stats(options) => here(Box::pin(stats::run(options))).map(done),
+        Command::Completions { shell } => manual::completions(shell).map(done),
+        Command::Manual { directory } => manual::write(&directory).map(done),
+    }
+}
+
+/// What a command does. Boxed, so that the machinery that runs it is compiled once.
+type Work<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+
+/// Work of the daemon's kind.
+fn on_threads(work: Work<'_>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.map_err(|error| Error::io("start threads", error))?.block_on(work)
+}
+
+/// Work of a client's kind. A thread that waits for nobody's sake does not hold up the end.
+fn here(work: Work<'_>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::io("start the client", error))?;
+    let done = runtime.block_on(work);
+    runtime.shutdown_background();
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, Config};
+    use clap::CommandFactory;
+    use std::{collections::BTreeSet, fs};
+
+    const OPERATING: &str = include_str!("../../manifests/OPERATING.md");
+    const DOCUMENTS: [&str; 3] = [OPERATING, include_str!("../../README.md"), include_str!("../../manifests/UPGRADE.md")];
+
+    /// What stands between backquotes in a text's lines, and the lines of its blocks of commands.
+    fn quoted(text: &str) -> Vec<&str> {
+        let mut found = Vec::new();
+        let mut block = false;
+        for line in text.lines() {
+            if line.trim_start().starts_with("```") {
+                block = !block;
+            } else if block {
+                found.push(line);
+            } else {
+                found.extend(line.split('`').skip(1).step_by(2));
             }
         }
-        Ok(config)
+        found
     }
-}
 
-/// Runs a command to its end.
-pub fn run(cli: Cli) -> Result<()> {
-    let (config, job) = match cli.command {
-        Command::Serve(flags) => (flags.load()?, None),
-        Command::Image { flags, command } => (flags.load()?, Some(command)),
-    };
-    let traces = if job.is_none() { trace::start(&config.tracing)? } else { None };
-    let (spans, exporter) = traces.unzip();
-    log::start(&config.log_level, spans)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("start threads", error))?;
-    runtime.block_on(async {
-        match job {
-            None => serve(config, exporter).await,
-            Some(command) => image::run(config, command).await,
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_of_the_documents_are_understood() {
+        let mut count = 0;
+        for command in DOCUMENTS.iter().flat_map(|text| quoted(text)) {
+            let command = command.split(['#', '>', ';', '|']).next().unwrap_or_default().trim();
+            // A bare word may be the program's name; `help` and `--help` end the program.
+            let words: Vec<&str> = command.split_whitespace().collect();
+            if words.first() != Some(&"windlass") || words.len() < 2 || words.contains(&"--help") || words.contains(&"help") {
+                continue;
+            }
+            // A group of commands named as such.
+            if ["image", "config"].contains(&words[1]) && words.len() == 2 {
+                continue;
+            }
+            count += 1;
+            if let Err(error) = Cli::try_parse_from(&words) {
+                panic!("{command}: {error}");
+            }
         }
-    })
-}
-
-fn open_store(config: &Config) -> Result<Store> {
-    let registries = RegistryFiles {
-        hosts: config.images.registry_config_dir.clone(),
-        registries_conf: config.images.registries_conf.clone(),
-        auth_file: config.images.auth_file.clone(),
-    };
-    let mut store = StoreConfig::new(config.root.join("images"), registries);
-    store.trust = TrustFiles { policy: config.images.policy.clone(), by_namespace: config.images.policy_dir.clone() };
-    store.pinned = config.images.pinned.clone();
-    store.parallel_layers = config.images.max_parallel_layers;
-    store.progress_timeout = std::time::Duration::from_secs(config.images.progress_timeout_seconds);
-    store.layer_format = match config.images.layers {
-        LayerChoice::Auto => None,
-        LayerChoice::Erofs => Some(LayerFormat::Erofs),
-        LayerChoice::Directory => Some(LayerFormat::Directory),
-    };
-    Store::open(store).map_err(|error| Error::internal(format!("open image store: {error}")))
-}
-
-/// One daemon for each root: a second one would take the first one's unfinished work for its own.
-fn lock(config: &Config) -> Result<fs::File> {
-    fs::create_dir_all(&config.root).map_err(|error| Error::io(format_args!("create {}", config.root.display()), error))?;
-    let path = config.root.join("lock");
-    let file = fs::File::create(&path).map_err(|error| Error::io(format_args!("open {}", path.display()), error))?;
-    // A record lock (fcntl(2)), not flock(2): a child on its way to exec does not hold it, so that the daemon after a killed one finds it
-    // free. It goes with any descriptor of the file: this is the only place that opens it.
-    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-        rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::ACCESS => Error::precondition(format!(
-            "{} is in use by another windlass; stop it or give another --root",
-            config.root.display()
-        )),
-        error => Error::io(format_args!("lock {}", path.display()), error),
-    })?;
-    Ok(file)
-}
-
-async fn serve(config: Config, exporter: Option<Exporter>) -> Result<()> {
-    let _lock = lock(&config)?;
-    for directory in [config.state.clone(), config.root.join("pods"), config.root.join("containers")] {
-        fs::create_dir_all(&directory).map_err(|error| Error::io(format_args!("create {}", directory.display()), error))?;
-        fs::set_permissions(&directory, fs::Permissions::from_mode(0o711))
-            .map_err(|error| Error::io(format_args!("set mode of {}", directory.display()), error))?;
+        assert!(count > 25, "{count} commands in the documents");
     }
-    let tree = Tree::find().map_err(|error| Error::io("find the cgroup v2 tree", error))?;
-    if !tree.missing().is_empty() {
-        tracing::warn!(missing = %tree.missing().join(", "), tree = %tree.root.display(), "limits of these controllers are not enforced on this host");
-    }
-    let driver = Driver::start(&config.cgroup, config.monitor.account).await?;
-    let program = Program::open(&config.monitor_path())?;
-    let images = open_store(&config)?;
-    let network = start_network(&config)?;
-    let node = Arc::new(Node::new(config, (tree, driver), images, network, program, AppArmor::start().await));
-    keep_seccomp_programs(&node.seccomp_directory())?;
-    pod::recover(&node).await;
-    let terminated = terminated()?;
-    let (ended, end) = oneshot::channel::<()>();
-    let exporting = exporter.map(|exporter| tokio::spawn(exporter.run(async move { drop(end.await) })));
-    let streaming = Arc::new(Server::start(&node.config.streaming, Arc::new(Sessions(node.clone()))).await?);
-    let _metrics = telemetry::Endpoint::start(&node).await?;
-    let _cadvisor = cri::cadvisor::start(&node)?;
-    // Before the first request: a plugin that is installed sees every pod.
-    let plugins = nri::start(&node).await?;
-    let (socket, listener) = Socket::listen(&node.config.socket)?;
-    tracing::info!(
-        socket = %node.config.socket.display(), root = %node.config.root.display(), version = env!("CARGO_PKG_VERSION"),
-        cgroup_driver = %node.driver.describe(), pods = node.pods().len(), containers = node.containers().len(), "serving"
-    );
-    let watchdog = service::ready(&socket);
-    let terminated = async move {
-        terminated.await;
-        drop(watchdog);
-    };
-    let served = cri::serve(node.clone(), streaming, listener, terminated).await;
-    drop(socket);
-    if let Some(plugins) = plugins {
-        plugins.stop(&node).await;
-    }
-    leave_nothing_unused(&node).await;
-    drop(ended);
-    if let Some(exporting) = exporting {
-        let _ = exporting.await;
-    }
-    tracing::info!(pods = node.pods().len(), "stopped; pods go on running");
-    served.map_err(|error| Error::internal(format!("serve: {error}")))
-}
 
-/// Makes the directory of compiled seccomp profiles anew: another build's programs may differ.
-fn keep_seccomp_programs(directory: &Path) -> Result<()> {
-    let made = match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => fs::DirBuilder::new().mode(0o700).create(directory),
-    };
-    made.map_err(|error| Error::io(format_args!("make {} anew", directory.display()), error))
-}
-
-/// What only the daemon itself needed goes when no pod is left: bridge, rules and the default cgroup.
-async fn leave_nothing_unused(node: &Node) {
-    if !node.pods().is_empty() {
-        return;
-    }
-    if let Err(error) = node.network.teardown_if_unused().await {
-        tracing::warn!(error = %Error::from(error), "pod network not removed");
-    }
-    let Ok(parent) = node.driver.place("", &node.config.cgroup.parent, "").map(|place| place.parent) else { return };
-    let removed = match &node.driver {
-        // Fails while somebody else's group is below it, which is right.
-        Driver::Cgroupfs => fs::remove_dir(node.tree.directory(&parent)).or(Ok(())),
-        Driver::Systemd(_) => cgroup::stop_slice(&node.driver, &node.tree, &parent).await,
-    };
-    if let Err(error) = removed {
-        tracing::warn!(%error, "default cgroup parent not removed");
-    }
-}
-
-fn start_network(config: &Config) -> Result<Network> {
-    let network = &config.network;
-    let subnets = parse_subnets(network.subnets.iter().map(String::as_str))
-        .map_err(|reason| Error::invalid(format!("network.subnets: {reason}")))?;
-    let state = config.root.join("network");
-    let bridge = BridgeConfig {
-        preferred: network.preferred_family,
-        name: network.bridge.clone(),
-        // One table for each bridge, so that two daemons keep apart.
-        table: format!("windlass-{}", network.bridge),
-        ..BridgeConfig::new(state.clone(), subnets)
-    };
-    Network::start(network, bridge, &state).map_err(|error| Error::from(error).during("start the pod network"))
-}
-
-/// Ends with SIGTERM or SIGINT, which are the daemon's from this call on, not only once the future is waited for.
-fn terminated() -> Result<impl Future<Output = ()>> {
-    let failed = |error| Error::io("wait for signals", error);
-    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
-    Ok(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
+    #[test]
+    fn fields_of_the_documents_are_of_the_configuration() {
+        let value = serde_json::json!(Config::default());
+        let sections: BTreeSet<&String> = value.as_object().expect("a table").keys().collect();
+        let mut count = 0;
+        for quoted in quoted(OPERATING) {
+            let field = quoted.split(" = ").next().unwrap_or_default();
+            let Some((section, rest)) = field.split_once('.') else { continue };
+            if !sections.contains(&section.to_owned()) || !rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
+                continue;
+            }
+            count += 1;
+            assert!(value[section].get(rest).is_some(), "{field}");
         }
-    })
+        assert!(count >= 25, "{count} fields in the document");
+        assert!(config::read(config::REFERENCE).is_ok());
+    }
+
+    /// Every message of the table of symptoms is one that the sources have.
+    #[test]
+    fn messages_of_the_document_are_those_of_the_program() {
+        fn sources(directory: &Path, text: &mut String) {
+            for entry in fs::read_dir(directory).expect("a directory").flatten() {
+                if entry.path().is_dir() {
+                    sources(&entry.path(), text);
+                } else if entry.path() != Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs") {
+                    text.push_str(&fs::read_to_string(entry.path()).unwrap_or_default());
+                }
+            }
+        }
+        let mut text = String::new();
+        sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut text);
+        let table = OPERATING.split("## By symptom").nth(1).and_then(|rest| rest.split("\n## ").next()).expect("the table");
+        let messages: Vec<&str> = table.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+        assert!(messages.len() > 20, "{messages:?}");
+        for message in messages {
+            assert!(text.contains(message), "no source says {message:?}");
+        }
+    }
+
+    #[test]
+    fn figures_of_the_document_are_served() {
+        let telemetry = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/telemetry");
+        let served: String = ["mod.rs", "text.rs", "process.rs"]
+            .iter()
+            .map(|name| fs::read_to_string(telemetry.join(name)).unwrap_or_default())
+            .collect();
+        let words = OPERATING.split(|byte: char| !(byte.is_ascii_alphanumeric() || byte == '_'));
+        for name in words.filter(|word| word.starts_with("windlass_") && word.len() > 9 && !word.contains("amd64")) {
+            let base = name.trim_end_matches("_bucket").trim_end_matches("_count");
+            assert!(served.contains(base) || base == "windlass_", "{name}");
+        }
+    }
 }

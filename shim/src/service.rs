@@ -2,6 +2,10 @@
 //! own socket and tells nobody.
 
 use crate::error::{Error, Result};
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+};
 use sd_notify::NotifyState;
 use std::{
     fs, io,
@@ -12,6 +16,10 @@ use std::{
 use tokio::{net::UnixListener, task::JoinHandle, time};
 use tonic::transport::Endpoint;
 use windlass_proto::cri::{VersionRequest, runtime_service_client::RuntimeServiceClient};
+
+/// How often, and how far apart, a socket must be found taken.
+const SERVED_LOOKS: u32 = 10;
+const SERVED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where clients find the CRI. A socket that the daemon made itself goes when this is dropped; one that was passed stays, because its
 /// maker goes on listening.
@@ -32,6 +40,36 @@ impl Socket {
         }
         Ok((Socket { path: path.to_owned(), passed: false }, bind(path).map_err(failed)?))
     }
+}
+
+/// Fails where another process serves at this socket, whose clients would be taken away by a new one. One that the service manager passes
+/// is nobody else's.
+pub fn is_free(path: &Path) -> Result<()> {
+    if std::env::var_os("LISTEN_FDS").is_some() || !served(path) {
+        return Ok(());
+    }
+    Err(Error::precondition(format!(
+        "{} is served by another process: stop that one, or give this daemon another socket by --socket (and another --root)",
+        path.display()
+    )))
+}
+
+/// Whether somebody listens at this socket, and goes on to: a child of a killed daemon has its socket until it executes its program.
+fn served(path: &Path) -> bool {
+    let Ok(address) = SocketAddrUnix::new(path) else { return false };
+    let taken = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+        // EAGAIN: its queue is full.
+        matches!(socket.and_then(|socket| connect(&socket, &address)), Ok(()) | Err(Errno::AGAIN))
+    };
+    for _ in 0..SERVED_LOOKS {
+        if !taken() {
+            return false;
+        }
+        std::thread::sleep(SERVED_PAUSE);
+    }
+    true
 }
 
 impl Drop for Socket {

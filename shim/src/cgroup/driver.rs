@@ -22,7 +22,9 @@ impl Driver {
         let connected = match config.driver {
             DriverChoice::Cgroupfs => return Ok(Driver::Cgroupfs),
             DriverChoice::Auto if !systemd::booted() => return Ok(Driver::Cgroupfs),
-            DriverChoice::Systemd if !systemd::booted() => Err(Error::precondition("systemd is not the first process here")),
+            DriverChoice::Systemd if !systemd::booted() => {
+                Err(Error::precondition("systemd is not the first process here; \"auto\" and \"cgroupfs\" do without"))
+            }
             DriverChoice::Auto | DriverChoice::Systemd => Systemd::connect().await,
         };
         let driver = match connected {

@@ -37,7 +37,7 @@ const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/b
 pub const SCRATCH: &str = "checkpoints";
 
 /// The CRIU program.
-fn program(config: &CheckpointConfig) -> Result<PathBuf> {
+pub fn program(config: &CheckpointConfig) -> Result<PathBuf> {
     let named = &config.criu;
     let found = if named.components().count() > 1 {
         Some(named.clone()).filter(|path| path.is_absolute() && path.is_file())

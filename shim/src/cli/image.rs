@@ -2,13 +2,15 @@
 
 mod output;
 
-use super::{Config, lock, open_store};
+use super::output::Format;
+use super::serve::{lock, open_store};
+use crate::config::Config;
 use crate::container;
 use crate::cri::images::Images;
 use crate::error::{Error, Kind, Result};
 use crate::image::Lease;
 use crate::store;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use futures_util::{StreamExt, stream::BoxStream};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -118,15 +120,6 @@ pub struct Look {
     /// Print nothing but names or ids
     #[arg(short, long)]
     quiet: bool,
-}
-
-/// Form of what is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// For people
-    Text,
-    /// For programs
-    Json,
 }
 
 /// Where the work is done.

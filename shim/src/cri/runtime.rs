@@ -13,7 +13,7 @@ use crate::{
     error::{Kind, Result as Outcome},
     pod,
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tonic::{Request, Response, Status};
 use windlass_proto::cri::{self, runtime_service_server::RuntimeService};
 
@@ -66,6 +66,19 @@ impl Service {
             .collect()
     }
 
+    /// A pod's record and what belongs to it on this node, for a person: `crictl inspectp`.
+    fn pod_info(&self, record: &pod::Record) -> serde_json::Value {
+        let node = &self.node;
+        let monitor_cgroup = record.monitor_cgroup(node);
+        let mut info = serde_json::json!(record);
+        info["cgroup"] = serde_json::json!(node.tree.directory(&record.cgroup()));
+        info["monitorPid"] = serde_json::json!(first_process(&monitor_cgroup));
+        info["monitorCgroup"] = serde_json::json!(monitor_cgroup);
+        info["directory"] = serde_json::json!(node.pod_directory(&record.id));
+        info["runDirectory"] = serde_json::json!(node.run_directory(&record.id));
+        info
+    }
+
     /// What this node is, for a person: `crictl info`.
     fn node_info(&self) -> HashMap<String, String> {
         let node = &self.node;
@@ -77,12 +90,21 @@ impl Service {
             ("cgroup".to_owned(), cgroup.to_string()),
             ("network".to_owned(), node.network.describe().to_string()),
             ("nri".to_owned(), node.nri.describe().to_string()),
+            (
+                "daemon".to_owned(),
+                serde_json::json!({ "pid": std::process::id(), "streaming": self.streaming.origin() }).to_string(),
+            ),
             ("apparmor".to_owned(), node.apparmor.describe()),
             ("selinux".to_owned(), node.selinux.describe()),
             ("pods".to_owned(), node.pods().len().to_string()),
             ("containers".to_owned(), node.containers().len().to_string()),
         ])
     }
+}
+
+/// The process that the first line of a cgroup names; none where it is empty or gone.
+fn first_process(cgroup: &Path) -> Option<u32> {
+    std::fs::read_to_string(cgroup.join("cgroup.procs")).ok()?.lines().next()?.parse().ok()
 }
 
 fn condition(name: &str, ready: Result<(), String>, reason: &str) -> cri::RuntimeCondition {
@@ -133,7 +155,7 @@ impl RuntimeService for Service {
         let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
         let mut info = HashMap::new();
         if request.verbose {
-            info.insert("info".to_owned(), pod.look(|record| serde_json::json!(record).to_string()));
+            info.insert("info".to_owned(), self.pod_info(&pod.record()).to_string());
         }
         let statuses = self.node.containers_of(&pod.id).iter().map(|container| container.look(view::container_status)).collect();
         Ok(Response::new(cri::PodSandboxStatusResponse {
@@ -200,7 +222,7 @@ impl RuntimeService for Service {
             let details = serde_json::json!({
                 "sandboxID": record.pod_id, "pid": pid, "cgroup": cgroup, "notEnforced": record.not_enforced,
                 "memoryStatsEstimated": !self.node.tree.controllers.iter().any(|name| name == "memory"),
-                "chainIDs": record.chain_ids, "config": record.config,
+                "chainIDs": record.chain_ids, "config": record.config, "bundle": self.node.container_directory(&record.id),
             });
             info.insert("info".to_owned(), details.to_string());
         }

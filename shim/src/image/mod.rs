@@ -8,6 +8,7 @@
 
 mod archive;
 mod auth;
+mod check;
 mod credentials;
 mod digest;
 mod erofs;
@@ -54,6 +55,7 @@ mod test_registry;
 mod tests;
 
 pub use auth::RegistryAuth;
+pub use check::{can_mount_images, check_files};
 pub use error::ImageError;
 pub use extract::unpack_archive;
 #[doc(hidden)]

@@ -60,7 +60,13 @@ impl Program {
     /// Opens the program to be executed by descriptor.
     pub fn open(path: &Path) -> Result<Program> {
         let file = std::fs::File::open(path).map_err(|error| {
-            Error::io(format_args!("open monitor program {} (set monitor.path in the configuration)", path.display()), error)
+            Error::io(
+                format_args!(
+                    "open monitor program {} (install the package again, or set monitor.path in the configuration)",
+                    path.display()
+                ),
+                error,
+            )
         })?;
         Ok(Program { file })
     }

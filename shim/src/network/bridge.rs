@@ -9,7 +9,7 @@
 //! link goes behind it (`removal`), and the addresses with it. Forwarding is set and never reset: others may have come to need it.
 
 mod limits;
-mod links;
+pub(super) mod links;
 mod removal;
 
 use std::collections::HashSet;

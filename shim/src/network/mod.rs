@@ -12,6 +12,7 @@ pub mod cni;
 mod conntrack;
 mod firewall;
 mod hostport;
+pub mod look;
 mod netlink;
 mod nfnetlink;
 pub mod subnet;

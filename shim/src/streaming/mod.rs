@@ -18,6 +18,7 @@ mod wire;
 #[doc(hidden)]
 pub use fuzz::fuzz_client;
 pub use session::{Ending, Handler, Input, Output, Streams, Target, TerminalSize, Wanted};
+pub use websocket::client;
 
 use crate::{
     config::StreamingConfig,
@@ -95,7 +96,12 @@ impl Drop for Server {
 impl Server {
     /// Listens, and serves every connection with `handler`.
     pub async fn start(config: &StreamingConfig, handler: Arc<dyn Handler>) -> Result<Server> {
-        let failed = |error| Error::io(format_args!("listen on streaming.address {}", config.address), error);
+        let failed = |error| {
+            Error::io(
+                format_args!("listen on streaming.address {} (an address of this node, and a free port or 0)", config.address),
+                error,
+            )
+        };
         let listener = TcpListener::bind(&config.address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let tls = tls::acceptor(config)?;
@@ -110,8 +116,13 @@ impl Server {
     pub fn url(&self, target: Target) -> Result<String> {
         let kind = target.kind();
         let token = self.tokens.lock().expect(POISON).insert(target)?;
+        Ok(format!("{}/{kind}/{token}", self.origin()))
+    }
+
+    /// How the URLs begin: scheme, address and port.
+    pub fn origin(&self) -> String {
         let scheme = if self.secure { "https" } else { "http" };
-        Ok(format!("{scheme}://{}/{kind}/{token}", self.address))
+        format!("{scheme}://{}", self.address)
     }
 }
 

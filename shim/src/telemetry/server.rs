@@ -34,7 +34,9 @@ impl Endpoint {
             return Ok(None);
         }
         let listener = TcpListener::bind(&address).await;
-        let listener = listener.map_err(|error| Error::io(format_args!("listen at metrics.address {address:?}"), error))?;
+        let listener = listener.map_err(|error| {
+            Error::io(format_args!("listen at metrics.address {address:?} (an address of this node, and a free port)"), error)
+        })?;
         let bound = listener.local_addr().map_err(|error| Error::io("address of metrics", error))?;
         if !bound.ip().is_loopback() {
             tracing::warn!(address = %bound, "metrics are served without authentication, and not on loopback alone");

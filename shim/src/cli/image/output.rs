@@ -1,6 +1,7 @@
 //! What `windlass image` prints.
 
-use super::{Format, Look};
+use super::super::output::{Format, json, line, pretty, short, size, table};
+use super::Look;
 use crate::error::{Error, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -9,38 +10,6 @@ use std::io::{IsTerminal, Write};
 use windlass_proto::image as api;
 use windlass_proto::image::layer_progress::State;
 use windlass_proto::image::verify_event::Verdict;
-
-/// Digits of an id that people see.
-const SHORT_ID: usize = 12;
-
-/// A line of the result. A reader that has gone away has seen enough.
-fn line(text: impl std::fmt::Display) -> Result<()> {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => other.map_err(|error| Error::io("write the result", error)),
-    }
-}
-
-fn json(value: &impl Serialize) -> Result<()> {
-    line(serde_json::to_string(value).map_err(|error| Error::internal(format!("encode the result: {error}")))?)
-}
-
-fn short(digest: &str) -> &str {
-    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-    hex.get(..SHORT_ID).unwrap_or(hex)
-}
-
-/// Bytes as people read them.
-fn size(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units.get(unit).copied().unwrap_or_default()) }
-}
 
 /// What the image is called: its tags, else its digests, else nothing.
 fn names(image: &api::Image) -> Vec<&str> {
@@ -69,20 +38,6 @@ pub(super) fn list(list: &api::ListReply, no_trunc: bool, look: Look) -> Result<
     table(&rows)
 }
 
-fn table<const N: usize>(rows: &[[String; N]]) -> Result<()> {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    for row in rows {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        line(cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
-}
-
 pub(super) fn inspect(image: &api::Image) -> Result<()> {
     let failed = |error: serde_json::Error| Error::internal(format!("encode the result: {error}"));
     let mut value = serde_json::to_value(image).map_err(failed)?;
@@ -90,7 +45,7 @@ pub(super) fn inspect(image: &api::Image) -> Result<()> {
         map.remove("config_json");
         map.insert("config".into(), serde_json::from_str(&image.config_json).map_err(failed)?);
     }
-    line(serde_json::to_string_pretty(&value).map_err(failed)?)
+    pretty(&value)
 }
 
 pub(super) fn imported(images: &[api::Image], look: Look) -> Result<()> {
@@ -262,21 +217,5 @@ fn said(state: State) -> &'static str {
         State::Fetching => "fetching",
         State::Done => "done",
         State::Exists => "exists",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_for_people() {
-        for (bytes, expected) in
-            [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1_572_864, "1.5 MiB"), (u64::MAX, "16777216.0 TiB")]
-        {
-            assert_eq!(size(bytes), expected);
-        }
-        assert_eq!(short("sha256:0123456789abcdef"), "0123456789ab");
-        assert_eq!(short("abc"), "abc");
     }
 }

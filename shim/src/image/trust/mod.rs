@@ -65,6 +65,30 @@ impl TrustFiles {
         Ok(None)
     }
 
+    /// Whether every policy can be read, by its file.
+    pub(super) fn check(&self) -> Vec<(PathBuf, Result<(), String>)> {
+        let own = (!self.policy.as_os_str().is_empty()).then(|| self.policy.clone());
+        let mut paths: Vec<PathBuf> = std::fs::read_dir(&self.by_namespace)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|end| end == "json"))
+            .collect();
+        paths.sort();
+        let parsed = |path: &PathBuf| {
+            let text = policy::read_file(path).map_err(|error| error.to_string())?;
+            Policy::parse(&text).map(drop)
+        };
+        own.into_iter()
+            .chain(paths)
+            .map(|path| {
+                let found = parsed(&path);
+                (path, found)
+            })
+            .collect()
+    }
+
     /// What must hold for an image, as far as that can be said before the registry is asked. Errors: `Untrusted` if it is rejected or the
     /// policy cannot be read.
     pub(super) fn demand(&self, reference: &Reference, namespace: &str) -> Result<Demand, ImageError> {

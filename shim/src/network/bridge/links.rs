@@ -15,12 +15,12 @@ use super::super::netlink::{self, Route, Socket, errno_of};
 use super::{Installed, POD_INTERFACE};
 
 /// Names of links that what pods send is limited at begin so.
-pub(super) const INTERMEDIATE_PREFIX: &str = "wi";
+pub(in crate::network) const INTERMEDIATE_PREFIX: &str = "wi";
 /// First octet of hardware addresses made here: locally administered, unicast.
 const MAC_FIRST: u8 = 0x0a;
 
 /// `wl` and eleven hex digits: of the id itself when it begins so, as ids of pods do, so that a reader can match them; of its hash otherwise.
-pub(super) fn host_interface(pod_id: &str) -> String {
+pub(in crate::network) fn host_interface(pod_id: &str) -> String {
     match pod_id.get(..11) {
         Some(start) if start.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) => format!("wl{start}"),
         _ => format!("wl{}", &hex::encode(Sha256::digest(pod_id))[..11]),
@@ -28,7 +28,7 @@ pub(super) fn host_interface(pod_id: &str) -> String {
 }
 
 /// The link that what a pod sends is limited at, by the name of the host's end of its pair.
-pub(super) fn intermediate(link: &str) -> String {
+pub(in crate::network) fn intermediate(link: &str) -> String {
     format!("{INTERMEDIATE_PREFIX}{}", link.strip_prefix("wl").unwrap_or(link))
 }
 

@@ -69,6 +69,19 @@ struct Loaded {
     seen: bool,
 }
 
+/// What each configuration file of a directory says, in their order; nothing is executed.
+pub(super) fn check(directory: &Path, programs: &[PathBuf]) -> std::io::Result<Vec<super::look::CniFile>> {
+    let files = config::files(directory)?.into_keys();
+    let checked = files.map(|path| {
+        let network = config::load(&path).map(|network| {
+            let wanted = network.plugins.into_iter().map(|plugin| plugin.program);
+            (network.name, wanted.filter(|program| plugin::find(program, programs).is_none()).collect())
+        });
+        super::look::CniFile { path, network }
+    });
+    Ok(checked.collect())
+}
+
 impl Cni {
     /// Reads the attachments and the configuration directory; `state` is the folder of the attachments' files. Ends plugins that a
     /// daemon before this one left running for pods whose ADD was not finished: they would make what the DEL has just taken back.

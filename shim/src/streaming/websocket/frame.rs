@@ -34,28 +34,43 @@ impl Kind {
     }
 }
 
-/// A frame's head as a client sent it.
+/// A frame's head as it was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Head {
     pub(super) kind: Kind,
     /// Nothing of the message follows.
     pub(super) last: bool,
+    /// Of zeros in a server's.
     pub(super) mask: [u8; 4],
     pub(super) length: usize,
     /// Bytes of the head itself.
     pub(super) head_bytes: usize,
 }
 
-/// Reads a head; `None` until it is there whole.
+/// Whose frames are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sender {
+    Client,
+    Server,
+}
+
+/// Reads a head of a client's frame; `None` until it is there whole.
 pub(super) fn read(bytes: &[u8]) -> Result<Option<Head>, String> {
+    read_of(Sender::Client, bytes)
+}
+
+/// Reads a head; `None` until it is there whole.
+pub(super) fn read_of(sender: Sender, bytes: &[u8]) -> Result<Option<Head>, String> {
     let Some([first, second]) = bytes.first_chunk::<2>().copied() else { return Ok(None) };
     if first & 0x70 != 0 {
         return Err("a frame with an extension that was not agreed on".into());
     }
     let kind = Kind::of(first & 0x0f).ok_or_else(|| format!("a frame of kind {}", first & 0x0f))?;
     let last = first & 0x80 != 0;
-    if second & 0x80 == 0 {
-        return Err("a client's frame without a mask".into());
+    match (sender, second & 0x80 != 0) {
+        (Sender::Client, false) => return Err("a client's frame without a mask".into()),
+        (Sender::Server, true) => return Err("a server's frame with a mask".into()),
+        _ => {}
     }
     let (length, at) = match second & 0x7f {
         126 => match bytes.get(2..).and_then(|rest| rest.first_chunk::<2>()) {
@@ -72,8 +87,11 @@ pub(super) fn read(bytes: &[u8]) -> Result<Option<Head>, String> {
     if length > PAYLOAD_LIMIT_BYTES || (control && (length > CONTROL_LIMIT_BYTES || !last)) {
         return Err(format!("a frame of {length} bytes"));
     }
-    let Some(mask) = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>()) else { return Ok(None) };
     let length = usize::try_from(length).map_err(|_| "a frame that is too long")?;
+    if sender == Sender::Server {
+        return Ok(Some(Head { kind, last, mask: [0; 4], length, head_bytes: at }));
+    }
+    let Some(mask) = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>()) else { return Ok(None) };
     Ok(Some(Head { kind, last, mask: *mask, length, head_bytes: at + 4 }))
 }
 
@@ -108,14 +126,14 @@ pub(super) fn head(kind: Kind, length: usize) -> Vec<u8> {
     head
 }
 
-#[cfg(test)]
-pub(super) fn of_client(kind: Kind, payload: &[u8]) -> Vec<u8> {
+/// A client's whole message.
+pub(super) fn of_client(kind: Kind, payload: &[u8], key: [u8; 4]) -> Vec<u8> {
     let mut frame = head(kind, payload.len());
     frame[1] |= 0x80;
-    frame.extend([1, 2, 3, 4]);
-    let mut masked = payload.to_vec();
-    mask(&mut masked, [1, 2, 3, 4]);
-    frame.extend(masked);
+    frame.extend(key);
+    let at = frame.len();
+    frame.extend_from_slice(payload);
+    mask(&mut frame[at..], key);
     frame
 }
 
@@ -145,7 +163,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_message_survives(payload in prop::collection::vec(any::<u8>(), 0..70_000)) {
-            let wire = of_client(Kind::Binary, &payload);
+            let wire = of_client(Kind::Binary, &payload, [1, 2, 3, 4]);
             let found = read(&wire).expect("a head").expect("whole");
             prop_assert_eq!(found.length, payload.len());
             let mut plain = wire[found.head_bytes..].to_vec();
@@ -156,6 +174,7 @@ mod tests {
         #[test]
         fn any_bytes_are_a_head_or_an_error(bytes: Vec<u8>) {
             let _ = read(&bytes);
+            let _ = read_of(Sender::Server, &bytes);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A server's end of a WebSocket connection that carries channels: the first byte of a message is its channel's number
 //! (`channel.k8s.io` and its later versions), or a digit before base64 text; or that carries one plain stream of bytes.
 
+pub mod client;
 mod frame;
 
 use super::{
@@ -283,8 +284,16 @@ mod tests {
     #[tokio::test]
     async fn channels_carry_bytes_both_ways_and_end() {
         for (form, sent, back) in [
-            (Form::Binary, frame::of_client(Kind::Binary, b"\0in"), [frame::head(Kind::Binary, 4), b"\x01out".to_vec()].concat()),
-            (Form::Base64, frame::of_client(Kind::Text, b"0aW4="), [frame::head(Kind::Text, 5), b"1b3V0".to_vec()].concat()),
+            (
+                Form::Binary,
+                frame::of_client(Kind::Binary, b"\0in", [1, 2, 3, 4]),
+                [frame::head(Kind::Binary, 4), b"\x01out".to_vec()].concat(),
+            ),
+            (
+                Form::Base64,
+                frame::of_client(Kind::Text, b"0aW4=", [1, 2, 3, 4]),
+                [frame::head(Kind::Text, 5), b"1b3V0".to_vec()].concat(),
+            ),
         ] {
             let (client, server) = tokio::io::duplex(1 << 16);
             let (input, output) = tokio::io::split(server);
@@ -304,10 +313,10 @@ mod tests {
             from.read_exact(&mut answer).await.expect("an answer");
             assert_eq!(answer, back);
             if form == Form::Binary {
-                to.write_all(&frame::of_client(Kind::Binary, &[CLOSE_CHANNEL, 0])).await.expect("written");
+                to.write_all(&frame::of_client(Kind::Binary, &[CLOSE_CHANNEL, 0], [5; 4])).await.expect("written");
                 assert_eq!(reader.read(&mut bytes).await.expect("the end"), 0);
             }
-            to.write_all(&frame::of_client(Kind::Close, &NORMAL)).await.expect("written");
+            to.write_all(&frame::of_client(Kind::Close, &NORMAL, [5; 4])).await.expect("written");
             connection.gone.cancelled().await;
         }
     }
