@@ -80,8 +80,17 @@ impl Client {
 
     /// Connects to any runtime's socket.
     pub fn connect_to(socket: &Path) -> Result<Client> {
+        Client::connect_by(socket, |endpoint| endpoint)
+    }
+
+    /// The same with a limit to every request, which the runtime is told.
+    pub fn within(socket: &Path, limit: Duration) -> Result<Client> {
+        Client::connect_by(socket, |endpoint| endpoint.timeout(limit))
+    }
+
+    fn connect_by(socket: &Path, change: impl FnOnce(Endpoint) -> Endpoint) -> Result<Client> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?;
+        let endpoint = change(Endpoint::from_shared(format!("unix://{}", socket.display()))?);
         let channel = runtime.block_on(endpoint.connect()).with_context(|| format!("connect {}", socket.display()))?;
         Ok(Client {
             runtime,

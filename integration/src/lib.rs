@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod debian;
 pub mod demo;
 pub mod e2e;
+pub mod faults;
 pub mod ginkgo;
 pub mod go;
 pub mod ground;

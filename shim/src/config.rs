@@ -477,7 +477,7 @@ impl Config {
         }
         let beside = std::env::current_exe().ok().map(|exe| exe.with_file_name("windlass-monitor"));
         match beside {
-            Some(path) if path.exists() => path,
+            Some(path) if path.try_exists().unwrap_or(true) => path,
             _ => "/usr/libexec/windlass/windlass-monitor".into(),
         }
     }

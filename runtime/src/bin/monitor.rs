@@ -9,9 +9,11 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).take(3).collect();
     let words: Vec<&OsStr> = arguments.iter().map(AsRef::as_ref).collect();
     let result = match words.as_slice() {
-        [flag, directory] if *flag == "--dir" => windlass_runtime::monitor::run(Path::new(directory)),
+        [flag, directory] if *flag == "--dir" => {
+            windlass_runtime::monitor::run(Path::new(directory)).map_err(|error| error.to_string())
+        }
         // The pod's init, started by a monitor and by nobody else.
-        [flag] if *flag == "--init" => windlass_runtime::monitor::run_init(),
+        [flag] if *flag == "--init" => windlass_runtime::monitor::run_init().map_err(|error| error.to_string()),
         [flag] if *flag == "--version" => {
             println!("{}", env!("CARGO_PKG_VERSION"));
             Ok(())

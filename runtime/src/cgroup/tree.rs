@@ -58,13 +58,13 @@ impl Cgroup {
             return Err(invalid("must name a directory below the cgroup v2 tree"));
         }
         let make = || {
-            let mut at = root.clone();
+            let (mut at, mut new) = (root.clone(), false);
             for part in &parts {
                 enable_controllers(&at);
                 at.push(part);
-                make_directory(&at)?;
+                new = make_directory(&at)?;
             }
-            Self::open(path)
+            Self::open_made(path, new)
         };
         // An empty parent may be removed by somebody at this moment.
         let mut made = make();
@@ -79,8 +79,17 @@ impl Cgroup {
     /// Makes the directory alone, with nothing enabled in its parent: the sub-cgroup of an exec.
     pub fn create_child(&self, name: &str) -> Result<Cgroup, StepError> {
         let path = self.path.join(name);
-        make_directory(&path)?;
-        Self::open(&path)
+        let new = make_directory(&path)?;
+        Self::open_made(&path, new)
+    }
+
+    /// One that was just made does not stay when it cannot be opened.
+    fn open_made(path: &Path, new: bool) -> Result<Cgroup, StepError> {
+        Self::open(path).inspect_err(|_| {
+            if new {
+                let _ = fs::remove_dir(path);
+            }
+        })
     }
 
     /// Opens one that exists.
@@ -216,10 +225,11 @@ impl AsFd for Cgroup {
     }
 }
 
-fn make_directory(path: &Path) -> Result<(), StepError> {
+/// Whether it was made: false if it was there.
+fn make_directory(path: &Path) -> Result<bool, StepError> {
     match fs::create_dir(path) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        other => other.context("make cgroup", path.display()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        other => other.context("make cgroup", path.display()).map(|()| true),
     }
 }
 

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 use windlass_proto::frame::{self, FRAME_FDS_MAX};
 use windlass_proto::monitor::Frame;
 
@@ -17,6 +18,9 @@ const OUTPUT_LIMIT_FRAMES: usize = 4096;
 
 /// Read at once.
 const READ_BYTES: usize = 4096;
+
+/// Before a frame for which the kernel had no memory is sent again.
+const SHORT_PAUSE: Duration = Duration::from_millis(1);
 
 /// Why a connection is of no further use.
 #[derive(Debug)]
@@ -108,6 +112,11 @@ impl Connection {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(()),
+                // The pod's memory is used up (a socket's buffers are charged to it): it is sent when there is some again.
+                Err(Errno::NOBUFS | Errno::NOMEM) => {
+                    std::thread::sleep(SHORT_PAUSE);
+                    return Ok(());
+                }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(Lost::Closed),
                 Err(errno) => return Err(Lost::Broken(format!("send: {errno}"))),
             }

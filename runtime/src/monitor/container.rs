@@ -203,8 +203,12 @@ impl Monitor {
             restores: request.restore.is_some(),
             oom_kills_before: 0,
         };
-        self.watch(key, &container);
+        let watched = self.watch(key, &container);
         self.containers.insert(key, container);
+        if let Err(error) = watched {
+            // Answered when its child was reaped.
+            self.on_failed(key, error);
+        }
         Ok(())
     }
 
@@ -239,18 +243,17 @@ impl Monitor {
         }
     }
 
-    fn watch(&self, key: u64, container: &Container) {
+    fn watch(&self, key: u64, container: &Container) -> Result<(), StepError> {
         let report = container.report.as_ref().map(AsFd::as_fd);
         let stdout = container.stdout.as_ref().map(AsFd::as_fd);
         let stderr = container.stderr.as_ref().map(AsFd::as_fd);
         let sources = [Source::ContainerReport(key), Source::Output(key, Stream::Stdout), Source::Output(key, Stream::Stderr)];
         for (fd, source) in [report, stdout, stderr].into_iter().zip(sources) {
-            if let Some(fd) = fd
-                && let Err(error) = self.poll.add(fd, source)
-            {
-                note(format_args!("watch {}: {error}", container.id));
+            if let Some(fd) = fd {
+                self.poll.add(fd, source).context("watch", &container.id)?;
             }
         }
+        Ok(())
     }
 
     /// Takes every message of a container's child. Called once more when the child was reaped, before its end is dealt with.
@@ -288,10 +291,11 @@ impl Monitor {
         let Some(container) = self.containers.get_mut(&key) else { return };
         if let Some(master) = console {
             let _ = rustix::io::ioctl_fionbio(&master, true);
-            if let Err(error) = self.poll.add(&master, Source::Output(key, Stream::Stdout)) {
-                note(format_args!("watch {}: {error}", container.id));
-            }
+            let watched = self.poll.add(&master, Source::Output(key, Stream::Stdout)).context("watch terminal of", &container.id);
             container.stdout = Some(master);
+            if let Err(error) = watched {
+                return self.on_failed(key, error);
+            }
         }
         if let Phase::Creating(to) = container.phase {
             container.phase = Phase::Created;

@@ -86,9 +86,7 @@ impl Monitor {
             let _ = cgroup.remove();
         })?;
         let key = self.new_key();
-        if let Err(error) = self.poll.add(&report, Source::ExecReport(key)) {
-            note(format_args!("watch exec {}: {error}", request.exec_id));
-        }
+        let watched = self.poll.add(&report, Source::ExecReport(key)).context("watch exec", &request.exec_id);
         let exec = Exec {
             id: request.exec_id.clone(),
             container: container_key,
@@ -103,6 +101,9 @@ impl Monitor {
             look: None,
         };
         self.execs.insert(key, exec);
+        if let Err(error) = watched {
+            self.on_exec_outcome(key, Some(error));
+        }
         Ok(())
     }
 
@@ -124,23 +125,28 @@ impl Monitor {
                 Ok(Message::Failed(error)) => Some(error),
                 Err(error) => Some(StepError::because(Kind::Internal, "read report", &exec.id, error)),
             };
-            if let Some(report) = exec.report.take() {
-                self.poll.remove(&report);
+            return self.on_exec_outcome(key, failed);
+        }
+    }
+
+    /// Its program runs, or never will.
+    fn on_exec_outcome(&mut self, key: u64, failed: Option<StepError>) {
+        let Some(exec) = self.execs.get_mut(&key) else { return };
+        if let Some(report) = exec.report.take() {
+            self.poll.remove(&report);
+        }
+        match failed {
+            // Answered when it was reaped and its cgroup removed.
+            Some(error) => {
+                let _ = exec.cgroup.kill();
+                exec.failed = Some(error);
             }
-            match failed {
-                // Answered when it was reaped and its cgroup removed.
-                Some(error) => {
-                    let _ = exec.cgroup.kill();
-                    exec.failed = Some(error);
-                }
-                None => {
-                    let pid = exec.pid;
-                    if let Some((to, fds)) = exec.waiting.take() {
-                        self.reply(to, Body::ExecReply(ExecReply { pid }), fds);
-                    }
+            None => {
+                let pid = exec.pid;
+                if let Some((to, fds)) = exec.waiting.take() {
+                    self.reply(to, Body::ExecReply(ExecReply { pid }), fds);
                 }
             }
-            return;
         }
     }
 

@@ -16,6 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use windlass_proto::monitor::{IdMapping, SetupRequest};
 
@@ -24,6 +25,8 @@ const SHM_DEFAULT_BYTES: u64 = 64 << 20;
 
 /// How long the built-in init may take to be ready, and to go.
 const INIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+static ASTRAY: AtomicBool = AtomicBool::new(false);
 
 #[derive(Default)]
 pub(super) struct Pod {
@@ -145,10 +148,7 @@ impl Pod {
         let host = open_namespace("/proc/self/ns/net")?;
         setns(net, CloneFlags::CLONE_NEWNET).context("join namespace", "net")?;
         let made = tcp_sockets();
-        if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWNET) {
-            note(format_args!("return to the host's net namespace: {errno}"));
-            std::process::exit(70);
-        }
+        come_back(&host, CloneFlags::CLONE_NEWNET, "net")?;
         made
     }
 
@@ -173,8 +173,7 @@ fn mappings(listed: &[IdMapping]) -> Vec<Mapping> {
     listed.iter().map(one).collect()
 }
 
-/// Runs `work` in a new namespace, which `user` owns, and comes back. The monitor must not go on in a namespace of its pod: it would make the next
-/// pod's things there, so a failed return ends it.
+/// Runs `work` in a new namespace, which `user` owns, and comes back. A failed return ends the monitor.
 fn inside_new<T>(
     user: Option<&OwnedFd>,
     flag: CloneFlags,
@@ -192,11 +191,21 @@ fn inside_new<T>(
         None => unshare(flag).context("unshare", kind)?,
     }
     let done = open_namespace(&path).and_then(|made| Ok((made, work()?)));
-    if let Err(errno) = setns(&host, flag) {
-        note(format_args!("return to the host's {kind} namespace: {errno}"));
-        std::process::exit(70);
-    }
+    come_back(&host, flag, kind)?;
     done
+}
+
+/// Back from a namespace of the pod's. A process that cannot come back must not go on: it would make the next things there.
+fn come_back(host: &OwnedFd, flag: CloneFlags, kind: &str) -> Result<(), StepError> {
+    setns(host, flag).context("return to the host's namespace", kind).inspect_err(|error| {
+        note(error);
+        ASTRAY.store(true, Ordering::Relaxed);
+    })
+}
+
+/// Whether the monitor has to end, having said why, because it is in a namespace of its pod.
+pub(super) fn is_astray() -> bool {
+    ASTRAY.load(Ordering::Relaxed)
 }
 
 fn open_namespace(path: &str) -> Result<OwnedFd, StepError> {
@@ -307,11 +316,11 @@ fn start_init(cgroup: &Path, user: Option<&OwnedFd>) -> Result<Init, StepError> 
 fn spawn_init_from_here() -> Result<Pid, StepError> {
     let host = open_namespace("/proc/self/ns/pid")?;
     let spawned = spawn_init();
-    if let Err(errno) = setns(&host, CloneFlags::CLONE_NEWPID) {
-        note(format_args!("return to the host's pid namespace: {errno}"));
-        std::process::exit(70);
+    let back = come_back(&host, CloneFlags::CLONE_NEWPID, "pid");
+    if let (Err(_), Ok(pid)) = (&back, &spawned) {
+        let _ = rustix::process::kill_process(*pid, Signal::KILL);
     }
-    spawned
+    back.and(spawned)
 }
 
 /// Starts the init in a new pid namespace, as root of the caller's user namespace: an exec by anybody else would lose the rights over it. End of file on its output says that it is ready, or has ended. The caller's later children

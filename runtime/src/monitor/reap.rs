@@ -90,7 +90,8 @@ impl Monitor {
         if at > now {
             return;
         }
-        if exec.cgroup.populated().unwrap_or(false) {
+        // What cannot be read is read again.
+        if exec.cgroup.populated().unwrap_or(true) {
             let pause = if exec.failed.is_some() { KILLED_LOOK } else { (pause * 2).min(LAST_LOOK) };
             exec.look = Some((now + pause, pause));
             return;
@@ -139,7 +140,7 @@ impl Monitor {
             // Another runtime has started it, and has not ended itself: whether that was a success is still to come.
             return;
         }
-        if container.cgroup.populated().unwrap_or(false) {
+        if container.cgroup.populated().unwrap_or(true) {
             let _ = container.cgroup.kill();
             if exited || now < ended.deadline {
                 return self.expire_delete(key, now);
@@ -251,6 +252,10 @@ impl Monitor {
     /// Answers a Delete whose processes do not end. They stay listed, and a later Delete tries again.
     fn expire_delete(&mut self, key: u64, now: Instant) {
         let Some(container) = self.containers.get_mut(&key) else { return };
+        if container.deleting.is_some() {
+            // Again, in case it could not be killed before.
+            let _ = container.cgroup.kill();
+        }
         if container.deleting.as_ref().is_some_and(|(_, deadline)| now >= *deadline)
             && let Some((replies, _)) = container.deleting.take()
         {

@@ -104,6 +104,9 @@ impl Monitor {
                 }
             }
             self.check_due(Instant::now());
+            if pod::is_astray() {
+                return Err(std::io::Error::other("it is in a namespace of its pod"));
+            }
             if let Some(reply) = self.shutdown
                 && self.containers.is_empty()
                 && self.execs.is_empty()

@@ -27,16 +27,17 @@ pub(crate) fn beside<T>(
     drop(child_report);
     let result = hear(&mut report).and_then(|words| look(pid_of(&pidfd)?, words));
     let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+    drop(report);
     let _ = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     result
 }
 
 fn run(work: impl FnOnce() -> Result<Vec<String>, StepError>, report: &ChildReport) -> ! {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(Ok(words)) => {
-            let _ = report.ready(None, words, false);
-            let _ = report.wait_at_gate();
-        }
+        Ok(Ok(words)) => match report.ready(None, words, false).context("report from", "a namespace") {
+            Ok(()) => drop(report.wait_at_gate()),
+            Err(error) => report.failed(error),
+        },
         Ok(Err(error)) => report.failed(error),
         Err(_) => report.failed(StepError::because(Kind::Internal, "work in a namespace", "", "panicked")),
     }

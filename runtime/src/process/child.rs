@@ -251,15 +251,16 @@ impl<'a> Build<'a> {
             Forked::Child => {
                 drop(go);
                 let mut byte = [0u8; 1];
-                if rustix::io::read(&wait, &mut byte).context("begin", "")? == 0 {
+                if rustix::io::retry_on_intr(|| rustix::io::read(&wait, &mut byte)).context("begin", "")? == 0 {
                     sys::process::exit_now(1);
                 }
                 rustix::process::setsid().context("make session", "").map(drop)
             }
             Forked::Parent { pid, pidfd } => {
                 drop(wait);
-                let told = self.report.moved(pid, pidfd.as_fd()).and_then(|()| rustix::io::write(&go, b"g"));
-                sys::process::exit_now(i32::from(told.is_err()))
+                self.report.moved(pid, pidfd.as_fd()).context("report", "the first process")?;
+                let begun = rustix::io::retry_on_intr(|| rustix::io::write(&go, b"g"));
+                sys::process::exit_now(i32::from(begun.is_err()))
             }
         }
     }

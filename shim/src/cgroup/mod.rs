@@ -22,6 +22,8 @@ use std::{
 
 /// A process may come into a cgroup right after it was killed.
 const KILL_AGAIN: Duration = Duration::from_millis(50);
+/// Before what has failed is tried again.
+const FAILED_PAUSE: Duration = Duration::from_millis(2);
 
 /// The mounted cgroup v2 tree.
 #[derive(Debug, Clone)]
@@ -39,10 +41,11 @@ impl Tree {
     /// Finds the tree by its own files.
     pub fn find() -> io::Result<Tree> {
         for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
-            if let Ok(controllers) = fs::read_to_string(Path::new(root).join("cgroup.controllers")) {
-                let controllers = controllers.split_whitespace().map(str::to_owned).collect();
-                return Ok(Tree { root: root.into(), controllers });
-            }
+            let controllers = match fs::read_to_string(Path::new(root).join("cgroup.controllers")) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                controllers => controllers?,
+            };
+            return Ok(Tree { root: root.into(), controllers: controllers.split_whitespace().map(str::to_owned).collect() });
         }
         Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 tree at /sys/fs/cgroup or /sys/fs/cgroup/unified; mount one"))
     }
@@ -66,16 +69,24 @@ impl Tree {
 /// Kills everything below `directory` and waits until it is empty. An absent cgroup is empty.
 pub async fn kill(directory: &Path, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
-    while populated(directory) {
-        match fs::write(directory.join("cgroup.kill"), "1") {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+    loop {
+        // What fails now is tried again: nothing may be said of the processes before they are known to be gone.
+        let failed = match populated(directory) {
+            Ok(false) => return Ok(()),
+            Ok(true) => match fs::write(directory.join("cgroup.kill"), "1") {
+                Err(error) => Some(error),
+                Ok(()) => left(directory, KILL_AGAIN).await.err(),
+            },
+            Err(error) => Some(error),
+        };
+        if Instant::now() > deadline {
+            let outlive = || io::Error::new(io::ErrorKind::TimedOut, format!("processes in {} do not end", directory.display()));
+            return Err(failed.unwrap_or_else(outlive));
         }
-        if !left(directory, KILL_AGAIN).await? && Instant::now() > deadline {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("processes in {} do not end", directory.display())));
+        if failed.is_some() {
+            tokio::time::sleep(FAILED_PAUSE).await;
         }
     }
-    Ok(())
 }
 
 /// Waits until no process is in the cgroup or below it; false at the limit. An absent cgroup is empty.
@@ -84,7 +95,7 @@ pub async fn left(directory: &Path, limit: Duration) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
         opened => opened?,
     };
-    if !is_populated(&events) {
+    if !is_populated(&events)? {
         return Ok(true);
     }
     tokio::task::spawn_blocking(move || wait_until_left(&events, limit)).await.map_err(io::Error::other)?
@@ -93,7 +104,7 @@ pub async fn left(directory: &Path, limit: Duration) -> io::Result<bool> {
 /// The kernel marks the file as changed with POLLPRI (cgroup v2, "cgroup.events").
 fn wait_until_left(events: &fs::File, limit: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + limit;
-    while is_populated(events) {
+    while is_populated(events)? {
         let rest = deadline.saturating_duration_since(Instant::now());
         if rest.is_zero() {
             return Ok(false);
@@ -107,16 +118,22 @@ fn wait_until_left(events: &fs::File, limit: Duration) -> io::Result<bool> {
     Ok(true)
 }
 
-/// True while a process is in the cgroup or below it.
-pub fn populated(directory: &Path) -> bool {
-    fs::File::open(directory.join("cgroup.events")).is_ok_and(|events| is_populated(&events))
+/// True while a process is in the cgroup or below it. None is in an absent one.
+pub fn populated(directory: &Path) -> io::Result<bool> {
+    match fs::File::open(directory.join("cgroup.events")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        events => is_populated(&events?),
+    }
 }
 
-fn is_populated(events: &fs::File) -> bool {
+fn is_populated(events: &fs::File) -> io::Result<bool> {
     let mut text = [0; 256];
-    events
-        .read_at(&mut text, 0)
-        .is_ok_and(|length| text[..length].split(|byte| *byte == b'\n').any(|line| line == b"populated 1"))
+    match events.read_at(&mut text, 0) {
+        Ok(length) => Ok(text[..length].split(|byte| *byte == b'\n').any(|line| line == b"populated 1")),
+        // It was removed while it was open.
+        Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Path in the v2 tree of the cgroup that a process is in.
@@ -134,7 +151,7 @@ pub async fn stop_slice(driver: &Driver, tree: &Tree, path: &str) -> Result<()> 
         return Ok(());
     };
     let empty = |listing: fs::ReadDir| !listing.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    if fs::read_dir(&directory).is_ok_and(empty) && !populated(&directory) {
+    if fs::read_dir(&directory).is_ok_and(empty) && !populated(&directory).unwrap_or(true) {
         systemd.stop(slice).await?;
     }
     Ok(())
@@ -142,8 +159,12 @@ pub async fn stop_slice(driver: &Driver, tree: &Tree, path: &str) -> Result<()> 
 
 /// Removes an empty cgroup and the ones below it. An absent one is fine.
 pub fn remove(directory: &Path) -> io::Result<()> {
-    let Ok(listing) = fs::read_dir(directory) else { return Ok(()) };
-    for entry in listing.flatten() {
+    let listing = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        listing => listing?,
+    };
+    for entry in listing {
+        let entry = entry?;
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path())?;
         }
@@ -168,7 +189,7 @@ mod tests {
     #[tokio::test]
     async fn an_absent_cgroup_is_empty_and_removed() {
         let absent = Path::new("/sys/fs/cgroup/windlass-test-that-is-not-there");
-        assert!(!populated(absent));
+        assert!(!populated(absent).expect("none"));
         assert!(left(absent, Duration::ZERO).await.expect("nobody is there"));
         remove(absent).expect("nothing to remove");
     }

@@ -125,7 +125,11 @@ async fn write(node: &Node, pod: &Pod, containers: &[Arc<Container>], output: &P
 
 /// Removes what is in the directory, which is the caller's and stays.
 fn empty(output: &Path) {
-    for name in store::entries(output) {
+    let names = store::entries(output).unwrap_or_else(|error| {
+        tracing::error!(%error, "parts of a failed checkpoint not removed");
+        Vec::new()
+    });
+    for name in names {
         let path = output.join(name);
         let removed = if path.is_dir() { store::remove_tree(&path).is_ok() } else { fs::remove_file(&path).is_ok() };
         if !removed {

@@ -190,7 +190,7 @@ impl Backend {
     fn own(config: &Config, lock: std::fs::File) -> Result<Backend> {
         let store = open_store(config)?;
         // Containers live on while no daemon serves, and their layers with them: these are held until the process ends.
-        let records = records(&config.root.join("containers"));
+        let records = records(&config.root.join("containers"))?;
         Vec::leak(records.iter().map(|record| store.lease_layers(&record.chain_ids)).collect::<Vec<Lease>>());
         let users: Vec<_> = records.into_iter().map(|record| (record.id, record.image_id)).collect();
         Ok(Backend::Own(Images::new(store, Arc::new(move || users.clone())), lock))
@@ -205,9 +205,9 @@ impl Backend {
     }
 }
 
-fn records(directory: &Path) -> Vec<container::Record> {
+fn records(directory: &Path) -> Result<Vec<container::Record>> {
     let path = |id: &String| directory.join(id).join("record.json");
-    store::entries(directory).iter().filter_map(|id| store::read(&path(id))).collect()
+    store::entries(directory)?.iter().filter_map(|id| store::read(&path(id)).transpose()).collect()
 }
 
 /// Runs a command to its end.

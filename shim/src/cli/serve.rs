@@ -102,7 +102,7 @@ pub(super) async fn run(config: Config, exporter: Option<Exporter>) -> Result<()
     let network = start_network(&config)?;
     let node = Arc::new(Node::new(config, (tree, driver), images, network, program, AppArmor::start().await));
     keep_seccomp_programs(&node.seccomp_directory())?;
-    pod::recover(&node).await;
+    pod::recover(&node).await?;
     let (ended, end) = oneshot::channel::<()>();
     let exporting = exporter.map(|exporter| tokio::spawn(exporter.run(async move { drop(end.await) })));
     let served = listen(&node).await;

@@ -137,7 +137,7 @@ pub async fn sync(node: &Node, container: &Container, command: Vec<String>, time
             output.exit_code = exit.code;
             Ok(output)
         }
-        Ok(Err(error)) => Err(error),
+        Ok(Err(error)) => Err(error.during(format_args!("exec in container {}", container.id))),
         Err(_) => {
             let end = async {
                 started.kill().await;
@@ -161,28 +161,39 @@ async fn collect(output: &mut Output, stdout: OwnedFd, stderr: OwnedFd, exit: &m
     let (mut stdout, mut stderr) = (pipe(stdout)?, pipe(stderr)?);
     let left = std::sync::atomic::AtomicUsize::new(OUTPUT_LIMIT_BYTES);
     let both = async {
-        tokio::join!(read_bounded(&mut stdout, &mut output.stdout, &left), read_bounded(&mut stderr, &mut output.stderr, &left));
+        tokio::join!(read_bounded(&mut stdout, &mut output.stdout, &left), read_bounded(&mut stderr, &mut output.stderr, &left))
     };
     tokio::pin!(both);
     let ended = || Error::new(Kind::Unavailable, "the pod ended while the command ran");
     tokio::select! {
-        () = &mut both => exit.await.map_err(|_| ended()),
+        (stdout, stderr) = &mut both => {
+            stdout.and(stderr).map_err(|error| Error::io("read the command's output", error))?;
+            exit.await.map_err(|_| ended())
+        }
         exit = &mut *exit => {
             let exit = exit.map_err(|_| ended())?;
-            let _ = tokio::time::timeout(DRAIN_LIMIT, both).await;
+            if let Ok((stdout, stderr)) = tokio::time::timeout(DRAIN_LIMIT, both).await {
+                stdout.and(stderr).map_err(|error| Error::io("read the command's output", error))?;
+            }
             Ok(exit)
         }
     }
 }
 
 /// Reads to the end; what goes over the limit is thrown away while the command runs on.
-async fn read_bounded(pipe: &mut pipe::Receiver, into: &mut Vec<u8>, left: &std::sync::atomic::AtomicUsize) {
+async fn read_bounded(
+    pipe: &mut pipe::Receiver,
+    into: &mut Vec<u8>,
+    left: &std::sync::atomic::AtomicUsize,
+) -> std::io::Result<()> {
     use std::sync::atomic::Ordering::Relaxed;
     let mut chunk = vec![0u8; 16 << 10];
-    while let Ok(count) = pipe.read(&mut chunk).await {
-        if count == 0 {
-            break;
-        }
+    loop {
+        let count = match pipe.read(&mut chunk).await {
+            Ok(0) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            read => read?,
+        };
         let take = count.min(left.load(Relaxed));
         left.fetch_sub(take, Relaxed);
         into.extend_from_slice(chunk.get(..take).unwrap_or_default());

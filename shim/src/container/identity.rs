@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    image::Image,
+    image::{Image, ImageError},
 };
 use windlass_proto::cri::{ContainerConfig, LinuxContainerUser, SupplementalGroupsPolicy};
 
@@ -49,9 +49,10 @@ pub(super) fn resolve(config: &ContainerConfig, image: &Image) -> Result<Identit
     let image_user = image.config.config().as_ref().and_then(|config| config.user().clone()).unwrap_or_default();
     let wanted = wanted(config, &image_user)?;
     let read = |path: &str| -> Result<String> {
-        let bytes = image
-            .read_file(path, FILE_LIMIT_BYTES)
-            .map_err(|error| Error::invalid(format!("read {path} of the image: {error}")))?;
+        let bytes = image.read_file(path, FILE_LIMIT_BYTES).map_err(|error| match error {
+            ImageError::Io(_) => Error::of_image(error),
+            error => Error::invalid(error.to_string()),
+        })?;
         Ok(String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned())
     };
     look_up(&wanted, &read("etc/passwd")?, &read("etc/group")?)

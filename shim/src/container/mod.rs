@@ -115,7 +115,10 @@ pub fn exit_of(exit: monitor::Exit) -> Exit {
 
 /// The exit that a monitor wrote down before it went, if it did.
 pub fn recorded_exit(node: &Node, pod_id: &str, container_id: &str) -> Option<Exit> {
-    store::read(&node.run_directory(pod_id).join("exits").join(format!("{container_id}.json")))
+    store::read(&node.run_directory(pod_id).join("exits").join(format!("{container_id}.json"))).unwrap_or_else(|error| {
+        tracing::error!(pod = %pod_id, container = %container_id, %error, "exit not known");
+        None
+    })
 }
 
 /// A container of this node.

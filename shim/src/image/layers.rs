@@ -16,6 +16,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+use std::time::Duration;
 
 /// Disk used by images: of whole layers from their records, and of unfinished ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,7 +117,12 @@ impl Layers {
                     }
                     Some(record.clone())
                 }
-                None => record::read::<LayerRecord>(&record_path).ok(),
+                None if record_path.try_exists().map_err(failed)? => match record::read::<LayerRecord>(&record_path) {
+                    // Who uses it is not known yet: what cannot be read now is not taken for unfinished.
+                    Err(error @ ImageError::Io(_)) => return Err(error),
+                    record => record.ok(),
+                },
+                None => None,
             };
             match record {
                 Some(r) if r.format != found => discard(&dir, &path, &trash),
@@ -255,7 +261,10 @@ impl Layers {
         if temp.split.is_some() {
             fs::rename(split_path(&temp.path), split_path(&path)).map_err(named)?;
         }
-        fs::rename(&temp.path, &path).map_err(named)?;
+        if let Err(error) = fs::rename(&temp.path, &path) {
+            let _ = persistently(|| fs::remove_file(split_path(&path)));
+            return Err(named(error));
+        }
         temp.published = true;
         let layer = held.entry(chain_id.to_owned()).or_default();
         layer.on_disk = Some(written);
@@ -340,9 +349,10 @@ impl Layers {
             if written.format == LayerFormat::Erofs {
                 self.mounts.forget(hex_of(chain_id));
             }
-            let _ = fs::remove_file(split_path(&self.path(chain_id, written.format)));
-            if let Err(error) = record::remove(&record_path(&self.dir, chain_id)) {
-                tracing::warn!(%error, "removing a layer");
+            for path in [split_path(&self.path(chain_id, written.format)), record_path(&self.dir, chain_id)] {
+                if let Err(error) = persistently(|| fs::remove_file(&path)) {
+                    tracing::warn!(path = %path.display(), %error, "removing a layer");
+                }
             }
             discard(&self.dir, &self.path(chain_id, written.format), &self.trash);
         }
@@ -405,19 +415,35 @@ impl Drop for TempLayer {
         if self.published {
             return;
         }
-        match remove(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
-            }
-            _ => {}
+        let split = split_path(&self.path);
+        if let Err(error) = persistently(|| remove(&self.path)).and(persistently(|| fs::remove_file(&split))) {
+            tracing::warn!(path = %self.path.display(), %error, "removing an unfinished layer");
         }
-        let _ = fs::remove_file(split_path(&self.path));
     }
 }
 
 /// Beside a layer, what it has not of its archive.
 fn split_path(layer: &Path) -> PathBuf {
     layer.with_extension("split")
+}
+
+/// Pauses between tries to remove something.
+const REMOVE_PAUSES: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
+
+/// Removes something, and tries again if that fails: nobody asks a second time, and what is left stays until the next start. What is absent
+/// is removed.
+fn persistently(mut remove: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
+    let mut pauses = REMOVE_PAUSES.into_iter();
+    loop {
+        match remove() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => match pauses.next() {
+                Some(pause) => std::thread::sleep(pause),
+                None => return Err(error),
+            },
+            Ok(()) => return Ok(()),
+        }
+    }
 }
 
 /// Removes a layer of either form.
@@ -453,7 +479,7 @@ fn belongs_to_none(dir: &Path, name: &str, ending: &str) -> bool {
 
 fn discard(dir: &Path, path: &Path, trash: &mpsc::Sender<PathBuf>) {
     let away = random_name(dir, "trash");
-    match fs::rename(path, &away) {
+    match persistently(|| fs::rename(path, &away)) {
         Ok(()) => drop(trash.send(away)),
         Err(error) => tracing::warn!(path = %path.display(), %error, "removing a layer"),
     }
@@ -464,7 +490,7 @@ fn start_trash_thread() -> std::io::Result<mpsc::Sender<PathBuf>> {
     let (sender, paths) = mpsc::channel::<PathBuf>();
     std::thread::Builder::new().name("layer-trash".into()).spawn(move || {
         for path in paths {
-            if let Err(error) = remove(&path) {
+            if let Err(error) = persistently(|| remove(&path)) {
                 tracing::warn!(path = %path.display(), %error, "deleting a removed layer");
             }
         }

@@ -63,11 +63,16 @@ fn try_write(path: &Path, temp: &Path, record: &impl Serialize, durable: bool) -
     if durable {
         file.sync_all()?;
     }
+    let directory = path.parent().filter(|_| durable).map(File::open).transpose()?;
+    let before = if durable && path.exists() { Some(fs::read(path)?) } else { None };
     fs::rename(temp, path)?;
-    match path.parent() {
-        Some(dir) if durable => File::open(dir)?.sync_all(),
-        _ => Ok(()),
-    }
+    directory.map_or(Ok(()), |directory| directory.sync_all()).inspect_err(|_| {
+        // What is said to have failed is not found by the next start.
+        let _ = match before {
+            Some(before) => fs::write(temp, before).and_then(|()| fs::rename(temp, path)),
+            None => fs::remove_file(path),
+        };
+    })
 }
 
 /// Removes the record; one that is absent is fine.

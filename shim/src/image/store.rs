@@ -149,10 +149,10 @@ impl Plan {
 }
 
 impl Store {
-    /// Opens the store and removes unfinished work. A record that cannot be read is set aside with a warning.
+    /// Opens the store and removes unfinished work. A record whose content cannot be read is set aside with a warning.
     ///
     /// # Errors
-    /// Only if the root itself cannot be made or read.
+    /// If the root cannot be made, or the system does not give what is in it.
     pub fn open(config: StoreConfig) -> Result<Store, ImageError> {
         let failed = |e| ImageError::io(format!("open image store {}", config.root.display()), e);
         std::fs::create_dir_all(&config.root).map_err(failed)?;
@@ -160,7 +160,7 @@ impl Store {
         for entry in std::fs::read_dir(&config.root).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             match path.extension().and_then(|e| e.to_str()) {
-                Some("json") => records.extend(load_record(&path)),
+                Some("json") => records.extend(load_record(&path)?),
                 Some("tmp") => drop(std::fs::remove_file(&path)),
                 _ => {}
             }
@@ -573,7 +573,8 @@ fn record_path(root: &Path, id: &str) -> PathBuf {
     root.join(format!("{}.json", hex_of(id)))
 }
 
-fn load_record(path: &Path) -> Option<(ImageRecord, ImageConfiguration)> {
+/// None: it was set aside. That the system does not give it now is an error: it may be whole.
+fn load_record(path: &Path) -> Result<Option<(ImageRecord, ImageConfiguration)>, ImageError> {
     let loaded = record::read::<ImageRecord>(path).and_then(|record| {
         let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
         if !is_hex(stem) || digest::of(record.config.as_bytes()) != record.id || hex_of(&record.id) != stem {
@@ -584,11 +585,12 @@ fn load_record(path: &Path) -> Option<(ImageRecord, ImageConfiguration)> {
         Ok((record, config))
     });
     match loaded {
-        Ok(loaded) => Some(loaded),
+        Ok(loaded) => Ok(Some(loaded)),
+        Err(error @ ImageError::Io(_)) => Err(error),
         Err(error) => {
             tracing::warn!(%error, "setting an image record aside");
             set_aside(path);
-            None
+            Ok(None)
         }
     }
 }

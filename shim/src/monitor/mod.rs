@@ -12,6 +12,7 @@ use crate::{
 use rustix::fd::{BorrowedFd, OwnedFd};
 use std::{
     collections::HashMap,
+    io::ErrorKind,
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
@@ -40,7 +41,15 @@ const EVENT_QUEUE: usize = 256;
 /// A reply and the descriptors that came with it.
 pub type Reply = (Body, Vec<OwnedFd>);
 
-type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Reply>>>>>;
+/// Calls that wait for their replies; once the connection has ended, why it did.
+enum Calls {
+    Waiting(HashMap<u64, oneshot::Sender<Reply>>),
+    Ended(Error),
+}
+
+type Pending = Arc<Mutex<Calls>>;
+
+const POISON: &str = "never poisoned: no panic while held";
 
 /// A connection to one monitor.
 pub struct Monitor {
@@ -108,20 +117,26 @@ fn socket_in(directory: &std::fs::File) -> PathBuf {
 }
 
 impl Monitor {
-    /// Connects to a monitor that an earlier daemon started.
+    /// Connects to a monitor that an earlier daemon started. [`Kind::NotFound`]: there is none.
     pub async fn connect(run_directory: &Path) -> Result<(Arc<Monitor>, mpsc::Receiver<Body>)> {
         let path = run_directory.join(SOCKET_FILE);
-        let directory = open_directory(run_directory)?;
+        let absent = |error: &std::io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+        let failed = |error: std::io::Error| {
+            let kind = if absent(&error) { Some(Kind::NotFound) } else { None };
+            let error = Error::io(format_args!("connect {}", path.display()), error);
+            Error { kind: kind.unwrap_or(error.kind), ..error }
+        };
+        let directory = std::fs::File::open(run_directory).map_err(failed)?;
         let connected = tokio::time::timeout(Duration::from_secs(5), UnixStream::connect(socket_in(&directory))).await;
         let stream = connected
             .map_err(|_| Error::new(Kind::Deadline, format!("connect {}: no answer in 5 s", path.display())))?
-            .map_err(|error| Error::io(format_args!("connect {}", path.display()), error))?;
+            .map_err(failed)?;
         Ok(Monitor::over(stream))
     }
 
     fn over(stream: UnixStream) -> (Arc<Monitor>, mpsc::Receiver<Body>) {
         let stream = Arc::new(stream);
-        let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
+        let pending: Pending = Arc::new(Mutex::new(Calls::Waiting(HashMap::new())));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         tokio::spawn(read_frames(stream.clone(), pending.clone(), events));
         let monitor = Monitor { stream, pending, next_id: AtomicU64::new(1), writing: Arc::default() };
@@ -133,18 +148,24 @@ impl Monitor {
         let span = tracing::info_span!(target: trace::TARGET, "monitor", otel.name = name(&body));
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
-        match self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
-            Some(pending) => pending.insert(id, sender),
-            None => return Err(lost()),
+        match &mut *self.pending.lock().expect(POISON) {
+            Calls::Waiting(waiting) => waiting.insert(id, sender),
+            Calls::Ended(error) => return Err(error.clone()),
         };
         let bytes = frame::encode(&Frame { id, body: Some(body) }).map_err(|error| Error::invalid(error.to_string()))?;
         let exchange = async {
-            self.send(bytes).await.map_err(|_| lost())?;
-            receiver.await.map_err(|_| lost())
+            match self.send(bytes).await {
+                // The reader finds the end, too, and perhaps the monitor's last word before it.
+                Err(error) if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                    return Err(Error::io("send to the pod's monitor", error));
+                }
+                _ => {}
+            }
+            receiver.await.map_err(|_| self.ended().unwrap_or_else(lost))
         };
         let outcome = tokio::time::timeout(limit, exchange).instrument(span).await;
-        if let Some(pending) = self.pending.lock().expect("never poisoned: no panic while held").as_mut() {
-            pending.remove(&id);
+        if let Calls::Waiting(waiting) = &mut *self.pending.lock().expect(POISON) {
+            waiting.remove(&id);
         }
         match outcome {
             Ok(Ok((Body::Failure(failure), _))) => Err(from_failure(failure)),
@@ -164,7 +185,8 @@ impl Monitor {
         let stream = self.stream.clone();
         let rest = tokio::spawn(async move {
             let _turn = turn;
-            socket::write_all(&stream, &bytes).await
+            // The rest of a frame that cannot be written would be missed by those after it.
+            socket::write_all(&stream, &bytes).await.inspect_err(|_| socket::end(&stream))
         });
         rest.await.map_err(std::io::Error::other)?
     }
@@ -176,7 +198,15 @@ impl Monitor {
 
     /// True once the connection has ended.
     pub fn is_closed(&self) -> bool {
-        self.pending.lock().expect("never poisoned: no panic while held").is_none()
+        self.ended().is_some()
+    }
+
+    /// Why the connection has ended.
+    fn ended(&self) -> Option<Error> {
+        match &*self.pending.lock().expect(POISON) {
+            Calls::Waiting(_) => None,
+            Calls::Ended(error) => Some(error.clone()),
+        }
     }
 }
 
@@ -227,29 +257,36 @@ pub fn from_failure(failure: Failure) -> Error {
 
 async fn read_frames(stream: Arc<UnixStream>, pending: Pending, events: mpsc::Sender<Body>) {
     let mut reader = socket::Reader::default();
-    loop {
+    let end = loop {
         match reader.next(&stream).await {
+            // Its last word: it could not begin.
+            Ok(Some((Frame { id: 0, body: Some(Body::Failure(failure)) }, _))) => {
+                break from_failure(failure).during("start the pod's monitor");
+            }
             Ok(Some((Frame { id: 0, body: Some(event) }, _))) => {
                 if events.send(event).await.is_err() {
-                    break;
+                    break lost();
                 }
             }
             Ok(Some((Frame { id, body: Some(body) }, descriptors))) => {
-                let waiter = pending.lock().expect("never poisoned: no panic while held").as_mut().and_then(|p| p.remove(&id));
+                let waiter = match &mut *pending.lock().expect(POISON) {
+                    Calls::Waiting(waiting) => waiting.remove(&id),
+                    Calls::Ended(_) => None,
+                };
                 if let Some(waiter) = waiter {
                     let _ = waiter.send((body, descriptors));
                 }
             }
             Ok(Some((Frame { body: None, .. }, _))) => {}
-            Ok(None) => break,
+            Ok(None) => break lost(),
             Err(error) => {
                 tracing::warn!(%error, "monitor connection ended");
-                break;
+                break Error::io("receive from the pod's monitor", error);
             }
         }
-    }
+    };
     // Dropping the senders fails every call that still waits.
-    pending.lock().expect("never poisoned: no panic while held").take();
+    *pending.lock().expect(POISON) = Calls::Ended(end);
 }
 
 #[cfg(test)]

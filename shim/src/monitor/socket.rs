@@ -2,7 +2,7 @@
 
 use rustix::{
     fd::OwnedFd,
-    io::{Errno, IoSliceMut},
+    io::IoSliceMut,
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags},
 };
 use std::{io, mem::MaybeUninit};
@@ -50,13 +50,9 @@ impl Reader {
         let mut chunk = [0u8; CHUNK_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FRAME_FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = rustix::net::recvmsg(
-            stream,
-            &mut [IoSliceMut::new(&mut chunk)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-        )
-        .map_err(|error| if error == Errno::INTR { Errno::AGAIN } else { error })?;
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received =
+            rustix::io::retry_on_intr(|| rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut chunk)], &mut control, flags))?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                 self.descriptors.extend(descriptors);
@@ -70,9 +66,14 @@ impl Reader {
 /// Writes what the socket takes at once.
 pub(super) fn write_some(stream: &UnixStream, bytes: &[u8]) -> io::Result<usize> {
     match stream.try_write(bytes) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(0),
         written => written,
     }
+}
+
+/// Ends the connection in both directions.
+pub(super) fn end(stream: &UnixStream) {
+    let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Both);
 }
 
 /// Writes all of `bytes`.
@@ -80,6 +81,7 @@ pub(super) async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Resu
     while !bytes.is_empty() {
         stream.writable().await?;
         match stream.try_write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),

@@ -4,35 +4,43 @@ use super::{Phase, Pod, Record, network, stop, watch};
 use crate::{
     checkpoint,
     container::{self, Container},
-    error::Result,
+    error::{Kind, Result},
     monitor::Monitor,
     node::Node,
     store,
     telemetry::{self, Repair},
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use serde::de::DeserializeOwned;
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use windlass_proto::monitor::{ContainerState, DeleteRequest, StateRequest, container_state, frame::Body};
 
 /// Longest wait at start for the end of pods that were not finished.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(10);
 
-/// Loads every record and makes it agree with what runs.
-pub async fn recover(node: &Arc<Node>) {
+/// Before a monitor that could not be reached, but is there, is tried again.
+const RECONNECT_PAUSES: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(200), Duration::from_secs(2)];
+
+/// Loads every record and makes it agree with what runs. Fails, having changed nothing, if the system does not give all of them: what is not
+/// known would be taken for unfinished.
+pub async fn recover(node: &Arc<Node>) -> Result<()> {
+    let pods = records::<Record>(&node.config.root.join("pods"))?;
+    let containers = records::<container::Record>(&node.config.root.join("containers"))?;
     if let Err(error) = store::remove_tree(&node.config.root.join(checkpoint::SCRATCH)) {
         tracing::warn!(%error, "files of unfinished checkpoints not removed");
     }
-    for id in store::entries(&node.config.root.join("pods")) {
-        let directory = node.pod_directory(&id);
-        match store::read::<Record>(&directory.join("record.json")) {
+    for (id, record) in pods {
+        match record {
             Some(record) => node.insert_pod(Arc::new(Pod::new(record))),
             // Its making came as far as its directories.
-            None if store::entries(&directory).iter().all(|name| name == "record.tmp") => remove_directories(node, &id),
+            None if store::entries(&node.pod_directory(&id))?.iter().all(|name| name == "record.tmp") => {
+                remove_directories(node, &id)
+            }
             None => tracing::warn!(pod = %id, "pod directory without a readable record is left alone"),
         }
     }
     let mut unfinished_containers = Vec::new();
-    for id in store::entries(&node.config.root.join("containers")) {
-        match store::read::<container::Record>(&node.container_directory(&id).join("record.json")) {
+    for (id, record) in containers {
+        match record {
             Some(record) if node.pod(&record.pod_id).is_ok() => {
                 node.insert_container(Arc::new(Container::restored(node, record)))
             }
@@ -74,6 +82,13 @@ pub async fn recover(node: &Arc<Node>) {
     node.network.reconcile(&node.pods().iter().filter_map(|pod| pod.look(attached)).collect());
     // Only now are the layers of every container held.
     node.images.collect_unused();
+    Ok(())
+}
+
+/// What is in the directories below this one, by their names; none where there is no record yet, or no good one.
+fn records<T: DeserializeOwned>(directory: &Path) -> Result<Vec<(String, Option<T>)>> {
+    let record = |id: String| Ok((id.clone(), store::read(&directory.join(id).join("record.json"))?));
+    store::entries(directory)?.into_iter().map(record).collect()
 }
 
 fn remove_directories(node: &Node, id: &str) {
@@ -102,12 +117,26 @@ async fn reconnect_for_shutdown(node: &Node, pod: &Pod) {
 }
 
 async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
-    match connect(node, pod).await {
+    let mut outcome = connect(node, pod).await;
+    for pause in RECONNECT_PAUSES {
+        // A monitor that lives is not given up for what may be otherwise in a moment.
+        match &outcome {
+            Err(error) if error.kind != Kind::NotFound => {
+                tracing::warn!(pod = %pod.id, %error, "the pod's monitor is asked again");
+                tokio::time::sleep(pause).await;
+                outcome = connect(node, pod).await;
+            }
+            _ => break,
+        }
+    }
+    match outcome {
         Ok(()) => tracing::info!(pod = %pod.id, name = %pod.look(Record::name), "reconnected"),
         Err(error) => {
             tracing::warn!(pod = %pod.id, name = %pod.look(Record::name), %error, "the pod's monitor is gone");
             telemetry::repaired(Repair::LostMonitor);
-            watch::lost(node, pod).await;
+            if let Err(error) = watch::lost(node, pod).await {
+                tracing::error!(pod = %pod.id, %error, "not all of the pod is gone; its stop does the rest");
+            }
         }
     }
 }

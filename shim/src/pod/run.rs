@@ -15,7 +15,7 @@ use crate::{
     telemetry::{Clock, Phase as Timed},
 };
 use rustix::fd::OwnedFd;
-use std::{fs, sync::Arc};
+use std::{fs, sync::Arc, time::Duration};
 use tracing::Instrument;
 use windlass_proto::{
     cri::{NamespaceMode, PodSandboxConfig},
@@ -23,14 +23,22 @@ use windlass_proto::{
     monitor::{SetupRequest, frame::Body},
 };
 
+/// Pauses before a pod that could not be run, nor taken back, is taken back: the first, and the longest.
+const TAKE_BACK_FIRST: Duration = Duration::from_millis(250);
+const TAKE_BACK_LAST: Duration = Duration::from_secs(64);
+
 /// Runs a pod; returns its id. A call with the metadata of a run under way, or of a ready pod, gets that pod.
 pub async fn run(node: Arc<Node>, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {
-    let key = check(&config)?;
+    let key = check(&config).map_err(|error| match error.kind {
+        // Nothing is wrong with the request, whose fields name themselves.
+        Kind::Internal => error.during(format_args!("run pod {}", named(&config))),
+        _ => error,
+    })?;
     check_handler(&node, &config, &runtime_handler)?;
     let operation_node = node.clone();
     let operation_key = key.clone();
     node.joined(key, move || async move {
-        let name = config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default();
+        let name = named(&config);
         let node = operation_node;
         if let Some(existing) = node.pods().into_iter().find(|pod| pod.look(|record| key_of(&record.config)) == operation_key) {
             return match existing.phase() {
@@ -49,6 +57,10 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, runtime_handler: Str
             .map_err(|error| error.during(format_args!("run pod {name}")))
     })
     .await
+}
+
+fn named(config: &PodSandboxConfig) -> String {
+    config.metadata.as_ref().map(|meta| format!("{}/{}", meta.namespace, meta.name)).unwrap_or_default()
 }
 
 fn key_of(config: &PodSandboxConfig) -> String {
@@ -141,9 +153,24 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
             node.forget_pod(&pod.id);
             nri::pod_removed(&node, &pod.record()).await;
             if let Err(undo) = stop::erase(&node, &pod).await {
-                tracing::error!(error = %undo, "pod not wholly taken back; the next start does the rest");
+                tracing::error!(error = %undo, "pod not wholly taken back; it is tried again");
+                tokio::spawn(take_back(node.clone(), pod.clone()).in_current_span());
             }
             Err(error)
+        }
+    }
+}
+
+/// Tries again to take back what could not be. What this cannot do either the next start does.
+async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
+    let mut pause = TAKE_BACK_FIRST;
+    while pause <= TAKE_BACK_LAST {
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+        let _turn = pod.turn.lock().await;
+        match stop::erase(&node, &pod).await {
+            Ok(()) => return,
+            Err(error) => tracing::error!(%error, "pod still not wholly taken back"),
         }
     }
 }

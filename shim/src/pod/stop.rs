@@ -19,17 +19,19 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 /// Ends every process of the pod and gives its network back.
 pub async fn stop(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let _turn = pod.turn.lock().await;
-    stop_processes(node, pod).await;
+    let ended = stop_processes(node, pod).await;
     tell_stopped(node, pod).await;
-    network::release(node, pod).await
+    network::release(node, pod).await?;
+    ended
 }
 
 /// Removes a pod with its containers. It is stopped first if it still runs.
 pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     {
         let _turn = pod.turn.lock().await;
-        stop_processes(node, pod).await;
+        let ended = stop_processes(node, pod).await;
         tell_stopped(node, pod).await;
+        ended?;
         network::release(node, pod).await?;
     }
     for container in node.containers_of(&pod.id) {
@@ -46,7 +48,7 @@ pub async fn remove(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
 
 /// Takes back everything a pod has, however far its making came. The caller holds the pod's turn.
 pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
-    stop_processes(node, pod).await;
+    stop_processes(node, pod).await?;
     network::release(node, pod).await?;
     network::gone(node, pod).await?;
     scope::end(node, pod).await?;
@@ -54,7 +56,8 @@ pub(super) async fn erase(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     store::remove_tree(&node.pod_directory(&pod.id))
 }
 
-async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
+/// An error is what could not be taken back; a further call tries that again.
+async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let was_ready = pod.phase() == Phase::Ready;
     let monitor = pod.monitor();
     pod.change_always(node, |record| record.phase = Phase::NotReady);
@@ -66,10 +69,11 @@ async fn stop_processes(node: &Arc<Node>, pod: &Arc<Pod>) {
         }
     }
     // Does what is left, and nothing when the monitor has done its work.
-    watch::lost(node, pod).await;
+    let lost = watch::lost(node, pod).await;
     if was_ready {
         node.tell(pod, &pod.id, EventKind::ContainerStoppedEvent);
     }
+    lost
 }
 
 /// Plugins of NRI hear of the containers' ends first; the network is there still.

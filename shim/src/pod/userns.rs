@@ -15,10 +15,20 @@ pub struct Users {
     pub gids: IdMapping,
 }
 
+const LIMIT: &str = "/proc/sys/user/max_user_namespaces";
+
 /// Whether this kernel lets user namespaces be made. Mapped mounts it has: the lowest version that is served is newer than they.
 pub fn available() -> bool {
-    let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
-    limit.trim().parse::<u64>().is_ok_and(|limit| limit > 0)
+    limit().is_ok_and(|limit| limit != "0")
+}
+
+/// The kernel's limit; `0` in one without user namespaces.
+fn limit() -> Result<String> {
+    match std::fs::read_to_string(LIMIT) {
+        Ok(limit) => Ok(limit.trim().to_owned()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok("0".to_owned()),
+        Err(error) => Err(Error::io(format_args!("read {LIMIT}"), error)),
+    }
 }
 
 /// The pod's users; `None` are the host's.
@@ -37,7 +47,7 @@ pub fn of(options: &NamespaceOption) -> Result<Option<Users>> {
             return Err(Error::invalid(why));
         }
     }
-    if !available() {
+    if limit()? == "0" {
         return Err(Error::unimplemented(format!("{FIELD}: user.max_user_namespaces of this host is 0")));
     }
     Ok(Some(users))

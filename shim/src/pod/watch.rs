@@ -4,6 +4,7 @@ use super::{Phase, Pod};
 use crate::{
     cgroup,
     container::{self, Exit},
+    error::{Error, Result},
     events::EventKind,
     monitor::Monitor,
     node::{Node, now_ns},
@@ -45,15 +46,18 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
             if pod.phase() == Phase::Ready && pod.monitor().is_err() {
                 tracing::error!(pod = %pod.id, "the pod's monitor is gone; killing its containers");
                 telemetry::repaired(Repair::LostMonitor);
-                lost(&node, &pod).await;
+                if let Err(error) = lost(&node, &pod).await {
+                    tracing::error!(pod = %pod.id, %error, "not all of the pod is gone; its stop does the rest");
+                }
                 node.tell(&pod, &pod.id, EventKind::ContainerStoppedEvent);
             }
         }
     });
 }
 
-/// The monitor is gone: kills every process of the pod, and only then says that they have ended. The caller holds the pod's turn.
-pub(super) async fn lost(node: &Node, pod: &Pod) {
+/// The monitor is gone: kills every process of the pod, and only then says that they have ended. The caller holds the pod's turn. Whatever
+/// fails, the rest is done; the first failure is the error, and a further call does what is left.
+pub(super) async fn lost(node: &Node, pod: &Pod) -> Result<()> {
     pod.set_monitor(None);
     let record = pod.record();
     let containers = node.containers_of(&pod.id);
@@ -61,20 +65,20 @@ pub(super) async fn lost(node: &Node, pod: &Pod) {
     leaves.extend(containers.iter().map(|container| record.container_cgroup(node, &container.id)));
     // A monitor that has not come to its leaf is in the scope itself, which is the pod's alone.
     let scope = (!record.scope.is_empty()).then(|| vec![node.tree.directory(&record.cgroup())]);
+    let mut outcome = Ok(());
     for killed in scope.as_ref().unwrap_or(&leaves) {
-        if let Err(error) = cgroup::kill(killed, KILL_LIMIT).await {
-            tracing::error!(pod = %pod.id, cgroup = %killed.display(), %error, "cgroup not killed");
-        }
+        let killing = cgroup::kill(killed, KILL_LIMIT).await;
+        outcome = outcome.and(killing.map_err(|error| Error::io(format_args!("kill cgroup {}", killed.display()), error)));
     }
     for container in containers {
         let exit = container::recorded_exit(node, &pod.id, &container.id).unwrap_or_else(|| Exit::unknown(now_ns()));
         container.exited(node, exit);
     }
     for leaf in &leaves {
-        if let Err(error) = cgroup::remove(leaf) {
-            tracing::warn!(pod = %pod.id, cgroup = %leaf.display(), %error, "cgroup not removed");
-        }
+        let removed = cgroup::remove(leaf);
+        outcome = outcome.and(removed.map_err(|error| Error::io(format_args!("remove cgroup {}", leaf.display()), error)));
     }
     pod.change_always(node, |record| record.phase = Phase::NotReady);
     node.stats.ended(&pod.id);
+    outcome
 }

@@ -52,17 +52,15 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// Reads a record. `None`: there is none, or it was unreadable and has been set aside as `<name>.bad` with a line in the log.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+/// Reads a record. `None`: there is none, or its content was unreadable and has been set aside as `<name>.bad` with a line in the log.
+/// That the system does not give it now is an error: it may be whole.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-        Err(error) => {
-            tracing::error!(path = %path.display(), %error, "record cannot be read");
-            return None;
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(format_args!("read {}", path.display()), error)),
     };
-    match serde_json::from_slice::<Versioned<T>>(&bytes) {
+    Ok(match serde_json::from_slice::<Versioned<T>>(&bytes) {
         Ok(versioned) if versioned.version <= RECORD_VERSION => Some(versioned.record),
         Ok(versioned) => {
             tracing::error!(path = %path.display(), version = versioned.version, "record of a newer version is left alone");
@@ -74,13 +72,18 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
             let _ = fs::rename(path, aside);
             None
         }
-    }
+    })
 }
 
 /// Names of the entries of a directory, none when it is absent.
-pub fn entries(directory: &Path) -> Vec<String> {
-    let Ok(listing) = fs::read_dir(directory) else { return Vec::new() };
-    listing.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+pub fn entries(directory: &Path) -> Result<Vec<String>> {
+    let failed = |error| Error::io(format_args!("list {}", directory.display()), error);
+    let listing = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        listing => listing.map_err(failed)?,
+    };
+    let names: io::Result<Vec<_>> = listing.map(|entry| entry.map(|entry| entry.file_name().into_string().ok())).collect();
+    Ok(names.map_err(failed)?.into_iter().flatten().collect())
 }
 
 /// Removes a directory tree; an absent one is fine.
@@ -106,9 +109,9 @@ mod tests {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("record.json");
         write(&path, &Sample { name: "web".into() }).expect("write");
-        assert_eq!(read::<Sample>(&path), Some(Sample { name: "web".into() }));
+        assert_eq!(read::<Sample>(&path), Ok(Some(Sample { name: "web".into() })));
         fs::write(&path, b"{\"version\":1,").expect("damage");
-        assert_eq!(read::<Sample>(&path), None);
+        assert_eq!(read::<Sample>(&path), Ok(None));
         assert!(!path.exists() && path.with_extension("bad").exists());
     }
 
@@ -117,7 +120,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("record.json");
         fs::write(&path, b"{\"version\":99,\"name\":\"web\"}").expect("write");
-        assert_eq!(read::<Sample>(&path), None);
+        assert_eq!(read::<Sample>(&path), Ok(None));
         assert!(path.exists());
     }
 }

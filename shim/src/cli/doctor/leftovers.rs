@@ -2,7 +2,7 @@
 //! this looks, so that only what is there twice is told.
 
 use super::{Node, read, report::Report};
-use crate::{cgroup::Tree, network::look, store};
+use crate::{cgroup::Tree, error::Result, network::look, store};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -24,11 +24,16 @@ pub(super) async fn check(node: &Node, report: &mut Report) {
     if readable.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
         return report.unseen("what belongs to no recorded pod", "run as root");
     }
-    let mut found = look(node);
+    let mut found = match look(node) {
+        Ok(found) => found,
+        Err(error) => return report.unseen("what belongs to no recorded pod", error.to_string()),
+    };
     if !found.is_empty() {
         tokio::time::sleep(SETTLE).await;
-        let again = look(node);
-        found.retain(|what, _| again.contains_key(what));
+        match look(node) {
+            Ok(again) => found.retain(|what, _| again.contains_key(what)),
+            Err(error) => return report.unseen("what belongs to no recorded pod", error.to_string()),
+        }
     }
     if found.is_empty() {
         report.ok("no process, cgroup, network namespace, link, mount or directory without its pod");
@@ -39,31 +44,29 @@ pub(super) async fn check(node: &Node, report: &mut Report) {
 }
 
 /// Ids of the pods that have records, and whether each is ready.
-fn recorded(node: &Node) -> BTreeMap<String, bool> {
+fn recorded(node: &Node) -> Result<BTreeMap<String, bool>> {
     let directory = node.config.root.join("pods");
     let ready = |id: &String| {
         let text = read(directory.join(id).join("record.json")).unwrap_or_default();
         let record: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         record["phase"] == "ready"
     };
-    store::entries(&directory)
-        .into_iter()
-        .map(|id| {
-            let ready = ready(&id);
-            (id, ready)
-        })
-        .collect()
+    let with_ready = |id: String| {
+        let ready = ready(&id);
+        (id, ready)
+    };
+    Ok(store::entries(&directory)?.into_iter().map(with_ready).collect())
 }
 
-fn look(node: &Node) -> Found {
+fn look(node: &Node) -> Result<Found> {
     let mut found = Found::new();
     // What is made comes before its record is looked at, so that a pod that is being made has one.
-    let monitors = monitors(&node.config.state.join("pods"));
-    let running = store::entries(&node.config.state.join("pods"));
-    let namespaces = store::entries(&node.config.network.netns_dir);
+    let monitors = monitors(&node.config.state.join("pods"))?;
+    let running = store::entries(&node.config.state.join("pods"))?;
+    let namespaces = store::entries(&node.config.network.netns_dir)?;
     let groups = groups(node);
-    let containers = store::entries(&node.config.root.join("containers"));
-    let pods = recorded(node);
+    let containers = store::entries(&node.config.root.join("containers"))?;
+    let pods = recorded(node)?;
     let ids: Vec<String> = pods.keys().cloned().collect();
     processes(node, &monitors, &pods, &mut found);
     for id in running.iter().filter(|id| !pods.contains_key(*id)) {
@@ -114,13 +117,13 @@ fn look(node: &Node) -> Found {
         found.insert(format!("link {link} belongs to no recorded pod"), next);
     }
     mounts(node, &mut found);
-    found
+    Ok(found)
 }
 
 /// Run directories' ids, and the monitors that serve them.
-fn monitors(directory: &Path) -> Vec<(i64, String)> {
+fn monitors(directory: &Path) -> Result<Vec<(i64, String)>> {
     let mut found = Vec::new();
-    for name in store::entries(Path::new("/proc")) {
+    for name in store::entries(Path::new("/proc"))? {
         let Ok(pid) = name.parse::<i64>() else { continue };
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<String> = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
@@ -132,7 +135,7 @@ fn monitors(directory: &Path) -> Vec<(i64, String)> {
             found.push((pid, id.to_string_lossy().into_owned()));
         }
     }
-    found
+    Ok(found)
 }
 
 fn processes(node: &Node, monitors: &[(i64, String)], pods: &BTreeMap<String, bool>, found: &mut Found) {

@@ -12,7 +12,10 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use super::config::NetworkList;
-use crate::{error::Result, store};
+use crate::{
+    error::{Error, Result},
+    store,
+};
 
 /// One pod's attachment, in its durable form.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,11 +62,11 @@ pub(super) struct Cache {
 
 impl Cache {
     /// Reads what an earlier daemon left.
-    pub(super) fn open(directory: PathBuf) -> std::io::Result<Cache> {
-        std::fs::create_dir_all(&directory)?;
+    pub(super) fn open(directory: PathBuf) -> Result<Cache> {
+        std::fs::create_dir_all(&directory).map_err(|error| Error::io(format_args!("create {}", directory.display()), error))?;
         let mut entries = BTreeMap::new();
-        for name in store::entries(&directory).iter().filter(|name| name.ends_with(".json")) {
-            if let Some(attached) = store::read::<Attached>(&directory.join(name)) {
+        for name in store::entries(&directory)?.iter().filter(|name| name.ends_with(".json")) {
+            if let Some(attached) = store::read::<Attached>(&directory.join(name))? {
                 entries.insert(attached.pod_id.clone(), Entry::new(attached));
             }
         }

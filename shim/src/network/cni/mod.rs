@@ -88,7 +88,8 @@ impl Cni {
     /// Nothing is executed before [`Cni::start`]. Blocks.
     pub fn open(config: &NetworkConfig, state: PathBuf) -> Result<Cni, NetworkError> {
         let opened = Cache::open(state.clone());
-        let cache = opened.map_err(|source| NetworkError::State { operation: "open", path: state, source })?;
+        let failed = |error| NetworkError::State { operation: "open", path: state, source: std::io::Error::other(error) };
+        let cache = opened.map_err(failed)?;
         background::end_orphans(&cache);
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let permits = if config.cni_max_plugins == 0 { 2 * cores } else { config.cni_max_plugins };
