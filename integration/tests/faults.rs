@@ -70,11 +70,11 @@ fn chosen<S: Copy + std::fmt::Debug>(calls: &[(S, Vec<Call>)]) -> VecDeque<Case<
 }
 
 /// Fails unless a failure says what was asked, of what, and why it failed.
-fn clear(status: &Status, object: &[&str], errno: Errno) -> Result<()> {
+fn clear(status: &Status, object: &[&str], call: &Call, errno: Errno) -> Result<()> {
     let message = status.message();
     let coded = !matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unimplemented);
     let named = object.iter().any(|name| !name.is_empty() && message.contains(name));
-    let reason = tells(message, errno);
+    let reason = told(message, call, errno);
     ensure!(coded && named && reason, "not a clear failure: {:?} {message:?}", status.code());
     Ok(())
 }
@@ -83,6 +83,12 @@ fn clear(status: &Status, object: &[&str], errno: Errno) -> Result<()> {
 fn tells(text: &str, errno: Errno) -> bool {
     let full = errno == Errno::ENOSPC && text.contains("no space left on device");
     full || text.contains(&format!("(os error {})", errno as i32))
+}
+
+/// The same for a call that fails: std's create_dir_all tells that a directory is there if it cannot find out that it is one.
+fn told(text: &str, call: &Call, errno: Errno) -> bool {
+    let looks = ["stat", "statx"].contains(&call.place.name());
+    tells(text, errno) || looks && tells(text, Errno::EEXIST)
 }
 
 /// What was tried and what came of it.
@@ -334,7 +340,7 @@ fn live(ground: &Ground, form: Form, case: &Case<Step>) -> Result<Option<bool>> 
     match outcome {
         Ok(()) => life.holds(case.step).context("it is said to have succeeded")?,
         Err(status) => {
-            let judged = clear(&status, &life.names(), case.errno);
+            let judged = clear(&status, &life.names(), &case.call, case.errno);
             life.again(case.step).with_context(|| format!("asked again after {:?}", status.message()))?;
             judged?;
         }
@@ -441,9 +447,10 @@ fn start_once(ground: &mut Ground, case: &Case<Start>) -> Result<Option<bool>> {
         let last: Vec<&str> = log.lines().rev().take(3).collect();
         // A panic of the asynchronous runtime, before there is anything to lose, has the bare number.
         let bare = format!("code: {}", case.errno as i32);
-        // std's create_dir_all tells that a directory is there if it cannot find out that it is one.
-        let bare = if case.call.place.name() == "statx" { format!("(os error {})", Errno::EEXIST as i32) } else { bare };
-        ensure!(last.iter().any(|line| tells(line, case.errno) || line.contains(&bare)), "no clear end: {error:#}: {last:#?}");
+        ensure!(
+            last.iter().any(|line| told(line, &case.call, case.errno) || line.contains(&bare)),
+            "no clear end: {error:#}: {last:#?}"
+        );
         let _ = ground.daemon.kill9();
         let Ground { daemon, injector, .. } = ground;
         injector.watch(|| daemon.serve()).context("the next daemon")?;

@@ -2,6 +2,7 @@
 //! for later ones as fd 2.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -28,7 +29,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("windlass-monitor: {error}");
+            // Standard error may be a socket that listens, to which nothing can be written.
+            let _ = writeln!(std::io::stderr(), "windlass-monitor: {error}");
             ExitCode::FAILURE
         }
     }

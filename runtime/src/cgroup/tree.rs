@@ -3,6 +3,7 @@
 use crate::process::{Context, Kind, StepError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -31,8 +32,10 @@ const REMOVE_TRIES: u32 = 50;
 /// Where the v2 tree is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on a hybrid host.
 pub fn mount_point() -> Result<PathBuf, StepError> {
     for candidate in MOUNTS {
-        if rustix::fs::statfs(candidate).is_ok_and(|found| found.f_type == CGROUP2_MAGIC) {
-            return Ok(candidate.into());
+        match rustix::fs::statfs(candidate) {
+            Err(Errno::NOENT) => {}
+            found if found.context("look at", candidate)?.f_type == CGROUP2_MAGIC => return Ok(candidate.into()),
+            _ => {}
         }
     }
     let why = format!("no cgroup v2 tree at {}", MOUNTS.join(" or "));

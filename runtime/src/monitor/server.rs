@@ -104,6 +104,11 @@ impl Monitor {
                 }
             }
             self.check_due(Instant::now());
+            if self.pod.is_none() && self.connections.is_empty() {
+                // Nobody knows of it, and there is nothing that it holds.
+                let _ = std::fs::remove_file(self.directory.join(SOCKET_FILE));
+                return Ok(());
+            }
             if pod::is_astray() {
                 return Err(std::io::Error::other("it is in a namespace of its pod"));
             }
