@@ -236,7 +236,9 @@ fn a_ratio_samples_and_wrong_settings_are_named() {
         ensure!((50..160).contains(&count), "{count} of 400");
         let path = daemon.path("config.toml");
         let config = fs::read_to_string(&path)?;
-        for (wrong, what) in [("sampling_ratio = 2.0", "sampling_ratio 2"), ("sampling_ratio = \"x\"", "sampling_ratio")] {
+        for (wrong, what) in
+            [("sampling_ratio = 2.0", "sampling_ratio: 2 is not from 0 to 1"), ("sampling_ratio = \"x\"", "sampling_ratio")]
+        {
             fs::write(&path, config.replace("sampling_ratio = 0.25", wrong))?;
             let refused = daemon.serve().err().context("it serves")?;
             ensure!(format!("{refused:#}").contains(what), "{refused:#}");
