@@ -11,6 +11,7 @@ use crate::pty;
 use oci_spec::runtime::LinuxResources;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -375,7 +376,12 @@ impl Monitor {
         match container.phase {
             Phase::Created => {
                 let gone = || StepError::because(Kind::WrongState, "start", id, "its process has ended");
-                container.report.as_mut().ok_or_else(gone)?.open_gate().map_err(|_| gone())?;
+                match container.report.as_mut().ok_or_else(gone)?.open_gate() {
+                    Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                        return Err(gone());
+                    }
+                    opened => opened.context("open the gate of", id)?,
+                }
             }
             // By a daemon that was killed: the one that came after it waits for the outcome.
             Phase::Starting(_) if cut_off => {}

@@ -145,7 +145,7 @@ impl Report {
 
     /// Lets the program run. EPIPE when the child has gone.
     pub fn open_gate(&mut self) -> std::io::Result<()> {
-        rustix::net::send(&self.socket, b"g", SendFlags::NOSIGNAL)?;
+        rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, b"g", SendFlags::NOSIGNAL))?;
         self.gate_open = true;
         Ok(())
     }
