@@ -34,6 +34,9 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest until what is removed beside a reply is gone.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// What keeps a monitor from beginning when its connection may end before its reason is heard: the request fails, and says no more than that.
+const UNTOLD: &str = "Monitor open /dev/null";
+
 /// One call and how it fails.
 struct Case<S> {
     step: S,
@@ -74,7 +77,7 @@ fn clear(status: &Status, object: &[&str], call: &Call, errno: Errno) -> Result<
     let message = status.message();
     let coded = !matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unimplemented);
     let named = object.iter().any(|name| !name.is_empty() && message.contains(name));
-    let reason = told(message, call, errno);
+    let reason = told(message, call, errno) || call.place.to_string() == UNTOLD;
     ensure!(coded && named && reason, "not a clear failure: {:?} {message:?}", status.code());
     Ok(())
 }
@@ -346,7 +349,18 @@ fn live(ground: &Ground, form: Form, case: &Case<Step>) -> Result<Option<bool>> 
         }
     }
     for step in later.iter().skip(1) {
-        life.act_well(*step)?;
+        // What a child finds wrong with its program while it is created is told when that is to start.
+        let late = hit && case.step == Step::Create && *step == Step::Start && case.call.place.to_string().starts_with("Child ");
+        match life.act(*step) {
+            Err(status) if late => {
+                clear(&status, &life.names(), &case.call, case.errno)?;
+                life.again(*step)?;
+            }
+            outcome => {
+                outcome.with_context(|| format!("{step:?}"))?;
+                life.holds(*step).with_context(|| format!("after {step:?}"))?;
+            }
+        }
     }
     ground.undisturbed()?;
     Ok(hit.then_some(refused))
@@ -444,7 +458,7 @@ fn start_once(ground: &mut Ground, case: &Case<Start>) -> Result<Option<bool>> {
     let hit = ground.injector.disarm();
     if let Err(error) = &reached {
         let log = ground.daemon.log();
-        let last: Vec<&str> = log.lines().rev().take(3).collect();
+        let last: Vec<&str> = log.lines().rev().take_while(|line| !line.contains(" INFO serving ")).collect();
         // A panic of the asynchronous runtime, before there is anything to lose, has the bare number.
         let bare = format!("code: {}", case.errno as i32);
         ensure!(
