@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
 };
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 /// Runs `body` on a thread in new mount and network namespaces, which everything that it starts inherits. Mounts stay private, loopback
 /// is up, and `/run/netns` is empty. A panic of the body is the caller's.
@@ -22,9 +22,25 @@ fn enter() -> Result<()> {
         .context("unshare mount and network namespaces (root is needed)")?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
+    forget_mounts_of_others()?;
     std::fs::create_dir_all("/run/netns").context("create /run/netns")?;
     mount(Some("tmpfs"), "/run/netns", Some("tmpfs"), MsFlags::MS_NOSUID, Some("mode=755")).context("mount /run/netns")?;
     run_command("ip", &["link", "set", "lo", "up"])
+}
+
+/// Drops the mounts that tests beside this one have among temporary files: the copies here would go at any moment, with the directories
+/// below them.
+fn forget_mounts_of_others() -> Result<()> {
+    let temporary = std::env::temp_dir();
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").context("read the mounts")?;
+    // What was mounted last lies on top.
+    for path in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
+        if path.starts_with(&temporary) && path != temporary {
+            // One that is gone by itself is no matter.
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
+    }
+    Ok(())
 }
 
 /// What kubelet and containers mount in this node has to reach each other, and a runtime in a mount namespace of its own.

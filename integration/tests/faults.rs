@@ -521,8 +521,12 @@ impl Dock {
         for way in [Way::Import, Way::Remove, Way::Pull, Way::Remove] {
             dock.act(way)?;
         }
-        dock.settled(false)?;
-        dock.before = dock.stored();
+        // What was removed is deleted beside the reply.
+        dock.before = until_within(SETTLE, "nothing in the trash", || {
+            let stored = dock.stored();
+            let trash = stored.iter().any(|path| path.to_string_lossy().contains("/trash-"));
+            Ok((!trash).then_some(stored))
+        })?;
         Ok(dock)
     }
 
@@ -566,11 +570,12 @@ impl Dock {
         if there {
             return self.daemon.windlass(&["image", "verify"]).map(drop);
         }
-        if self.before.is_empty() {
-            return Ok(());
-        }
-        until_within(SETTLE, "the store as before", || Ok((self.stored() == self.before).then_some(())))
-            .with_context(|| format!("left: {:#?}", self.stored().difference(&self.before).take(9).collect::<Vec<_>>()))
+        until_within(SETTLE, "the store as before", || Ok((self.stored() == self.before).then_some(()))).with_context(|| {
+            let stored = self.stored();
+            let left: Vec<_> = stored.difference(&self.before).take(9).collect();
+            let lost: Vec<_> = self.before.difference(&stored).take(9).collect();
+            format!("left: {left:#?}\nlost: {lost:#?}")
+        })
     }
 
     fn case(&self, case: &Case<Way>) -> Result<Option<bool>> {

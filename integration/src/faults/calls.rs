@@ -4,7 +4,7 @@ use super::filter::Notice;
 use nix::{errno::Errno, libc};
 use rustix::net::{AddressFamily, sockopt};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-use std::{collections::HashMap, fmt, fs, os::unix::fs::FileExt, path::Path};
+use std::{fmt, fs, os::unix::fs::FileExt, path::Path};
 
 /// Longest text that is read from a caller, in bytes.
 const TEXT_MAX: usize = 256;
@@ -242,43 +242,47 @@ impl fmt::Display for Place {
     }
 }
 
-/// Tells what calls are. It remembers who a thread is until it executes another program.
-#[derive(Default)]
-pub(super) struct Describer {
-    threads: HashMap<u32, Option<Program>>,
+/// Where a call is made; none in programs that are not the runtime's.
+pub(super) fn place(notice: &Notice) -> Option<Place> {
+    let program = program(notice.thread)?;
+    let object = object(notice, row(notice.number)?.2).unwrap_or_default();
+    Some(Place { program, number: notice.number, object })
 }
 
-impl Describer {
-    /// Where a call is made; none in programs that are not the runtime's.
-    pub(super) fn place(&mut self, notice: &Notice) -> Option<Place> {
-        let thread = notice.thread;
-        let program = *self.threads.entry(thread).or_insert_with(|| program(thread));
-        if notice.is_exec() {
-            self.threads.remove(&thread);
-        }
-        let object = object(notice, row(notice.number)?.2).unwrap_or_default();
-        Some(Place { program: program?, number: notice.number, object })
-    }
-}
-
-fn executable(thread: u32) -> Option<String> {
-    let path = fs::read_link(format!("/proc/{thread}/exe")).ok()?;
-    Some(path.file_name()?.to_string_lossy().trim_end_matches(" (deleted)").to_owned())
-}
-
+/// Who a thread is, of what the kernel says of its process alone: numbers are used again, and parents end.
 fn program(thread: u32) -> Option<Program> {
-    let status = |key: &str| -> Option<u32> {
-        let text = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-        text.lines().find_map(|line| line.strip_prefix(key))?.trim().parse().ok()
-    };
-    match executable(thread)?.as_str() {
+    let path = fs::read_link(format!("/proc/{thread}/exe")).ok()?;
+    match path.file_name()?.to_str()?.trim_end_matches(" (deleted)") {
         "windlass" => Some(Program::Daemon),
-        "windlass-monitor" => {
-            let parent = executable(status("PPid:")?);
-            Some(if parent.as_deref() == Some("windlass-monitor") { Program::Child } else { Program::Monitor })
-        }
+        "windlass-monitor" => Some(if is_forked(thread)? || is_init(thread) { Program::Child } else { Program::Monitor }),
         _ => None,
     }
+}
+
+/// Whether its process runs what its parent ran: it has not executed a program itself.
+fn is_forked(thread: u32) -> Option<bool> {
+    /// `PF_FORKNOEXEC` of the kernel's include/linux/sched.h.
+    const FORKED: u32 = 0x40;
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process_of(thread)?)).ok()?;
+    // proc_pid_stat(5): the flags are the ninth field, the name in brackets the second.
+    let flags: u32 = stat.rsplit_once(") ")?.1.split(' ').nth(6)?.parse().ok()?;
+    Some(flags & FORKED != 0)
+}
+
+/// Whether it is a pod's first process.
+fn is_init(thread: u32) -> bool {
+    second_word(thread) == b"--init"
+}
+
+fn second_word(thread: u32) -> Vec<u8> {
+    let line = fs::read(format!("/proc/{thread}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).nth(1).unwrap_or_default().to_vec()
+}
+
+/// The process that a thread is of.
+fn process_of(thread: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }
 
 fn object(notice: &Notice, kind: Object) -> Option<String> {
@@ -336,9 +340,8 @@ fn descriptor(thread: u32, number: i32) -> String {
 
 /// A socket by its family, and by whether its other end is a test.
 fn socket(thread: u32, number: i32) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    let process: i32 = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
-    let process = pidfd_open(Pid::from_raw(process)?, PidfdFlags::empty()).ok()?;
+    let process = Pid::from_raw(process_of(thread)?.cast_signed())?;
+    let process = pidfd_open(process, PidfdFlags::empty()).ok()?;
     let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).ok()?;
     Some(match sockopt::socket_domain(&socket).ok()? {
         AddressFamily::UNIX => {
@@ -354,8 +357,7 @@ fn socket(thread: u32, number: i32) -> Option<String> {
 
 /// Whether it is a command that a test runs: `windlass image`.
 fn is_command(process: Pid) -> bool {
-    let line = fs::read(format!("/proc/{}/cmdline", process.as_raw_nonzero())).unwrap_or_default();
-    line.split(|byte| *byte == 0).nth(1) == Some(b"image")
+    second_word(process.as_raw_nonzero().get().cast_unsigned()) == b"image"
 }
 
 /// The text with `*` for ids and chance, and `#` for numbers.

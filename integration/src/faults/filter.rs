@@ -25,13 +25,6 @@ pub(super) struct Notice {
     pub(super) arguments: [u64; 6],
 }
 
-impl Notice {
-    /// After it the thread's program is another one.
-    pub(super) fn is_exec(&self) -> bool {
-        self.number == libc::SYS_execve || self.number == libc::SYS_execveat
-    }
-}
-
 /// Puts the filter on the calling thread alone; what it starts has it too.
 pub(super) fn install() -> Result<Listener> {
     let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;

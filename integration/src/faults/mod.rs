@@ -8,7 +8,6 @@ mod filter;
 pub use calls::{Place, Program};
 
 use anyhow::{Context, Result, ensure};
-use calls::Describer;
 use filter::Listener;
 use nix::errno::Errno;
 use std::{
@@ -104,7 +103,6 @@ impl Shared {
 
 /// Answers until all who could ask are gone.
 fn serve(listener: &Listener, shared: &Mutex<Shared>) {
-    let mut describer = Describer::default();
     while let Some(notice) = listener.next() {
         let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = {
@@ -112,8 +110,8 @@ fn serve(listener: &Listener, shared: &Mutex<Shared>) {
             shared.recorded.is_some()
                 || shared.armed.as_ref().is_some_and(|(call, _)| !shared.hit && call.place.number == notice.number)
         };
-        let place = if wanted || notice.is_exec() { describer.place(&notice) } else { None };
-        let verdict = place.filter(|_| wanted).and_then(|place| lock().verdict(place));
+        let place = if wanted { calls::place(&notice) } else { None };
+        let verdict = place.and_then(|place| lock().verdict(place));
         listener.answer(&notice, verdict);
     }
 }
