@@ -82,6 +82,24 @@ pub enum State {
     Exited { started_at_ns: i64, exit: Exit, reason: String, message: String },
 }
 
+impl State {
+    /// When its process was started, in nanoseconds since 1970; 0 before.
+    pub fn started_at_ns(&self) -> i64 {
+        match self {
+            State::Created { .. } => 0,
+            State::Running { started_at_ns, .. } | State::Exited { started_at_ns, .. } => *started_at_ns,
+        }
+    }
+
+    /// How its process ended, and the reason and the message of that, once it has.
+    pub fn end(&self) -> Option<(Exit, &str, &str)> {
+        match self {
+            State::Exited { exit, reason, message, .. } => Some((*exit, reason, message)),
+            State::Created { .. } | State::Running { .. } => None,
+        }
+    }
+}
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {

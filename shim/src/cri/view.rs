@@ -104,16 +104,12 @@ pub(super) fn container_status(record: &container::Record) -> cri::ContainerStat
         stop_signal: stop_signal(record).into(),
         ..Default::default()
     };
-    match &record.state {
-        State::Created { .. } => {}
-        State::Running { started_at_ns, .. } => status.started_at = *started_at_ns,
-        State::Exited { started_at_ns, exit, reason, message } => {
-            status.started_at = *started_at_ns;
-            status.finished_at = exit.finished_at_ns;
-            status.exit_code = exit.code;
-            status.reason.clone_from(reason);
-            status.message.clone_from(message);
-        }
+    status.started_at = record.state.started_at_ns();
+    if let Some((exit, reason, message)) = record.state.end() {
+        status.finished_at = exit.finished_at_ns;
+        status.exit_code = exit.code;
+        status.reason = reason.to_owned();
+        status.message = message.to_owned();
     }
     status
 }

@@ -67,16 +67,12 @@ pub(super) fn container(node: &Node, record: &container::Record) -> Container {
     shown.set_state(state);
     shown.pid = u32::try_from(pid).unwrap_or(0);
     shown.created_at = record.created_at_ns;
-    match &record.state {
-        State::Created { .. } => {}
-        State::Running { started_at_ns, .. } => shown.started_at = *started_at_ns,
-        State::Exited { started_at_ns, exit, reason, message } => {
-            shown.started_at = *started_at_ns;
-            shown.finished_at = exit.finished_at_ns;
-            shown.exit_code = exit.code;
-            shown.status_reason.clone_from(reason);
-            shown.status_message.clone_from(message);
-        }
+    shown.started_at = record.state.started_at_ns();
+    if let Some((exit, reason, message)) = record.state.end() {
+        shown.finished_at = exit.finished_at_ns;
+        shown.exit_code = exit.code;
+        shown.status_reason = reason.to_owned();
+        shown.status_message = message.to_owned();
     }
     shown.image = Some(image(&record.image_name, &record.image_ref, &record.image_id));
     // Limits may have changed since.

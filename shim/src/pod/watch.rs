@@ -55,27 +55,32 @@ pub(super) fn events(node: Arc<Node>, pod: Arc<Pod>, monitor: Arc<Monitor>, mut 
     });
 }
 
-/// The monitor is gone: kills every process of the pod, and only then says that they have ended. The caller holds the pod's turn. Whatever
-/// fails, the rest is done; the first failure is the error, and a further call does what is left.
+/// The monitor is gone: kills every process of the pod, and says of the containers whose processes have ended that they have. The caller
+/// holds the pod's turn. Whatever fails, the rest is done; the first failure is the error, and a further call does what is left.
 pub(super) async fn lost(node: &Node, pod: &Pod) -> Result<()> {
     pod.set_monitor(None);
     let record = pod.record();
     let containers = node.containers_of(&pod.id);
-    let mut leaves = vec![record.init_cgroup(node), record.monitor_cgroup(node)];
-    leaves.extend(containers.iter().map(|container| record.container_cgroup(node, &container.id)));
+    let own: Vec<_> = containers.iter().map(|container| record.container_cgroup(node, &container.id)).collect();
+    let leaves = || [record.init_cgroup(node), record.monitor_cgroup(node)].into_iter().chain(own.iter().cloned());
     // A monitor that has not come to its leaf is in the scope itself, which is the pod's alone.
-    let scope = (!record.scope.is_empty()).then(|| vec![node.tree.directory(&record.cgroup())]);
+    let killed = if record.scope.is_empty() { leaves().collect() } else { vec![node.tree.directory(&record.cgroup())] };
     let mut outcome = Ok(());
-    for killed in scope.as_ref().unwrap_or(&leaves) {
-        let killing = cgroup::kill(killed, KILL_LIMIT).await;
-        outcome = outcome.and(killing.map_err(|error| Error::io(format_args!("kill cgroup {}", killed.display()), error)));
+    let mut living = Vec::new();
+    for cgroup in killed {
+        if let Err(error) = cgroup::kill(&cgroup, KILL_LIMIT).await {
+            outcome = outcome.and(Err(Error::io(format_args!("kill cgroup {}", cgroup.display()), error)));
+            living.push(cgroup);
+        }
     }
-    for container in containers {
-        let exit = container::recorded_exit(node, &pod.id, &container.id).unwrap_or_else(|| Exit::unknown(now_ns()));
-        container.exited(node, exit);
+    for (container, leaf) in containers.iter().zip(&own) {
+        if !living.iter().any(|cgroup| leaf.starts_with(cgroup)) {
+            let exit = container::recorded_exit(node, &pod.id, &container.id).unwrap_or_else(|| Exit::unknown(now_ns()));
+            container.exited(node, exit);
+        }
     }
-    for leaf in &leaves {
-        let removed = cgroup::remove(leaf);
+    for leaf in leaves() {
+        let removed = cgroup::remove(&leaf);
         outcome = outcome.and(removed.map_err(|error| Error::io(format_args!("remove cgroup {}", leaf.display()), error)));
     }
     pod.change_always(node, |record| record.phase = Phase::NotReady);
