@@ -34,9 +34,6 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest until what is removed beside a reply is gone.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// What keeps a monitor from beginning when its connection may end before its reason is heard: the request fails, and says no more than that.
-const UNTOLD: &str = "Monitor open /dev/null";
-
 /// One call and how it fails.
 struct Case<S> {
     step: S,
@@ -77,8 +74,7 @@ fn clear(status: &Status, object: &[&str], call: &Call, errno: Errno) -> Result<
     let message = status.message();
     let coded = !matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unimplemented);
     let named = object.iter().any(|name| !name.is_empty() && message.contains(name));
-    let reason = told(message, call, errno) || call.place.to_string() == UNTOLD;
-    ensure!(coded && named && reason, "not a clear failure: {:?} {message:?}", status.code());
+    ensure!(coded && named && told(message, call, errno), "not a clear failure: {:?} {message:?}", status.code());
     Ok(())
 }
 
