@@ -1,4 +1,5 @@
-//! The daemon under a service manager, whose part the test plays: readiness, the watchdog, and a socket that is passed.
+//! The daemon under a service manager, whose part the test plays: readiness, the watchdog, and a socket that is passed. And what it does
+//! when nobody asks for anything.
 
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -13,7 +14,13 @@ use std::{
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
-use windlass_integration::{client::Client, daemon::Daemon, node, process::Process};
+use windlass_integration::{
+    client::{Client, container, pod},
+    daemon::Daemon,
+    node,
+    process::Process,
+    wait::until_within,
+};
 use windlass_proto::cri::VersionRequest;
 
 /// What the manager asks for: a sign of life at least so often.
@@ -93,5 +100,44 @@ fn a_socket_that_is_passed_outlives_the_daemon() -> Result<()> {
             ensure!(daemon.socket().exists(), "the manager's socket was removed");
         }
         Ok(())
+    })
+}
+
+/// How often the threads of a process have gone to sleep (proc_pid_status(5)): once for each time that one of them was woken.
+fn sleeps(process: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{process}/task"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).context("a count")?;
+        sum += count.trim().parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+#[test]
+fn a_node_at_rest_does_nothing() -> Result<()> {
+    const REST: Duration = Duration::from_secs(2);
+    node::run(|| {
+        let daemon = Daemon::start(&[])?;
+        let client = Client::connect(&daemon)?;
+        let config = pod(&daemon.path("logs"));
+        let id = client.run(&config)?;
+        let main = client.create(&id, &config, &container(&config, "main", &["sleep", "100000"]))?;
+        client.start(&main)?;
+        // Its connection would have a ping now and then.
+        drop(client);
+        let mut processes: Vec<u32> = daemon.monitors().into_iter().map(i32::cast_unsigned).collect();
+        processes.extend(daemon.pid());
+        ensure!(processes.len() == 2, "{processes:?}");
+        let look = || processes.iter().map(|process| sleeps(*process)).collect::<Result<Vec<_>>>();
+        let mut woken = Vec::new();
+        let rested = until_within(Duration::from_secs(60), "two seconds in which nothing wakes", || {
+            let before = look()?;
+            std::thread::sleep(REST);
+            woken = look()?.into_iter().zip(before).map(|(after, before)| after - before).collect();
+            Ok(woken.iter().all(|count| *count == 0).then_some(()))
+        });
+        rested.with_context(|| format!("woken so often, monitor and daemon: {woken:?}"))?;
+        Ok(Client::connect(&daemon)?.remove(&id)?)
     })
 }

@@ -118,8 +118,11 @@ impl Network {
     }
 
     /// What attaches a pod from now on. Where CNI has once been chosen it stays: while its configuration is replaced, pods wait for
-    /// it and do not come up on another network.
+    /// it and do not come up on another network. Looks at the configuration of now.
     pub fn kind(&self) -> Kind {
+        if self.mode != NetworkMode::Bridge {
+            self.cni.refresh();
+        }
         match self.mode {
             NetworkMode::Bridge => Kind::Bridge,
             NetworkMode::Cni => Kind::Cni,

@@ -1,8 +1,8 @@
-//! What goes on beside the requests: the watch of the configuration directory, STATUS, GC, CHECK after a start, and owed DELs.
+//! What goes on beside the requests: STATUS, GC, CHECK after a start, and owed DELs. It sleeps until one of them is due.
 
 use std::collections::HashSet;
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -13,9 +13,8 @@ use super::Inner;
 use super::cache::{Cache, Entry};
 use super::config::{NetworkList, Version};
 
-/// How often everything is looked at. The directory is read and not watched by inotify: that would need it to exist, and would
-/// miss what is mounted over it.
-const TICK: Duration = Duration::from_millis(500);
+/// Shortest pause between two looks at what is due: of what is under way the end is not waited for.
+const PAUSE: Duration = Duration::from_millis(500);
 /// Pauses between STATUS calls, with as much again by chance: nodes that started together do not ask together.
 const STATUS_PAUSE_MS: u64 = 10_000;
 /// The same while the answer is bad.
@@ -50,21 +49,17 @@ impl Status {
     }
 }
 
-/// Runs until the daemon ends.
-pub(super) async fn run(inner: Arc<Inner>, watch: bool) {
-    if watch {
+/// Runs until the daemon ends. With `serves` pods may come to this network, and STATUS, GC and a CHECK of the living are asked.
+pub(super) async fn run(inner: Arc<Inner>, serves: bool) {
+    if serves {
         let checking = inner.clone();
         tokio::spawn(async move { check_all(&checking).await });
     }
-    let mut collect = watch;
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut collect = serves;
     loop {
-        ticks.tick().await;
-        if watch {
-            let reading = inner.clone();
-            collect |= tokio::task::spawn_blocking(move || reading.reload()).await.unwrap_or(false);
+        if serves {
             ask_status(&inner);
+            collect |= inner.changed.swap(false, Ordering::Relaxed);
             if collect && let Some(network) = inner.network() {
                 collect = !start_gc(&inner, network);
             }
@@ -72,7 +67,24 @@ pub(super) async fn run(inner: Arc<Inner>, watch: bool) {
         for (pod, entry) in inner.cache.all() {
             retry(&inner, pod, entry);
         }
+        let waits_for_adds = collect && inner.network().is_some();
+        let due = if waits_for_adds { Some(Instant::now()) } else { due(&inner, serves) };
+        let until = due.map(|due| due.max(Instant::now() + PAUSE));
+        tokio::select! {
+            () = inner.due.notified() => {}
+            () = async { tokio::time::sleep_until(until.unwrap_or_else(Instant::now)).await }, if until.is_some() => {}
+        }
     }
+}
+
+/// When the next thing is to be done; none if nothing is known now.
+fn due(inner: &Inner, serves: bool) -> Option<Instant> {
+    let status = inner.status().next.filter(|_| serves);
+    let owed = inner.cache.all().into_iter().filter_map(|(_, entry)| {
+        let state = entry.state();
+        (state.owed && !state.removed).then(|| state.next.unwrap_or_else(Instant::now))
+    });
+    owed.chain(status).min()
 }
 
 /// Begins an owed DEL if its time has come and nobody is at it.
@@ -131,6 +143,8 @@ fn ask_status(inner: &Arc<Inner>) {
         }
         let pause = jittered(if answer.is_ok() { STATUS_PAUSE_MS } else { STATUS_BAD_PAUSE_MS });
         *status = Status { answer, asked: Some(Instant::now()), next: Some(Instant::now() + pause) };
+        drop(status);
+        inner.due.notify_one();
     });
 }
 

@@ -17,11 +17,14 @@ mod result;
 use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock,
+    atomic::{AtomicBool, Ordering},
+};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::{Attachment, Detachment, Kind, NetworkError, PodNetwork, Subnet};
@@ -54,6 +57,12 @@ struct Inner {
     gate: tokio::sync::RwLock<()>,
     cache: Cache,
     loaded: RwLock<Loaded>,
+    /// Held while the directory is looked at.
+    looking: Mutex<()>,
+    /// The network is another one since its attachments were last told to it.
+    changed: AtomicBool,
+    /// Something in the background is due earlier than it was.
+    due: Notify,
     status: Mutex<Status>,
     pod_cidrs: Mutex<Vec<String>>,
 }
@@ -102,6 +111,9 @@ impl Cni {
             gate: tokio::sync::RwLock::default(),
             cache,
             loaded: RwLock::default(),
+            looking: Mutex::default(),
+            changed: AtomicBool::default(),
+            due: Notify::new(),
             status: Mutex::default(),
             pod_cidrs: Mutex::default(),
         };
@@ -109,9 +121,9 @@ impl Cni {
         Ok(Cni { inner: Arc::new(inner) })
     }
 
-    /// Begins what goes on in the background: owed DELs of pods that are not in `live`, and with `watch` the watch of the configuration
-    /// directory, STATUS, GC and a CHECK of the living. Called once, when the daemon has read its records.
-    pub fn start(&self, live: &HashMap<String, Kind>, watch: bool) {
+    /// Begins what goes on in the background: owed DELs of pods that are not in `live`, and if it `serves` STATUS, GC and a CHECK of the
+    /// living. Called once, when the daemon has read its records.
+    pub fn start(&self, live: &HashMap<String, Kind>, serves: bool) {
         for (pod, entry) in self.inner.cache.all() {
             let lives = live.get(&pod) == Some(&Kind::Cni);
             let netns = entry.attached.try_lock().map(|attached| attached.netns.clone()).unwrap_or_default();
@@ -120,7 +132,16 @@ impl Cni {
                 entry.state().owed = true;
             }
         }
-        tokio::spawn(background::run(self.inner.clone(), watch));
+        tokio::spawn(background::run(self.inner.clone(), serves));
+    }
+
+    /// Looks whether the configuration directory has another network than it had, for the request that asks next. It is not watched:
+    /// inotify would need it to exist, and would miss what is mounted over it, and between two requests nobody wants to know.
+    pub fn refresh(&self) {
+        if self.inner.reload() {
+            self.inner.changed.store(true, Ordering::Relaxed);
+            self.inner.due.notify_one();
+        }
     }
 
     /// Whether the directory has had a network since the daemon started.
@@ -291,6 +312,7 @@ impl Inner {
             state.failures += 1;
             state.next = Some(Instant::now() + pause);
         }
+        self.due.notify_one();
         if !attached.owed {
             attached.owed = true;
             if let Err(error) = self.cache.write(attached) {
@@ -374,6 +396,7 @@ impl Inner {
     /// Looks at the configuration directory; says whether the network is another one now. A broken file keeps the network that was
     /// read from it, or passes the choice on to the next file. Blocks.
     fn reload(&self) -> bool {
+        let _one = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
         let files = match config::files(&self.directory) {
             Ok(files) => files,
             Err(error) => {
