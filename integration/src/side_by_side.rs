@@ -5,6 +5,7 @@ use nix::{
     sys::wait::{Id, WaitPidFlag, waitid},
     unistd::{Pid, SysconfVar, sysconf},
 };
+use rustix::event::{PollFd, PollFlags, Timespec};
 use std::{
     collections::VecDeque,
     fs::{self, File},
@@ -33,9 +34,9 @@ pub struct Ended {
     pub processor: Duration,
 }
 
-/// Runs all jobs, begun in this order, at most `width` of them at once; `tell` is called as they end. An error if one could not be run: no
-/// more are begun then.
-pub fn run(jobs: Vec<Job>, width: usize, mut tell: impl FnMut(Ended)) -> Result<()> {
+/// Runs all jobs, begun in this order, at most `width` of them at once; `tell` is called as they end. One that is not done within `limit` is
+/// killed, and says so. An error if one could not be run: no more are begun then.
+pub fn run(jobs: Vec<Job>, width: usize, limit: Duration, mut tell: impl FnMut(Ended)) -> Result<()> {
     let waiting = Mutex::new(VecDeque::from(jobs));
     let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let (ended, told) = mpsc::channel();
@@ -44,7 +45,7 @@ pub fn run(jobs: Vec<Job>, width: usize, mut tell: impl FnMut(Ended)) -> Result<
             let ended = ended.clone();
             scope.spawn(move || {
                 while let Some(job) = next() {
-                    if ended.send(run_one(job)).is_err() {
+                    if ended.send(run_one(job, limit)).is_err() {
                         break;
                     }
                 }
@@ -55,17 +56,39 @@ pub fn run(jobs: Vec<Job>, width: usize, mut tell: impl FnMut(Ended)) -> Result<
     })
 }
 
-fn run_one(Job { name, mut command }: Job) -> Result<Ended> {
+fn run_one(Job { name, mut command }: Job, limit: Duration) -> Result<Ended> {
     // A file and no pipe: a process that outlives the command may have it open.
     let mut kept = tempfile::tempfile().context("make a file for what a command prints")?;
     let begun = Instant::now();
     command.stdin(Stdio::null()).stdout(kept.try_clone()?).stderr(kept.try_clone()?);
     let mut child = command.spawn().with_context(|| format!("run {name}"))?;
     let id = Pid::from_raw(child.id().cast_signed());
+    let in_time = ends_within(id, limit).with_context(|| format!("wait for {name}"))?;
+    if !in_time {
+        child.kill()?;
+    }
     waitid(Id::Pid(id), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).with_context(|| format!("wait for {name}"))?;
     let processor = processor_time(id)?;
     let status = child.wait()?;
-    Ok(Ended { name, status, output: text_of(&mut kept)?, took: begun.elapsed(), processor })
+    let mut output = text_of(&mut kept)?;
+    if !in_time {
+        output.push_str(&format!("\nnot done within {} s: killed\n", limit.as_secs()));
+    }
+    Ok(Ended { name, status, output, took: begun.elapsed(), processor })
+}
+
+/// Waits for the end of a child.
+fn ends_within(child: Pid, limit: Duration) -> Result<bool> {
+    let child = rustix::process::Pid::from_raw(child.as_raw()).context("a number of a process")?;
+    let ended = rustix::process::pidfd_open(child, rustix::process::PidfdFlags::empty())?;
+    let deadline = Instant::now() + limit;
+    loop {
+        let rest = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))?;
+        match rustix::event::poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&rest)) {
+            Err(rustix::io::Errno::INTR) => {}
+            ready => return Ok(ready? > 0),
+        }
+    }
 }
 
 fn text_of(file: &mut File) -> Result<String> {
@@ -88,6 +111,8 @@ fn processor_time(process: Pid) -> Result<Duration> {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(600);
+
     fn shell(name: &str, script: &str) -> Job {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
@@ -105,7 +130,7 @@ mod tests {
         let busy = "sh -c 'i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done'; exit 3";
         let jobs = vec![shell("a", &meets("a", "b")), shell("b", &meets("b", "a")), shell("busy", busy)];
         let mut ended = Vec::new();
-        run(jobs, 2, |one| ended.push(one)).expect("a run");
+        run(jobs, 2, LONG, |one| ended.push(one)).expect("a run");
         ended.sort_by(|a, b| a.name.cmp(&b.name));
         let said: Vec<_> = ended.iter().map(|one| (one.output.as_str(), one.status.code())).collect();
         assert_eq!(said, [("a 1\na 2\n", Some(0)), ("b 1\nb 2\n", Some(0)), ("", Some(3))]);
@@ -113,9 +138,18 @@ mod tests {
     }
 
     #[test]
+    fn a_command_that_does_not_end_is_killed_and_says_so() {
+        let mut ended = Vec::new();
+        let jobs = vec![shell("long", "echo begun; exec sleep 1000")];
+        run(jobs, 1, Duration::from_secs(2), |one| ended.push(one)).expect("a run");
+        assert_eq!(ended[0].output, "begun\n\nnot done within 2 s: killed\n");
+        assert!(!ended[0].status.success());
+    }
+
+    #[test]
     fn a_command_that_is_not_there_is_an_error() {
         let jobs = vec![Job { name: "nothing".into(), command: Command::new("/no/such/program") }];
-        let error = run(jobs, 3, |_| ()).expect_err("no program");
+        let error = run(jobs, 3, LONG, |_| ()).expect_err("no program");
         assert_eq!(error.to_string(), "run nothing");
     }
 }

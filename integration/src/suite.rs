@@ -13,11 +13,14 @@ use std::{
     fs,
     path::PathBuf,
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Tests that have to have run: a test that is lost or skipped fails the whole.
 const MUST_RUN: &str = "must-run.txt";
+
+/// Longest that a program of tests may take: the longest takes a third of it on a slow machine.
+const LIMIT: Duration = Duration::from_secs(30 * 60);
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -52,7 +55,7 @@ pub fn run() -> Result<bool> {
     let mut tally = Tally::default();
     let mut good = true;
     for (jobs, width) in [(alone.into_iter().flat_map(TestProgram::jobs).collect(), 1), (together, width)] {
-        side_by_side::run(jobs.into_iter().map(|(_, job)| job).collect(), width, |ended| good &= tally.take(&ended))?;
+        side_by_side::run(jobs.into_iter().map(|(_, job)| job).collect(), width, LIMIT, |ended| good &= tally.take(&ended))?;
     }
     let list = workspace().join("integration").join(MUST_RUN);
     let list = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;

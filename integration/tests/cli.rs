@@ -299,7 +299,8 @@ fn executes(ground: &Ground, name: &str, main: &str) -> Result<()> {
     ensure!(said.contains("/no/such"), "{said}");
     let said = refused(&ground.daemon, &["exec", "-t", &container, "--", "true"])?;
     ensure!(said.contains("no terminal"), "{said}");
-    // A terminal of its own, by script(1): what is typed is echoed, and stty knows its size once the client has told it.
+    // A terminal of its own, by script(1): what is typed is echoed, and stty has its size to print once the client has told it; before,
+    // BusyBox's prints nothing and succeeds.
     let words = ground.daemon.command(&[
         "exec",
         "-it",
@@ -307,7 +308,7 @@ fn executes(ground: &Ground, name: &str, main: &str) -> Result<()> {
         "--",
         "sh",
         "-c",
-        "test -t 0 && until stty size 2>/dev/null; do sleep 0.05; done; read line; echo got $line",
+        "test -t 0 && until stty size 2>/dev/null | grep .; do sleep 0.05; done; read line; echo got $line",
     ])?;
     let quoted: Vec<String> = std::iter::once(words.get_program())
         .chain(words.get_args())

@@ -198,7 +198,7 @@ fn crictl_exec_on_a_terminal_has_its_size_its_signals_and_its_end() -> Result<()
             let resize = sessions.ground.daemon.path(transport);
             let command = sessions.crictl(&format!("exec --transport {transport} -it {id} sh"))?;
             let mut talk = Talk::on_terminal(&command, &resize)?;
-            talk.say("echo first $(until stty size 2>/dev/null; do sleep 0.02; done) on $TERM\n")?;
+            talk.say("echo first $(until stty size 2>/dev/null | grep .; do sleep 0.02; done) on $TERM\n")?;
             talk.hear("first 40 100 on xterm")?;
             talk.resize(&resize)?;
             sessions.interrupt(&mut talk, &id)?;
