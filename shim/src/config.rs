@@ -192,7 +192,8 @@ pub struct Ulimit {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HandlerConfig {
-    /// The runtime's program, absolute: runc, crun, or another with the commands of the OCI runtime command line.
+    /// The runtime's program, absolute: runc, crun, or another with the commands of the OCI runtime command line whose containers are
+    /// processes of the host's kernel. Commands of an exec and new limits are Windlass's own work in them.
     pub path: PathBuf,
 }
 

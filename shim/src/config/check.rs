@@ -260,6 +260,13 @@ pub(super) fn senseless(config: &Config) -> Vec<(String, String)> {
         if !handler.path.is_absolute() {
             no(&format!("handlers.{name}.path"), format!("{:?} is not an absolute path", handler.path.display()));
         }
+        let program = handler.path.file_name().unwrap_or_default().to_string_lossy();
+        if program.starts_with("runsc") || program.contains("kata") {
+            let why = format!(
+                "{program} gives a pod a kernel of its own, past which Windlass would execute commands: it is not served"
+            );
+            no(&format!("handlers.{name}.path"), why);
+        }
     }
     network(config, &mut no);
     if config.images.max_parallel_layers == 0 {
@@ -426,6 +433,7 @@ mod tests {
             ("[metrics]\naddress = \"9099\"", "metrics.address", "PORT"),
             ("[tracing]\nsampling_ratio = 2.0", "tracing.sampling_ratio", "from 0 to 1"),
             ("[handlers.runc]\npath = \"runc\"", "handlers.runc.path", "absolute"),
+            ("[handlers.g]\npath = \"/usr/bin/runsc\"", "handlers.g.path", "a kernel of its own"),
             ("[cgroup]\nparent = \"/a/../b\"", "cgroup.parent", "\"..\""),
             ("[nri]\nplugin_request_timeout_ms = 0", "nri.plugin_request_timeout_ms", "0 is not 1 to"),
             ("[nri]\nsocket_path = \"nri.sock\"", "nri.socket_path", "absolute"),

@@ -163,6 +163,10 @@ impl Cni {
             .ok_or_else(|| NetworkError::Cni { network: inner.directory.display().to_string(), reason: inner.problem() })?;
         let failed = |reason: String| NetworkError::Cni { network: network.name.clone(), reason };
         let attached = inner.intent(&network, &pod).map_err(failed)?;
+        for capability in request::ungranted(&network, &attached.runtime) {
+            tracing::warn!(pod = %pod.pod_id, network = %network.name, file = %network.file.display(), capability,
+                "the pod asks for what no plugin of its network has the capability for: unless an agent of the network sees to it, nobody does");
+        }
         let _shared = inner.gate.read().await;
         let entry = inner.cache.insert(attached).map_err(|error| failed(error.to_string()))?;
         let mut attached = entry.attached.lock().await;

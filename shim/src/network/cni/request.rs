@@ -57,6 +57,15 @@ pub(super) fn runtime(pod: &Attachment, pod_cidrs: &[String]) -> Result<Map<Stri
     Ok(all)
 }
 
+/// What the pod asks for that no plugin of the network has the capability for. It is not refused: an agent of the network may see to it
+/// by itself, as Cilium does to host ports.
+pub(super) fn ungranted(network: &NetworkList, runtime: &Map<String, Value>) -> Vec<&'static str> {
+    let missing = |name: &&'static str| {
+        runtime.contains_key(*name) && !network.plugins.iter().any(|plugin| plugin.capabilities.contains(*name))
+    };
+    ["portMappings", "bandwidth"].into_iter().filter(missing).collect()
+}
+
 /// A plugin's standard input: its part of the file with the network's name and version, the result so far, and what of the runtime's
 /// data it has the capability for.
 pub(super) fn input(
@@ -105,5 +114,8 @@ mod tests {
             json!({"type": "b", "name": "n", "cniVersion": "1.0.0", "prevResult": {"ips": []}}),
         ];
         assert_eq!(inputs, expected);
+        let asked = Map::from_iter(["portMappings", "bandwidth", "dns"].map(|name| (name.to_owned(), json!({}))));
+        assert_eq!(ungranted(&network, &asked), ["bandwidth"]);
+        assert_eq!(ungranted(&network, &runtime), [""; 0]);
     }
 }
