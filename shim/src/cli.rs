@@ -83,20 +83,20 @@ pub enum Command {
     },
 }
 
-/// Which daemon is meant.
+/// Which daemon is meant. Said before or behind the word of a subcommand.
 #[derive(Debug, Default, Clone, Args)]
 pub struct Place {
     /// Configuration file; must exist when given [default: /etc/windlass/config.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Durable state: images, records, writable layers [default: /var/lib/windlass]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     root: Option<PathBuf>,
     /// State that may go at a reboot [default: /run/windlass]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     state: Option<PathBuf>,
     /// CRI socket [default: /run/windlass/windlass.sock]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH")]
     socket: Option<PathBuf>,
 }
 
@@ -106,16 +106,16 @@ pub struct Flags {
     #[command(flatten)]
     place: Place,
     /// CNI configuration files [default: /etc/cni/net.d]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
     /// CNI plugins [default: /opt/cni/bin]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     cni_bin_dir: Option<PathBuf>,
     /// Registry configuration, <DIR>/<host>/hosts.toml [default: /etc/windlass/certs.d]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     registry_config_dir: Option<PathBuf>,
     /// error, warn, info, debug, trace, or directives such as windlass::image=debug [default: info]
-    #[arg(long, value_name = "LEVEL")]
+    #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<String>,
 }
 
@@ -245,6 +245,14 @@ mod tests {
             }
         }
         found
+    }
+
+    #[test]
+    fn the_daemon_is_named_before_or_behind_a_subcommand() {
+        for words in [["windlass", "image", "--root", "/x", "ls"], ["windlass", "image", "ls", "--root", "/x"]] {
+            let Command::Image { flags, .. } = Cli::parse_from(words).command else { panic!("{words:?}") };
+            assert_eq!(flags.place.root.as_deref(), Some(std::path::Path::new("/x")), "{words:?}");
+        }
     }
 
     #[test]
