@@ -21,6 +21,7 @@ pub struct Client {
     runtime: Runtime,
     runtime_service: RuntimeServiceClient<Channel>,
     image_service: ImageServiceClient<Channel>,
+    limit: Option<Duration>,
 }
 
 /// Calls of one service, each blocking until its reply.
@@ -29,6 +30,10 @@ macro_rules! calls {
         impl Client {
             $(pub fn $name(&self, request: cri::$request) -> Result<cri::$reply, Status> {
                 let mut client = self.$service.clone();
+                let mut request = tonic::Request::new(request);
+                if let Some(limit) = self.limit {
+                    request.set_timeout(limit);
+                }
                 self.runtime.block_on(client.$name(request)).map(tonic::Response::into_inner)
             })*
         }
@@ -80,23 +85,24 @@ impl Client {
 
     /// Connects to any runtime's socket.
     pub fn connect_to(socket: &Path) -> Result<Client> {
-        Client::connect_by(socket, |endpoint| endpoint)
+        Client::connect_by(socket, None)
     }
 
     /// The same with a limit to every request, which the runtime is told.
     pub fn within(socket: &Path, limit: Duration) -> Result<Client> {
-        Client::connect_by(socket, |endpoint| endpoint.timeout(limit))
+        Client::connect_by(socket, Some(limit))
     }
 
-    fn connect_by(socket: &Path, change: impl FnOnce(Endpoint) -> Endpoint) -> Result<Client> {
+    fn connect_by(socket: &Path, limit: Option<Duration>) -> Result<Client> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = change(Endpoint::from_shared(format!("unix://{}", socket.display()))?);
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?;
         let channel = runtime.block_on(endpoint.connect()).with_context(|| format!("connect {}", socket.display()))?;
         Ok(Client {
             runtime,
             // As kubelet has it.
             runtime_service: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(16 << 20),
             image_service: ImageServiceClient::new(channel),
+            limit,
         })
     }
 

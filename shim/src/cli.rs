@@ -26,6 +26,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     process::ExitCode,
+    time::Duration,
 };
 
 /// A Kubernetes container runtime: serves the CRI to kubelet and crictl, and runs pods as namespaced processes.
@@ -206,10 +207,17 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
 /// What a command does. Boxed, so that the machinery that runs it is compiled once.
 type Work<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
+/// Longest wait for threads that block, once the work is done.
+const THREADS_END_LIMIT: Duration = Duration::from_secs(5);
+
 /// Work of the daemon's kind.
 fn on_threads(work: Work<'_>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.map_err(|error| Error::io("start threads", error))?.block_on(work)
+    let runtime = runtime.map_err(|error| Error::io("start threads", error))?;
+    let done = runtime.block_on(work);
+    // A thread whose file system does not answer never ends.
+    runtime.shutdown_timeout(THREADS_END_LIMIT);
+    done
 }
 
 /// Work of a client's kind. A thread that waits for nobody's sake does not hold up the end.

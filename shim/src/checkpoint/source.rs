@@ -14,7 +14,6 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use windlass_proto::cri::ContainerConfig;
 
 /// Largest description that is read.
 const FILE_LIMIT_BYTES: u64 = 16 << 20;
@@ -41,9 +40,8 @@ pub(crate) struct Loaded {
 }
 
 impl Source {
-    /// The checkpoint that a configuration names in place of an image: the path of an archive, or an image that holds one.
-    pub(crate) fn of(node: &Node, config: &ContainerConfig) -> Result<Option<Source>> {
-        let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
+    /// The checkpoint of this name, which stands where an image's would: the path of an archive, or an image that holds one.
+    pub(crate) fn of(node: &Node, name: &str) -> Result<Option<Source>> {
         if name.starts_with('/') {
             let path = PathBuf::from(name);
             if !path.is_file() {

@@ -1,6 +1,6 @@
 //! CreateContainer: image, configuration and pod become a bundle and a process that waits at its gate.
 
-use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, spec, text};
+use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, lookup::Looking, spec, text};
 use crate::{
     checkpoint::{Loaded, Source},
     error::{Error, Kind, Result},
@@ -17,6 +17,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 use tokio::sync::RwLockReadGuard;
 use tracing::Instrument;
@@ -27,16 +28,25 @@ use windlass_proto::{
 };
 
 /// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
-pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig) -> Result<String> {
-    create_of(node, pod, config, None).await
+/// `limit`: how long the caller waits for the file systems of its volumes, if it says so.
+pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, limit: Option<Duration>) -> Result<String> {
+    let looking = node.lookups.begin(limit);
+    create_of(node, pod, config, None, looking).await
 }
 
 /// Creates a container of a pod's checkpoint, whose process the configuration describes.
 pub(crate) async fn restore(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from: Source) -> Result<String> {
-    create_of(node, pod, config, Some(from)).await
+    let looking = node.lookups.begin(None);
+    create_of(node, pod, config, Some(from), looking).await
 }
 
-async fn create_of(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from: Option<Source>) -> Result<String> {
+async fn create_of(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    config: ContainerConfig,
+    from: Option<Source>,
+    looking: Looking,
+) -> Result<String> {
     let meta = config.metadata.clone().ok_or_else(|| Error::invalid("config.metadata is missing"))?;
     if meta.name.is_empty() {
         return Err(Error::invalid("config.metadata.name is empty"));
@@ -61,7 +71,7 @@ async fn create_of(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from
         let id = new_id()?;
         let span = tracing::info_span!("create", pod = %pod.id, container = %id, name = %meta.name);
         let name = meta.name.clone();
-        build(node, pod, id, config, from).instrument(span).await.map_err(|error| match error.kind {
+        build(node, pod, id, config, from, looking).instrument(span).await.map_err(|error| match error.kind {
             Kind::Prefixed => error,
             _ => error.during(format_args!("create container {name}")),
         })
@@ -69,7 +79,14 @@ async fn create_of(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from
     .await
 }
 
-async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConfig, from: Option<Source>) -> Result<String> {
+async fn build(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    id: String,
+    config: ContainerConfig,
+    from: Option<Source>,
+    looking: Looking,
+) -> Result<String> {
     if pod.phase() != Phase::Ready {
         return Err(Error::precondition(format!("pod {} is not ready", pod.id)));
     }
@@ -78,7 +95,7 @@ async fn build(node: Arc<Node>, pod: Arc<Pod>, id: String, config: ContainerConf
         return Err(Error::invalid("config.image.image is empty"));
     }
     let directory = node.container_directory(&id);
-    match of_origin(&node, &pod, &id, config, from, &directory).await {
+    match of_origin(&node, &pod, &id, config, from, looking, &directory).await {
         Ok((container, hold)) => {
             let container = Arc::new(container);
             node.insert_container(container.clone());
@@ -110,15 +127,19 @@ async fn of_origin<'a>(
     id: &str,
     config: ContainerConfig,
     from: Option<Source>,
+    looking: Looking,
     directory: &Path,
 ) -> Result<Made<'a>> {
     let strict = from.is_some();
-    let source = from.map_or_else(|| Source::of(node, &config), |source| Ok(Some(source)))?;
+    let source = match from {
+        Some(source) => Some(source),
+        None => named_source(node, &config, &looking).await?,
+    };
     let Some(source) = source else {
         let image_name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
         let missing = || Error::not_found(format!("image {image_name:?} is not on this node; pull it first"));
         let image = node.images.get(image_name).ok_or_else(missing)?;
-        return assemble(&Making { node, pod, id, image: &image, directory, checkpoint: None }, config).await;
+        return assemble(&Making { node, pod, id, image: &image, directory, looking, checkpoint: None }, config).await;
     };
     let (own, place) = (node.clone(), directory.to_owned());
     let loaded = tokio::task::spawn_blocking(move || source.load(&own, &place)).await;
@@ -128,7 +149,21 @@ async fn of_origin<'a>(
     if strict && asked.is_some_and(|asked| asked.id != image.id) {
         return Err(Error::invalid(format!("image: the checkpoint has {}, the configuration another", image.id)));
     }
-    assemble(&Making { node, pod, id, image: &image, directory, checkpoint: Some((loaded, strict)) }, config).await
+    assemble(&Making { node, pod, id, image: &image, directory, looking, checkpoint: Some((loaded, strict)) }, config).await
+}
+
+/// The checkpoint that a configuration names in place of an image.
+async fn named_source(node: &Arc<Node>, config: &ContainerConfig, looking: &Looking) -> Result<Option<Source>> {
+    let name = config.image.as_ref().map(|image| image.image.clone()).unwrap_or_default();
+    if !name.starts_with('/') {
+        return Source::of(node, &name);
+    }
+    let (node, own) = (node.clone(), looking.clone());
+    let find = move || {
+        own.at(format_args!("config.image.image {name:?}"), Path::new(&name))?;
+        Source::of(&node, &name)
+    };
+    looking.run(find).await
 }
 
 /// What a container is made of, beside its configuration.
@@ -139,6 +174,7 @@ struct Making<'a, 'n> {
     image: &'a Arc<Image>,
     /// The bundle.
     directory: &'a Path,
+    looking: Looking,
     /// With whether all of it must be as the configuration says.
     checkpoint: Option<(Loaded, bool)>,
 }
@@ -159,7 +195,7 @@ async fn assemble<'n>(making: &Making<'_, 'n>, config: ContainerConfig) -> Resul
 
 /// `told`: what plugins of NRI have been told of it.
 async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut Option<Shown>) -> Result<Container> {
-    let Making { node, pod, id, image, directory, checkpoint } = making;
+    let Making { node, pod, id, image, directory, looking, checkpoint } = making;
     let (node, id, image) = (*node, *id, *image);
     let monitor = pod.monitor()?;
     let bundling = Clock::start(Timed::ContainerBundle);
@@ -167,10 +203,20 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
     let images = std::iter::once(image).chain(volumes.iter().map(|volume| &volume.image));
     let chain_ids: Vec<String> = images.flat_map(|image| &image.layers).map(|layer| layer.chain_id.clone()).collect();
     let lease = node.images.lease_layers(&chain_ids);
-    let pod_record = pod.record();
     let identity = identity::resolve(&config, image)?;
-    let input = spec::Input { node, pod: &pod_record, id, config: &config, image, identity: &identity, directory };
-    let (mut oci, mut not_enforced) = spec::build(&input)?;
+    let user = identity.status();
+    let input = Arc::new(spec::Input {
+        node: node.clone(),
+        pod: pod.record(),
+        id: id.to_owned(),
+        config: config.clone(),
+        image: image.clone(),
+        identity,
+        directory: directory.to_path_buf(),
+        looking: looking.clone(),
+    });
+    let own = input.clone();
+    let (mut oci, mut not_enforced) = looking.run(move || spec::build(&own)).await?;
     let mut adjusted = spec::Outcome::default();
     if nri::adjusts(node) {
         (oci, adjusted) = ask_plugins(&input, node, oci, told).await?;
@@ -189,19 +235,19 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
     if let Some((loaded, strict)) = checkpoint {
         loaded.check(&oci, *strict)?;
     }
-    relabel(&input, spec::labels(&input)?.file, std::mem::take(&mut adjusted.relabel)).await?;
+    let (own, more) = (input.clone(), std::mem::take(&mut adjusted.relabel));
+    let log_path = looking.run(move || relabel(&own, more).and_then(|()| log_path(&own))).await?;
     if let Some(limits) = adjusted.limits {
         config.linux.get_or_insert_default().resources = Some(limits);
     }
     let program = seccomp_program(node, &oci)?;
     write_bundle(directory, &oci, image, &volumes, program.as_deref())?;
-    let log_path = log_path(&pod_record, &config)?;
     bundling.done();
     let building = Clock::start(Timed::ContainerBuild);
-    let mut request = request(node, &pod_record, id, &config, directory, &log_path)?;
+    let mut request = request(node, &input.pod, id, &config, directory, &log_path)?;
     request.restore = checkpoint.as_ref().map(|(loaded, _)| Restore { criu: text(&loaded.criu) });
     if request.restore.is_some() && !request.runtime.is_empty() {
-        return Err(Error::precondition(format!("runtime_handler {:?} restores no checkpoint", pod_record.runtime_handler)));
+        return Err(Error::precondition(format!("runtime_handler {:?} restores no checkpoint", input.pod.runtime_handler)));
     }
     let reply = monitor.call(Body::Create(request)).await?;
     let (pid, not_enforced) = match reply.0 {
@@ -220,7 +266,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
         image_name: image_name(&config, image),
         chain_ids,
         log_path,
-        user: identity.status(),
+        user,
         stop_signal: spec::stop_signal(&config, image)?,
         not_enforced,
         created_at_ns: now_ns(),
@@ -236,37 +282,48 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
 
 /// Asks plugins of NRI what they change of it: the configuration with that, and what else it comes to.
 async fn ask_plugins(
-    input: &spec::Input<'_>,
+    input: &Arc<spec::Input>,
     node: &Arc<Node>,
     oci: oci_spec::runtime::Spec,
     told: &mut Option<Shown>,
 ) -> Result<(oci_spec::runtime::Spec, spec::Outcome)> {
     let mut spec = serde_json::to_value(&oci).map_err(|error| Error::internal(format!("encode config.json: {error}")))?;
     let shown = Shown {
-        image: Some(nri::image(&image_name(input.config, input.image), &image_ref(input.config, input.image), &input.image.id)),
-        ..nri::of_spec(input.id, &input.pod.id, input.config, &spec)
+        image: Some(nri::image(
+            &image_name(&input.config, &input.image),
+            &image_ref(&input.config, &input.image),
+            &input.image.id,
+        )),
+        ..nri::of_spec(&input.id, &input.pod.id, &input.config, &spec)
     };
     *told = Some(shown.clone());
-    let adjustment = nri::create_container(node, input.pod, shown).await?;
-    let adjusted = spec::adjust(&mut spec, &adjustment, input).map_err(|error| error.during("adjustment by NRI plugins"))?;
+    let adjustment = nri::create_container(node, &input.pod, shown).await?;
+    let own = input.clone();
+    let work = move || spec::adjust(&mut spec, &adjustment, &own).map(|adjusted| (spec, adjusted));
+    let (spec, adjusted) = input.looking.run(work).await.map_err(|error| error.during("adjustment by NRI plugins"))?;
     let oci = serde_json::from_value(spec).map_err(|error| Error::invalid(format!("adjustment by NRI plugins: {error}")))?;
     Ok((oci, adjusted))
 }
 
-/// Gives the pod's files, and the volumes that ask for it, the SELinux label that the container may use.
-async fn relabel(input: &spec::Input<'_>, label: String, more: Vec<PathBuf>) -> Result<()> {
+/// Gives the pod's files, and the volumes that ask for it, the SELinux label that the container may use. `more`: volumes that plugins want
+/// relabelled. Blocks.
+fn relabel(input: &spec::Input, more: Vec<PathBuf>) -> Result<()> {
+    let label = spec::labels(input)?.file;
     if label.is_empty() {
         return Ok(());
     }
-    let asked = input.config.mounts.iter().filter(|mount| mount.selinux_relabel && !mount.host_path.is_empty());
-    let volumes = asked.map(|mount| fs::canonicalize(&mount.host_path));
-    let mut paths: Vec<_> =
-        volumes.collect::<std::io::Result<_>>().map_err(|error| Error::io("find a volume to relabel", error))?;
+    let looking = &input.looking;
+    let look = |path: &Path| looking.at(format_args!("relabel {}", path.display()), path);
+    let mut paths = Vec::new();
+    for mount in input.config.mounts.iter().filter(|mount| mount.selinux_relabel && !mount.host_path.is_empty()) {
+        let path = Path::new(&mount.host_path);
+        look(path)?;
+        paths.push(fs::canonicalize(path).map_err(|error| Error::io("find a volume to relabel", error))?);
+    }
     let own = input.node.pod_directory(&input.pod.id);
     paths.extend(more);
     paths.extend(["hosts", "hostname", "resolv.conf"].map(|name| own.join(name)));
-    let work = move || paths.iter().try_for_each(|path| selinux::relabel(path, &label));
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("relabel: {error}")))?
+    paths.iter().try_for_each(|path| look(path).and_then(|()| selinux::relabel(path, &label, &|| looking.goes_on())))
 }
 
 /// The image as the pod names it, or as the request does.
@@ -335,7 +392,9 @@ fn write_bundle(
     store::write_file(&directory.join("rootfs.json"), plan.to_string().as_bytes())
 }
 
-fn log_path(pod: &pod::Record, config: &ContainerConfig) -> Result<String> {
+/// The absolute path of the log, in a directory that is there. Empty for none. Blocks.
+fn log_path(input: &spec::Input) -> Result<String> {
+    let (pod, config) = (&input.pod, &input.config);
     if config.log_path.is_empty() || pod.log_directory().is_empty() {
         return Ok(String::new());
     }
@@ -345,6 +404,7 @@ fn log_path(pod: &pod::Record, config: &ContainerConfig) -> Result<String> {
     }
     let path = Path::new(pod.log_directory()).join(relative);
     if let Some(parent) = path.parent() {
+        input.looking.at(format_args!("log directory {}", parent.display()), parent)?;
         fs::create_dir_all(parent)
             .map_err(|error| Error::io(format_args!("create log directory {}", parent.display()), error))?;
     }

@@ -13,6 +13,7 @@ pub mod exec;
 mod identity;
 mod image_volume;
 mod life;
+mod lookup;
 mod spec;
 pub mod stream;
 mod update;
@@ -20,6 +21,7 @@ mod update;
 pub use create::create;
 pub(crate) use create::restore;
 pub use life::{remove, reopen_log, resume_start, start, stop};
+pub use lookup::Lookups;
 pub(crate) use spec::{missing_controllers, resources as limits};
 pub use update::{merge, update, update_to};
 

@@ -172,10 +172,11 @@ impl RuntimeService for Service {
     }
 
     async fn create_container(&self, request: Request<cri::CreateContainerRequest>) -> Reply<cri::CreateContainerResponse> {
+        let limit = deadline::of(&request);
         let request = request.into_inner();
         let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
         let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
-        let container_id = container::create(self.node.clone(), pod, config).await.map_err(status::of)?;
+        let container_id = container::create(self.node.clone(), pod, config, limit).await.map_err(status::of)?;
         Ok(Response::new(cri::CreateContainerResponse { container_id }))
     }
 

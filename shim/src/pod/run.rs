@@ -15,7 +15,7 @@ use crate::{
     telemetry::{Clock, Phase as Timed},
 };
 use rustix::fd::OwnedFd;
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 use tracing::Instrument;
 use windlass_proto::{
     cri::{NamespaceMode, PodSandboxConfig},
@@ -188,7 +188,7 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
     let rest = async {
         resources::enforce(node, pod, &pod.record().config).await?;
         files::write(&node.pod_directory(&pod.id), &pod.record())?;
-        prepare_logs(pod)
+        prepare_logs(node, pod).await
     };
     let network = if own_network {
         let socket = route_socket.ok_or_else(|| Error::internal("the monitor gave no network socket"))?;
@@ -224,12 +224,18 @@ fn prepare_directories(node: &Node, pod: &Pod) -> Result<()> {
     pod.change(node, |_| {})
 }
 
-fn prepare_logs(pod: &Pod) -> Result<()> {
+async fn prepare_logs(node: &Node, pod: &Pod) -> Result<()> {
     let logs = pod.look(|record| record.log_directory().to_owned());
-    if !logs.is_empty() {
-        fs::create_dir_all(&logs).map_err(|error| Error::io(format_args!("create log directory {logs}"), error))?;
+    if logs.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let looking = node.lookups.begin(None);
+    let own = looking.clone();
+    let make = move || {
+        own.at(format_args!("config.log_directory {logs:?}"), Path::new(&logs))?;
+        fs::create_dir_all(&logs).map_err(|error| Error::io(format_args!("create log directory {logs}"), error))
+    };
+    looking.run(make).await
 }
 
 async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<OwnedFd>> {

@@ -21,8 +21,8 @@ const SYSTEM: [&str; 20] = [
 ];
 
 /// Gives `label` to the file or directory at `path`, which has no links in it any more, and to all that is below. A file system without labels is
-/// left as it is. Blocks.
-pub fn relabel(path: &Path, label: &str) -> Result<()> {
+/// left as it is. Blocks; `goes_on` is asked for each file, and ends it.
+pub fn relabel(path: &Path, label: &str, goes_on: &dyn Fn() -> bool) -> Result<()> {
     if SYSTEM.iter().any(|system| Path::new(system) == path) {
         return Err(Error::invalid(format!("selinux_relabel of {}, a directory of the system, is refused", path.display())));
     }
@@ -30,14 +30,17 @@ pub fn relabel(path: &Path, label: &str) -> Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let parent = rustix::fs::open(parent, flags, Mode::empty()).map_err(failed)?;
-    match one(&parent, name.as_encoded_bytes(), label, 0) {
+    match one(&parent, name.as_encoded_bytes(), label, goes_on, 0) {
         Ok(()) | Err(Errno::NOTSUP) => Ok(()),
         Err(error) => Err(failed(error)),
     }
 }
 
 /// Labels one entry of a directory and what is below it. The name is looked up below the descriptor; its last part is never followed.
-fn one(parent: &OwnedFd, name: &[u8], label: &str, depth: usize) -> std::result::Result<(), Errno> {
+fn one(parent: &OwnedFd, name: &[u8], label: &str, goes_on: &dyn Fn() -> bool, depth: usize) -> std::result::Result<(), Errno> {
+    if !goes_on() {
+        return Err(Errno::CANCELED);
+    }
     let path = [format!("/proc/self/fd/{}/", parent.as_raw_fd()).as_bytes(), name].concat();
     match lsetxattr(path.as_slice(), XATTR, label.as_bytes(), XattrFlags::empty()) {
         // Gone meanwhile.
@@ -64,7 +67,7 @@ fn one(parent: &OwnedFd, name: &[u8], label: &str, depth: usize) -> std::result:
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if name != b"." && name != b".." {
-            one(&directory, name, label, depth + 1)?;
+            one(&directory, name, label, goes_on, depth + 1)?;
         }
     }
     Ok(())
@@ -89,20 +92,20 @@ mod tests {
         fs::write(volume.join("a/b/file"), "x").expect("write");
         fs::write(&outside, "x").expect("write");
         std::os::unix::fs::symlink(&outside, volume.join("link")).expect("link");
-        relabel(&volume, "u:object_r:t:s0").expect("relabel");
+        relabel(&volume, "u:object_r:t:s0", &|| true).expect("relabel");
         // Without SELinux the attribute is an ordinary one, which root may write.
         for path in [&volume, &volume.join("a/b"), &volume.join("a/b/file"), &volume.join("link")] {
             assert_eq!(label(path), "u:object_r:t:s0", "{}", path.display());
         }
         assert_eq!(label(&outside), "");
-        relabel(&outside, "u:object_r:f:s0").expect("relabel a file");
+        relabel(&outside, "u:object_r:f:s0", &|| true).expect("relabel a file");
         assert_eq!(label(&outside), "u:object_r:f:s0");
     }
 
     #[test]
     fn the_systems_directories_are_refused() {
         for path in SYSTEM {
-            assert!(relabel(Path::new(path), "u:object_r:t:s0").is_err(), "{path}");
+            assert!(relabel(Path::new(path), "u:object_r:t:s0", &|| true).is_err(), "{path}");
         }
     }
 }

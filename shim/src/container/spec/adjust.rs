@@ -8,7 +8,10 @@ use crate::{
     error::{Error, Result},
 };
 use serde_json::{Map, Value, json};
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 use windlass_proto::{
     cri::{HugepageLimit, LinuxContainerResources},
     nri::{
@@ -43,8 +46,8 @@ fn removal(name: &str) -> (&str, bool) {
     name.strip_prefix('-').map_or((name, false), |name| (name, true))
 }
 
-/// Applies all of it.
-pub(crate) fn adjust(spec: &mut Value, adjustment: &ContainerAdjustment, input: &Input<'_>) -> Result<Outcome> {
+/// Applies all of it. Blocks.
+pub(crate) fn adjust(spec: &mut Value, adjustment: &ContainerAdjustment, input: &Input) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     for (marked, value) in &adjustment.annotations {
         match removal(marked) {
@@ -61,7 +64,7 @@ pub(crate) fn adjust(spec: &mut Value, adjustment: &ContainerAdjustment, input: 
     }
     adjustment.hooks.as_ref().map_or(Ok(()), |hooks| add_hooks(spec, hooks))?;
     let names: Vec<String> = adjustment.cdi_devices.iter().map(|device| device.name.clone()).collect();
-    cdi::inject(spec, &input.node.config.devices.cdi_spec_dirs, &names, "CDI_devices")?;
+    cdi::inject(spec, input, &names, "CDI_devices")?;
     if let Some(linux) = &adjustment.linux {
         linux_of(spec, linux, input, &mut outcome)?;
     }
@@ -146,7 +149,7 @@ fn unserved(field: &str) -> Error {
     Error::unimplemented(format!("linux.{field}: this runtime does not serve it"))
 }
 
-fn linux_of(spec: &mut Value, linux: &LinuxContainerAdjustment, input: &Input<'_>, outcome: &mut Outcome) -> Result<()> {
+fn linux_of(spec: &mut Value, linux: &LinuxContainerAdjustment, input: &Input, outcome: &mut Outcome) -> Result<()> {
     if linux.memory_policy.is_some() {
         return Err(unserved("memory_policy"));
     }
@@ -402,7 +405,7 @@ pub(crate) fn overlay(under: &mut Value, over: Value) {
 }
 
 /// Volumes to be relabelled.
-fn add_mounts(spec: &mut Value, given: &[Mount], input: &Input<'_>) -> Result<Vec<PathBuf>> {
+fn add_mounts(spec: &mut Value, given: &[Mount], input: &Input) -> Result<Vec<PathBuf>> {
     let mut relabel = Vec::new();
     for one in given {
         let (destination, removed) = removal(&one.destination);
@@ -432,15 +435,16 @@ fn add_mounts(spec: &mut Value, given: &[Mount], input: &Input<'_>) -> Result<Ve
 }
 
 /// A mount, and the place on the host that it shows, if it shows any.
-fn mount(spec: &mut Value, given: &Mount, input: &Input<'_>) -> Result<(Value, Option<PathBuf>)> {
+fn mount(spec: &mut Value, given: &Mount, input: &Input) -> Result<(Value, Option<PathBuf>)> {
     let mut options: Vec<&str> = given.options.iter().map(String::as_str).filter(|option| *option != "relabel").collect();
     let bind = given.r#type == "bind" || options.iter().any(|option| ["bind", "rbind"].contains(option));
     if !bind {
         let made = json!({ "destination": given.destination, "type": given.r#type, "source": given.source, "options": options });
         return Ok((made, None));
     }
-    let source = fs::canonicalize(&given.source)
-        .map_err(|error| Error::invalid(format!("mounts: source {:?} of {}: {error}", given.source, given.destination)))?;
+    let named = format!("mounts: source {:?} of {}", given.source, given.destination);
+    input.looking.at(&named, Path::new(&given.source))?;
+    let source = fs::canonicalize(&given.source).map_err(|error| Error::invalid(format!("{named}: {error}")))?;
     if !options.iter().any(|option| ["bind", "rbind"].contains(option)) {
         options.insert(0, "rbind");
     }

@@ -3,42 +3,44 @@
 use super::{Input, devices, text};
 use crate::{
     cdi::{self, DeviceNode, Edits, Mount},
+    container::lookup::Looking,
     error::{Error, Result},
 };
 use serde_json::{Value, json};
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 /// Annotations of this prefix name devices too, separated by commas, as older device plugins ask.
 const ANNOTATION_PREFIX: &str = "cdi.k8s.io/";
 
 /// Applies the edits of every CDI device of the request.
-pub(super) fn apply(spec: &mut Value, input: &Input<'_>) -> Result<()> {
+pub(super) fn apply(spec: &mut Value, input: &Input) -> Result<()> {
     let mut names: Vec<String> = input.config.cdi_devices.iter().map(|device| device.name.clone()).collect();
     let mut annotated: Vec<_> = input.config.annotations.iter().filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX)).collect();
     annotated.sort();
     names.extend(annotated.into_iter().flat_map(|(_, value)| value.split(',').map(|name| name.trim().to_owned())));
     let mut seen = std::collections::HashSet::new();
     names.retain(|name| seen.insert(name.clone()));
-    inject(spec, &input.node.config.devices.cdi_spec_dirs, &names, "config.CDI_devices")
+    inject(spec, input, &names, "config.CDI_devices")
 }
 
 /// Applies the edits of devices that `field` names.
-pub(super) fn inject(spec: &mut Value, directories: &[PathBuf], names: &[String], field: &str) -> Result<()> {
+pub(super) fn inject(spec: &mut Value, input: &Input, names: &[String], field: &str) -> Result<()> {
     if names.is_empty() {
         return Ok(());
     }
+    let directories = &input.node.config.devices.cdi_spec_dirs;
+    for directory in directories {
+        input.looking.at(format_args!("devices.cdi_spec_dirs {directory:?}"), directory)?;
+    }
     let edits = cdi::find(directories, names).map_err(|error| error.during(field))?;
     for edit in edits {
-        apply_one(spec, &edit).map_err(|error| error.during(format_args!("{field} {}", names.join(", "))))?;
+        apply_one(spec, &edit, &input.looking).map_err(|error| error.during(format_args!("{field} {}", names.join(", "))))?;
     }
     sort_mounts(spec);
     Ok(())
 }
 
-fn apply_one(spec: &mut Value, edits: &Edits) -> Result<()> {
+fn apply_one(spec: &mut Value, edits: &Edits, looking: &Looking) -> Result<()> {
     if edits.intel_rdt.is_some() {
         return Err(Error::unimplemented("containerEdits.intelRdt is not served"));
     }
@@ -57,7 +59,7 @@ fn apply_one(spec: &mut Value, edits: &Edits) -> Result<()> {
         });
     }
     for node in &edits.device_nodes {
-        let made = device(node, &spec["process"]["user"])?;
+        let made = device(node, &spec["process"]["user"], looking)?;
         let access = if node.permissions.is_empty() { "rwm" } else { &node.permissions };
         if made["type"] != "p" {
             let rule = json!({
@@ -71,7 +73,7 @@ fn apply_one(spec: &mut Value, edits: &Edits) -> Result<()> {
         });
     }
     for wanted in &edits.mounts {
-        let made = mount(wanted)?;
+        let made = mount(wanted, looking)?;
         change(&mut spec["mounts"], |mounts| {
             mounts.retain(|have| have["destination"] != made["destination"]);
             mounts.push(made);
@@ -102,7 +104,7 @@ fn apply_one(spec: &mut Value, edits: &Edits) -> Result<()> {
 }
 
 /// A node as the host has it, but for what the file says. A process that is not root gets it as its own.
-fn device(node: &DeviceNode, user: &Value) -> Result<Value> {
+fn device(node: &DeviceNode, user: &Value, looking: &Looking) -> Result<Value> {
     let invalid = |field: &str, value: &str, why: &dyn std::fmt::Display| {
         Error::invalid(format!("containerEdits.deviceNodes {}: {field} {value:?}: {why}", node.path))
     };
@@ -120,6 +122,7 @@ fn device(node: &DeviceNode, user: &Value) -> Result<Value> {
     let mut made = if complete {
         json!({ "path": node.path, "type": node.kind.replace('u', "c"), "major": node.major.unwrap_or(0), "minor": node.minor.unwrap_or(0) })
     } else {
+        looking.at(format_args!("containerEdits.deviceNodes {}: hostPath {source:?}", node.path), Path::new(source))?;
         let real = fs::canonicalize(source).map_err(|error| invalid("hostPath", source, &error))?;
         let made = devices::node(&real, Path::new(&node.path)).ok_or_else(|| invalid("hostPath", source, &"no device"))?;
         if !node.kind.is_empty() && made["type"] != node.kind.replace('u', "c") {
@@ -144,7 +147,7 @@ fn device(node: &DeviceNode, user: &Value) -> Result<Value> {
     Ok(made)
 }
 
-fn mount(wanted: &Mount) -> Result<Value> {
+fn mount(wanted: &Mount, looking: &Looking) -> Result<Value> {
     let target = &wanted.container_path;
     if !target.starts_with('/') || target.split('/').any(|part| part == "..") {
         return Err(Error::invalid(format!("containerEdits.mounts: containerPath {target:?} is not absolute and plain")));
@@ -153,9 +156,9 @@ fn mount(wanted: &Mount) -> Result<Value> {
     if !["", "bind", "none"].contains(&wanted.kind.as_str()) {
         return Ok(json!({ "destination": target, "type": wanted.kind, "source": wanted.host_path, "options": options }));
     }
-    let source = fs::canonicalize(&wanted.host_path).map_err(|error| {
-        Error::invalid(format!("containerEdits.mounts: hostPath {:?} of {target}: {error}", wanted.host_path))
-    })?;
+    let named = format!("containerEdits.mounts: hostPath {:?} of {target}", wanted.host_path);
+    looking.at(&named, Path::new(&wanted.host_path))?;
+    let source = fs::canonicalize(&wanted.host_path).map_err(|error| Error::invalid(format!("{named}: {error}")))?;
     if !options.iter().any(|option| option == "bind" || option == "rbind") {
         options.insert(0, "rbind".into());
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 /// The class that the container has by the first of: its own annotation, its pod's for this container, its pod's for all.
-fn class<'a>(input: &'a Input<'_>, kind: &str) -> Option<&'a str> {
+fn class<'a>(input: &'a Input, kind: &str) -> Option<&'a str> {
     let name = input.config.metadata.as_ref().map_or("", |metadata| metadata.name.as_str());
     let of_pod = |key: String| input.pod.config.annotations.get(&key);
     let own = input.config.annotations.get(&format!("io.kubernetes.cri.{kind}-class"));
@@ -21,7 +21,7 @@ fn class<'a>(input: &'a Input<'_>, kind: &str) -> Option<&'a str> {
 }
 
 /// Refuses a class of Intel RDT: nothing here writes to a resctrl file system.
-pub(super) fn refuse_rdt(input: &Input<'_>) -> Result<()> {
+pub(super) fn refuse_rdt(input: &Input) -> Result<()> {
     match class(input, "rdt") {
         Some(class) => {
             Err(Error::unimplemented(format!("annotations: RDT class {class:?}: classes of Intel RDT are not served")))
@@ -31,7 +31,7 @@ pub(super) fn refuse_rdt(input: &Input<'_>) -> Result<()> {
 }
 
 /// `blockIO` of the OCI configuration for the container's class. `None`: it has no class.
-pub(super) fn block_io(input: &Input<'_>) -> Result<Option<Value>> {
+pub(super) fn block_io(input: &Input) -> Result<Option<Value>> {
     let Some(name) = class(input, "blockio") else { return Ok(None) };
     block_io_class(&input.node.config, name).map(Some).map_err(|error| error.during("annotations"))
 }

@@ -15,10 +15,11 @@ const DEVICES_MAX: usize = 4096;
 const ENTRIES_MAX: usize = 16_384;
 
 /// Device nodes and cgroup rules.
-pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
+pub(super) fn build(input: &Input) -> Result<(Vec<Value>, Vec<Value>)> {
     let mut devices = Vec::new();
     let mut rules = vec![json!({ "allow": input.privileged(), "access": "rwm" })];
     if input.privileged() {
+        input.looking.at("devices of a privileged container: /dev", Path::new("/dev"))?;
         walk(Path::new("/dev"), Path::new("/dev"), &mut devices).map_err(|why| Error::internal(format!("/dev: {why}")))?;
     }
     for (index, device) in input.config.devices.iter().enumerate() {
@@ -33,6 +34,8 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Vec<Value>, Vec<Value>)> {
             return Err(invalid("container_path", target, &"not absolute"));
         }
         let mut found = Vec::new();
+        let named = format_args!("config.devices[{index}].host_path {:?}", device.host_path).to_string();
+        input.looking.at(named, Path::new(&device.host_path))?;
         let source = fs::canonicalize(&device.host_path).map_err(|error| invalid("host_path", &device.host_path, &error))?;
         if source.is_dir() {
             walk(&source, Path::new(target), &mut found).map_err(|why| invalid("host_path", &device.host_path, &why))?;

@@ -15,7 +15,7 @@ mod security;
 pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
 pub(crate) use resources::{not_enforced as missing_controllers, resources};
 
-use super::{identity::Identity, text};
+use super::{identity::Identity, lookup::Looking, text};
 use crate::{
     config::Ulimit,
     error::{Error, Result},
@@ -29,24 +29,29 @@ use crate::{
 };
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use windlass_proto::cri::{ContainerConfig, IdMapping, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
 
 /// What a container's configuration is made from.
-pub(super) struct Input<'a> {
-    pub node: &'a Node,
-    pub pod: &'a pod::Record,
-    pub id: &'a str,
-    pub config: &'a ContainerConfig,
-    pub image: &'a Image,
-    pub identity: &'a Identity,
+pub(super) struct Input {
+    pub node: Arc<Node>,
+    pub pod: pod::Record,
+    pub id: String,
+    pub config: ContainerConfig,
+    pub image: Arc<Image>,
+    pub identity: Identity,
     /// The bundle.
-    pub directory: &'a Path,
+    pub directory: PathBuf,
+    /// Told of each path before it is looked at.
+    pub looking: Looking,
 }
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-impl Input<'_> {
+impl Input {
     fn security(&self) -> LinuxContainerSecurityContext {
         self.config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default()
     }
@@ -86,8 +91,8 @@ fn mapping(ids: &IdMapping) -> Value {
     json!([{ "containerID": ids.container_id, "hostID": ids.host_id, "size": ids.length }])
 }
 
-/// The configuration, and the names of the limits it asks for that this host does not enforce.
-pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
+/// The configuration, and the names of the limits it asks for that this host does not enforce. Blocks.
+pub(super) fn build(input: &Input) -> Result<(Spec, Vec<String>)> {
     let linux = input.config.linux.clone().unwrap_or_default();
     let asked = linux.resources.unwrap_or_default();
     let mut oci_resources = serde_json::to_value(resources(&asked)?).map_err(encode)?;
@@ -108,14 +113,14 @@ pub(super) fn build(input: &Input<'_>) -> Result<(Spec, Vec<String>)> {
         "annotations": annotations(input),
         "linux": {
             "namespaces": namespaces(input)?,
-            "cgroupsPath": input.pod.container_path(input.id),
+            "cgroupsPath": input.pod.container_path(&input.id),
             "resources": oci_resources,
             "devices": devices,
             "mountLabel": given(labels(input)?.file),
             "maskedPaths": masked,
             "readonlyPaths": readonly,
             "seccomp": seccomp::profile(input, &security::granted(input)?)?,
-            "rootfsPropagation": mounts::root_propagation(input.config),
+            "rootfsPropagation": mounts::root_propagation(&input.config),
         },
     });
     let mut spec = spec;
@@ -132,8 +137,8 @@ fn encode(error: serde_json::Error) -> Error {
     Error::internal(format!("encode OCI configuration: {error}"))
 }
 
-fn process(input: &Input<'_>) -> Result<Value> {
-    let config = input.config;
+fn process(input: &Input) -> Result<Value> {
+    let config = &input.config;
     let security = input.security();
     let image = input.image.config.config().clone().unwrap_or_default();
     let cwd = match (config.working_dir.as_str(), image.working_dir().as_deref()) {
@@ -142,7 +147,7 @@ fn process(input: &Input<'_>) -> Result<Value> {
         (asked, _) => asked,
     };
     paths::check("config.working_dir", cwd)?;
-    let identity = input.identity;
+    let identity = &input.identity;
     let oom = config
         .linux
         .as_ref()
@@ -191,7 +196,7 @@ fn arguments(config: &ContainerConfig, entrypoint: Option<&[String]>, cmd: Optio
     Ok(arguments)
 }
 
-fn environment(input: &Input<'_>, image: &[String]) -> Result<Vec<String>> {
+fn environment(input: &Input, image: &[String]) -> Result<Vec<String>> {
     let mut environment: Vec<String> = Vec::new();
     let mut set = |entry: String| {
         let key = entry.split('=').next().unwrap_or_default().to_owned() + "=";
@@ -222,7 +227,7 @@ fn environment(input: &Input<'_>, image: &[String]) -> Result<Vec<String>> {
     Ok(environment)
 }
 
-fn pod_hostname(input: &Input<'_>) -> String {
+fn pod_hostname(input: &Input) -> String {
     if input.pod.config.hostname.is_empty() {
         return rustix::system::uname().nodename().to_string_lossy().into_owned();
     }
@@ -230,7 +235,7 @@ fn pod_hostname(input: &Input<'_>) -> String {
 }
 
 /// Namespaces of the container. The native runtime gets the pod's as descriptors of the monitor; the paths serve other runtimes.
-fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
+fn namespaces(input: &Input) -> Result<Vec<Value>> {
     let options = input.namespaces();
     let pod = pod::namespace_modes(&input.pod.config);
     for (name, container, pod) in [("network", options.network(), pod.network()), ("ipc", options.ipc(), pod.ipc())] {
@@ -246,7 +251,7 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
     if users != userns::of(&pod)? {
         return Err(Error::invalid("security_context.namespace_options.userns_options is not the pod's"));
     }
-    check_identity(input.identity, users)?;
+    check_identity(&input.identity, users)?;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "cgroup" })];
     if users.is_some() {
         namespaces.push(json!({ "type": "user" }));
@@ -265,7 +270,7 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<Value>> {
 }
 
 /// The SELinux labels of the container.
-pub(super) fn labels(input: &Input<'_>) -> Result<Labels> {
+pub(super) fn labels(input: &Input) -> Result<Labels> {
     let security = input.security();
     let pod = pod::selinux_options(&input.pod.config);
     input.node.selinux.labels(&input.pod.selinux_categories, pod, security.selinux_options.as_ref(), security.privileged)
@@ -276,7 +281,7 @@ fn given(text: String) -> Option<String> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-fn annotations(input: &Input<'_>) -> Value {
+fn annotations(input: &Input) -> Value {
     let mut annotations = json!(input.config.annotations);
     annotations["io.kubernetes.cri.sandbox-id"] = json!(input.pod.id);
     annotations["io.kubernetes.cri.container-name"] =

@@ -16,7 +16,7 @@ use windlass_proto::cri::{ContainerConfig, IdMapping, Mount, MountPropagation, N
 const OPTIONS: [&str; 6] = ["noexec", "nodev", "nosuid", "noatime", "nodiratime", "nosymfollow"];
 
 /// Mounts in the order in which they are made.
-pub(super) fn build(input: &Input<'_>) -> Result<Vec<Value>> {
+pub(super) fn build(input: &Input) -> Result<Vec<Value>> {
     let mut mounts = kernel(input);
     let mut volumes = pod_files(input);
     for (index, mount) in input.config.mounts.iter().enumerate() {
@@ -35,7 +35,7 @@ pub(super) fn normal(path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-fn kernel(input: &Input<'_>) -> Vec<Value> {
+fn kernel(input: &Input) -> Vec<Value> {
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
     let writable = if input.privileged() { "rw" } else { "ro" };
     let mut mounts = vec![
@@ -56,7 +56,7 @@ fn kernel(input: &Input<'_>) -> Vec<Value> {
 }
 
 /// hosts, hostname and resolv.conf of the pod, where the request mounts nothing of its own.
-fn pod_files(input: &Input<'_>) -> Vec<(String, Value)> {
+fn pod_files(input: &Input) -> Vec<(String, Value)> {
     let directory = input.node.pod_directory(&input.pod.id);
     let taken = |path: &str| input.config.mounts.iter().any(|mount| normal(&mount.container_path) == path);
     let mode = if input.security().readonly_rootfs { "ro" } else { "rw" };
@@ -84,15 +84,16 @@ fn check_target(target: &str) -> Result<()> {
     Ok(())
 }
 
-fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
+fn volume(input: &Input, mount: &Mount) -> Result<Value> {
     let target = &mount.container_path;
     check_target(target)?;
     if !mount.image_sub_path.is_empty() {
         return Err(Error::invalid(format!("config.mounts: {target}: image_sub_path is set without image")));
     }
     let ids = id_mappings(input, mount)?;
-    let source = source(&mount.host_path)
-        .map_err(|error| Error::invalid(format!("config.mounts: host_path {:?} of {target}: {error}", mount.host_path)))?;
+    let named = format!("config.mounts: host_path {:?} of {target}", mount.host_path);
+    let found = source(input, &named, &mount.host_path)?;
+    let source = found.map_err(|error| Error::invalid(format!("{named}: {error}")))?;
     let mut options = vec!["rbind".to_owned()];
     options.push(propagation(input, mount)?.to_owned());
     options.push(read_only(mount)?.to_owned());
@@ -108,18 +109,22 @@ fn volume(input: &Input<'_>, mount: &Mount) -> Result<Value> {
 
 /// Where a volume is. One that is not there becomes a directory, whatever the CRI says: kubelet leaves this to the runtime for a volume of
 /// type hostPath without a `type`, containerd and CRI-O do it, and manifests (kind's of its network, for one) count on it.
-fn source(host_path: &str) -> io::Result<PathBuf> {
+fn source(input: &Input, named: &str, host_path: &str) -> Result<io::Result<PathBuf>> {
+    let look = || input.looking.at(named, Path::new(host_path));
+    look()?;
     match fs::canonicalize(host_path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && host_path.starts_with('/') => {
-            fs::DirBuilder::new().recursive(true).mode(0o755).create(host_path)?;
-            fs::canonicalize(host_path)
+            // Nothing is made for a request that was given up.
+            look()?;
+            let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(host_path);
+            Ok(made.and_then(|()| fs::canonicalize(host_path)))
         }
-        found => found,
+        found => Ok(found),
     }
 }
 
 /// How a volume's ids are seen; only a pod with users of its own sees other ids than the host.
-fn id_mappings(input: &Input<'_>, mount: &Mount) -> Result<Option<(IdMapping, IdMapping)>> {
+fn id_mappings(input: &Input, mount: &Mount) -> Result<Option<(IdMapping, IdMapping)>> {
     let refused = |why: &str| Err(Error::invalid(format!("config.mounts: {}: {why}", mount.container_path)));
     let users = input.users()?;
     if users.is_some() && mount.propagation() == MountPropagation::PropagationBidirectional {
@@ -134,16 +139,16 @@ fn id_mappings(input: &Input<'_>, mount: &Mount) -> Result<Option<(IdMapping, Id
 }
 
 /// A volume of an image, which is never written to.
-fn image(input: &Input<'_>, index: usize, mount: &Mount) -> Result<Value> {
+fn image(input: &Input, index: usize, mount: &Mount) -> Result<Value> {
     let target = &mount.container_path;
     check_target(target)?;
     let mut options = ["rbind", "rprivate", "ro"].map(str::to_owned).to_vec();
     options.extend(extra_options(mount)?);
-    let source = text(&image_volume::source(input.directory, index));
+    let source = text(&image_volume::source(&input.directory, index));
     Ok(json!({ "destination": target, "type": "bind", "source": source, "options": options }))
 }
 
-fn propagation(input: &Input<'_>, mount: &Mount) -> Result<&'static str> {
+fn propagation(input: &Input, mount: &Mount) -> Result<&'static str> {
     let target = &mount.container_path;
     Ok(match mount.propagation() {
         MountPropagation::PropagationPrivate => "rprivate",

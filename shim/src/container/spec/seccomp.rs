@@ -21,7 +21,7 @@ enum Asked {
 }
 
 /// The profile for a container that holds `capabilities`; null is none. A privileged container has none.
-pub(super) fn profile(input: &Input<'_>, capabilities: &BTreeSet<String>) -> Result<Value> {
+pub(super) fn profile(input: &Input, capabilities: &BTreeSet<String>) -> Result<Value> {
     if input.privileged() {
         return Ok(Value::Null);
     }
@@ -30,6 +30,7 @@ pub(super) fn profile(input: &Input<'_>, capabilities: &BTreeSet<String>) -> Res
         Asked::RuntimeDefault => Ok(seccomp_default::profile(capabilities)),
         Asked::Localhost(field, path) => {
             let bad = |why: String| Error::invalid(format!("security_context.{field} {path:?}: {why}"));
+            input.looking.at(format_args!("security_context.{field} {path:?}"), Path::new(&path))?;
             let text = read(Path::new(&path)).map_err(|error| bad(error.to_string()))?;
             parse(&text).map_err(bad)
         }

@@ -132,13 +132,13 @@ fn held(asked: &Capability, privileged: bool) -> Result<(BTreeSet<String>, BTree
 }
 
 /// Names without `CAP_` of what the container holds.
-pub(super) fn granted(input: &Input<'_>) -> Result<BTreeSet<String>> {
+pub(super) fn granted(input: &Input) -> Result<BTreeSet<String>> {
     let security = input.security();
     Ok(held(&security.capabilities.unwrap_or_default(), security.privileged)?.0)
 }
 
 /// The five capability sets. Ambient ones are also inheritable (capabilities(7)).
-pub(super) fn capabilities(input: &Input<'_>) -> Result<Value> {
+pub(super) fn capabilities(input: &Input) -> Result<Value> {
     let security = input.security();
     let (granted, ambient) = held(&security.capabilities.unwrap_or_default(), security.privileged)?;
     let full = |names: &BTreeSet<String>| names.iter().map(|name| format!("CAP_{name}")).collect::<Vec<_>>();
@@ -148,7 +148,7 @@ pub(super) fn capabilities(input: &Input<'_>) -> Result<Value> {
 
 /// Masked and read-only paths: the request's when it gives any, else the customary ones; none for a privileged container. Kubelet
 /// sends two empty lists for `procMount: Unmasked`, which Kubernetes allows to pods with users of their own only; so do we.
-pub(super) fn paths(input: &Input<'_>) -> Result<(Vec<String>, Vec<String>)> {
+pub(super) fn paths(input: &Input) -> Result<(Vec<String>, Vec<String>)> {
     let security = input.security();
     for (field, paths) in [("masked_paths", &security.masked_paths), ("readonly_paths", &security.readonly_paths)] {
         paths.iter().try_for_each(|path| super::paths::check(&format!("security_context.{field}:"), path))?;
