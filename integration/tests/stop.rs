@@ -103,6 +103,31 @@ fn a_shorter_stop_shortens_the_wait_of_a_longer_one() -> Result<()> {
 }
 
 #[test]
+fn the_signal_is_sent_once_whoever_stops_it_again() -> Result<()> {
+    node::run(|| {
+        let mut ground = ground()?;
+        let id = ground.shell("counting", "trap 'echo told' TERM", |_| {})?;
+        let signals = |ground: &Ground| ground.log("counting").lines().filter(|line| line.ends_with("told")).count();
+        let record = ground.daemon.root().join("containers").join(&id).join("record.json");
+        let first = Client::connect(&ground.daemon)?;
+        let waiting = {
+            let id = id.clone();
+            std::thread::spawn(move || first.stop(&id, 120))
+        };
+        until("the signal", || Ok((signals(&ground) == 1).then_some(())))?;
+        until("the record of it", || Ok(fs::read_to_string(&record)?.contains("\"stop_signal_sent\":true").then_some(())))?;
+        ground.daemon.kill9()?;
+        ensure!(waiting.join().ok().context("the first stop")?.is_err(), "the daemon is gone");
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
+        ground.client.stop(&id, 2)?;
+        ensure!(ground.code(&id)? == 137);
+        ensure!(signals(&ground) == 1, "{}", ground.log("counting"));
+        ground.end()
+    })
+}
+
+#[test]
 fn a_frozen_container_is_thawed_and_obeys() -> Result<()> {
     node::run(|| {
         let ground = ground()?;

@@ -268,6 +268,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
         log_path,
         user,
         stop_signal: spec::stop_signal(&config, image)?,
+        stop_signal_sent: false,
         not_enforced,
         created_at_ns: now_ns(),
         from_checkpoint: checkpoint.is_some(),

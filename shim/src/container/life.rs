@@ -112,7 +112,7 @@ async fn find_process(container: &Container, monitor: &Monitor) {
 }
 
 /// Stops a container: its stop signal, then after `timeout` the kernel's kill of its whole cgroup. A later call with a shorter timeout
-/// shortens the wait, because each call kills at its own deadline.
+/// shortens the wait, because each call kills at its own deadline. The signal is sent once, as many programs take a second one for haste.
 pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
     end(node, container, timeout).await?;
     nri::container_stopped(node, container).await;
@@ -131,17 +131,16 @@ async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) ->
     };
     let created = container.look(|record| matches!(record.state, State::Created { .. }));
     if !timeout.is_zero() && !created {
-        let signal = container.look(|record| record.stop_signal);
-        let request = Body::Signal(SignalRequest { container_id: container.id.clone(), signal });
-        match monitor.call(request).await {
-            Ok(_) => {
-                let waiting = tracing::info_span!(target: trace::TARGET, "wait for the end", container = %container.id);
-                if tokio::time::timeout(timeout, container.wait_exited()).instrument(waiting).await.is_ok() {
-                    return Ok(());
-                }
+        let waiting = tracing::info_span!(target: trace::TARGET, "wait for the end", container = %container.id);
+        let obeyed = async {
+            let sent = send_stop_signal(container, &monitor).await;
+            if sent {
+                container.wait_exited().await;
             }
-            Err(error) if matches!(error.kind, Kind::Precondition | Kind::NotFound) => {}
-            Err(error) => tracing::warn!(container = %container.id, %error, "stop signal not sent"),
+            sent
+        };
+        if tokio::time::timeout(timeout, obeyed).instrument(waiting).await == Ok(true) {
+            return Ok(());
         }
     }
     match monitor.call(Body::Kill(KillRequest { container_id: container.id.clone() })).await {
@@ -150,6 +149,24 @@ async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) ->
         Err(error) => return Err(error.during(format_args!("stop container {}", container.id))),
     }
     wait(container).await
+}
+
+/// Sends the stop signal, unless an earlier stop has, by this daemon or one before it. `false`: it cannot be sent.
+async fn send_stop_signal(container: &Container, monitor: &Monitor) -> bool {
+    let _sending = container.stopping.lock().await;
+    let (sent, signal) = container.look(|record| (record.stop_signal_sent, record.stop_signal));
+    if sent {
+        return true;
+    }
+    match monitor.call(Body::Signal(SignalRequest { container_id: container.id.clone(), signal })).await {
+        Ok(_) => {
+            container.change_always(|record| record.stop_signal_sent = true);
+            return true;
+        }
+        Err(error) if matches!(error.kind, Kind::Precondition | Kind::NotFound) => {}
+        Err(error) => tracing::warn!(container = %container.id, %error, "stop signal not sent"),
+    }
+    false
 }
 
 async fn wait(container: &Container) -> Result<()> {

@@ -66,6 +66,9 @@ pub struct Record {
     pub user: LinuxContainerUser,
     /// Signal number that a stop begins with.
     pub stop_signal: i32,
+    /// A stop has sent it.
+    #[serde(default)]
+    pub stop_signal_sent: bool,
     /// Limits that were asked for and that this host does not enforce.
     pub not_enforced: Vec<String>,
     pub created_at_ns: i64,
@@ -154,6 +157,8 @@ pub struct Container {
     path: PathBuf,
     /// Held by the one change of its limits that is under way: apart from `turn`, so that a plugin of NRI may change them in a start.
     limits: tokio::sync::Mutex<()>,
+    /// Held by the stop that sends the signal.
+    stopping: tokio::sync::Mutex<()>,
     /// Serialises writers of the record.
     writing: Mutex<()>,
     /// Whether its start has been told; held while it is told.
@@ -179,6 +184,7 @@ impl Container {
             _lease: lease,
             turn: tokio::sync::Mutex::new(()),
             limits: tokio::sync::Mutex::new(()),
+            stopping: tokio::sync::Mutex::new(()),
             writing: Mutex::new(()),
             started_told: Mutex::new(false),
             input_ended: CancellationToken::new(),
