@@ -112,12 +112,16 @@ impl Client {
         self.run_pod_sandbox(request).map(|reply| reply.pod_sandbox_id)
     }
 
-    /// Creates a container; returns its id.
+    /// Creates a container; returns its id. The pod of a privileged one is told to be so, as kubelet does.
     pub fn create(&self, pod: &str, config: &cri::PodSandboxConfig, container: &cri::ContainerConfig) -> Result<String, Status> {
+        let mut config = config.clone();
+        if container.linux.as_ref().and_then(|linux| linux.security_context.as_ref()).is_some_and(|context| context.privileged) {
+            config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        }
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(container.clone()),
-            sandbox_config: Some(config.clone()),
+            sandbox_config: Some(config),
         };
         self.create_container(request).map(|reply| reply.container_id)
     }

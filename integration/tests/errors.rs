@@ -66,6 +66,32 @@ fn a_group_without_a_user() -> Result<()> {
 }
 
 #[test]
+fn a_privileged_container_of_a_pod_that_was_not_declared_so() -> Result<()> {
+    node::run(|| {
+        let (ground, before) = ground()?;
+        let mut wanted = container(&ground.config, "main", &["sleep", "1000"]);
+        security(&mut wanted).privileged = true;
+        let mut debugged = ground.config.clone();
+        debugged.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        for (sandbox_config, served) in [(None, false), (Some(ground.config.clone()), false), (Some(debugged), true)] {
+            let request =
+                cri::CreateContainerRequest { pod_sandbox_id: ground.pod.clone(), config: Some(wanted.clone()), sandbox_config };
+            match ground.client.create_container(request) {
+                Ok(reply) => {
+                    ensure!(served, "created");
+                    ground.client.remove_container(cri::RemoveContainerRequest { container_id: reply.container_id })?;
+                }
+                Err(error) => {
+                    ensure!(!served && error.code() == Code::InvalidArgument, "{error:?}");
+                    ensure!(error.message().contains("security_context.privileged"), "{error}");
+                }
+            }
+        }
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+#[test]
 fn an_unknown_capability() -> Result<()> {
     refused(Code::InvalidArgument, &["CAP_FLY"], |config| {
         security(config).capabilities = Some(cri::Capability { add_capabilities: vec!["CAP_FLY".into()], ..Default::default() });

@@ -22,22 +22,45 @@ use std::{
 use tokio::sync::RwLockReadGuard;
 use tracing::Instrument;
 use windlass_proto::{
-    cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode},
+    cri::{ContainerConfig, Mount, MountPropagation, NamespaceMode, PodSandboxConfig},
     monitor::{CreateRequest, DeleteRequest, Restore, create_request::PidMode, frame::Body},
     nri::Container as Shown,
 };
 
 /// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
-/// `limit`: how long the caller waits for the file systems of its volumes, if it says so.
-pub async fn create(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, limit: Option<Duration>) -> Result<String> {
+/// `declared`: the pod as the request describes it, if it does. `limit`: how long the caller waits for the file systems of its volumes,
+/// if it says so.
+pub async fn create(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    config: ContainerConfig,
+    declared: Option<&PodSandboxConfig>,
+    limit: Option<Duration>,
+) -> Result<String> {
+    check_privileged(&pod, declared, &config)?;
     let looking = node.lookups.begin(limit);
     create_of(node, pod, config, None, looking).await
 }
 
 /// Creates a container of a pod's checkpoint, whose process the configuration describes.
 pub(crate) async fn restore(node: Arc<Node>, pod: Arc<Pod>, config: ContainerConfig, from: Source) -> Result<String> {
+    check_privileged(&pod, None, &config)?;
     let looking = node.lookups.begin(None);
     create_of(node, pod, config, Some(from), looking).await
+}
+
+/// Refuses a privileged container in a pod that was not declared to have any. A container that is added to a pod for debugging comes with
+/// another description of the pod than it was run with.
+fn check_privileged(pod: &Pod, declared: Option<&PodSandboxConfig>, config: &ContainerConfig) -> Result<()> {
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let declared = || declared.map_or_else(|| pod.look(|record| pod::is_privileged(&record.config)), pod::is_privileged);
+    if security.is_some_and(|security| security.privileged) && !declared() {
+        return Err(Error::invalid(
+            "config.linux.security_context.privileged is true, and that of the pod (sandbox_config) is false: a pod with a privileged \
+             container must be declared so",
+        ));
+    }
+    Ok(())
 }
 
 async fn create_of(

@@ -176,7 +176,8 @@ impl RuntimeService for Service {
         let request = request.into_inner();
         let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
         let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
-        let container_id = container::create(self.node.clone(), pod, config, limit).await.map_err(status::of)?;
+        let declared = request.sandbox_config.as_ref();
+        let container_id = container::create(self.node.clone(), pod, config, declared, limit).await.map_err(status::of)?;
         Ok(Response::new(cri::CreateContainerResponse { container_id }))
     }
 

@@ -267,6 +267,12 @@ pub fn selinux_options(config: &PodSandboxConfig) -> Option<&windlass_proto::cri
     config.linux.as_ref()?.security_context.as_ref()?.selinux_options.as_ref()
 }
 
+/// Whether the pod was declared to have privileged containers.
+pub fn is_privileged(config: &PodSandboxConfig) -> bool {
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    security.is_some_and(|security| security.privileged)
+}
+
 /// The pod's namespace options; absent ones are the pod's own.
 pub fn namespace_modes(config: &PodSandboxConfig) -> windlass_proto::cri::NamespaceOption {
     config
