@@ -120,6 +120,36 @@ fn labels_and_profiles_that_this_node_cannot_apply() -> Result<()> {
 }
 
 #[test]
+fn numbers_of_no_enumeration() -> Result<()> {
+    refused(Code::InvalidArgument, &["config.stop_signal 999 is unknown"], |config| config.stop_signal = 999)?;
+    refused(Code::InvalidArgument, &["/data: propagation 7 is unknown"], |config| {
+        let (container_path, host_path) = ("/data".into(), "/tmp".into());
+        config.mounts = vec![cri::Mount { container_path, host_path, propagation: 7, ..Default::default() }];
+    })?;
+    refused(Code::InvalidArgument, &["security_context.namespace_options.pid 9 is unknown"], |config| {
+        security(config).namespace_options.get_or_insert_default().pid = 9;
+    })?;
+    node::run(|| {
+        let (ground, before) = ground()?;
+        for field in ["network", "pid", "ipc", "userns_options.mode"] {
+            let mut config = pod(&ground.daemon.path("logs"));
+            let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            let options = context.namespace_options.get_or_insert_default();
+            match field {
+                "network" => options.network = 9,
+                "pid" => options.pid = 9,
+                "ipc" => options.ipc = 9,
+                _ => options.userns_options = Some(cri::UserNamespace { mode: 9, ..Default::default() }),
+            }
+            let error = ground.client.run(&config).expect_err("refused");
+            let words = format!("namespace_options.{field} 9 is unknown");
+            ensure!(error.code() == Code::InvalidArgument && error.message().contains(&words), "{error:?}");
+        }
+        before.expect_same(&Snapshot::take(&ground.daemon)?)
+    })
+}
+
+#[test]
 fn a_log_path_that_leaves_its_directory() -> Result<()> {
     refused(Code::InvalidArgument, &["log_path"], |config| config.log_path = "../../escape.log".into())
 }

@@ -81,6 +81,11 @@ impl Error {
     }
 }
 
+/// The value of an enumeration with this number. One that the CRI does not have here is refused: it is none of the others.
+pub fn known<T: TryFrom<i32>>(field: impl fmt::Display, number: i32) -> Result<T> {
+    T::try_from(number).map_err(|_| Error::invalid(format!("{field} {number} is unknown")))
+}
+
 impl From<crate::network::NetworkError> for Error {
     /// With the causes behind it: this is where the chain is told.
     fn from(error: crate::network::NetworkError) -> Error {

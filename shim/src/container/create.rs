@@ -117,6 +117,7 @@ async fn build(
     if image_name.is_empty() {
         return Err(Error::invalid("config.image.image is empty"));
     }
+    spec::check_numbers(&config)?;
     let directory = node.container_directory(&id);
     match of_origin(&node, &pod, &id, config, from, looking, &directory).await {
         Ok((container, hold)) => {

@@ -23,7 +23,7 @@ pub use run::run;
 pub use stop::{remove, stop};
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, known},
     log::names::{self, Known},
     monitor::Monitor,
     network::{Kind, PodNetwork},
@@ -37,7 +37,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, RwLock},
 };
-use windlass_proto::cri::{NamespaceMode, PodSandboxConfig};
+use windlass_proto::cri::{NamespaceMode, NamespaceOption, PodSandboxConfig};
 
 /// A pod as its record keeps it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -273,8 +273,17 @@ pub fn is_privileged(config: &PodSandboxConfig) -> bool {
     security.is_some_and(|security| security.privileged)
 }
 
+/// Refuses modes that are none of the CRI's. `field`: where the options are.
+pub fn check_modes(field: &str, options: &NamespaceOption) -> Result<()> {
+    for (name, mode) in [("network", options.network), ("pid", options.pid), ("ipc", options.ipc)] {
+        known::<NamespaceMode>(format_args!("{field}.{name}"), mode)?;
+    }
+    let users = options.userns_options.as_ref().map_or(0, |users| users.mode);
+    known::<NamespaceMode>(format_args!("{field}.userns_options.mode"), users).map(drop)
+}
+
 /// The pod's namespace options; absent ones are the pod's own.
-pub fn namespace_modes(config: &PodSandboxConfig) -> windlass_proto::cri::NamespaceOption {
+pub fn namespace_modes(config: &PodSandboxConfig) -> NamespaceOption {
     config
         .linux
         .as_ref()

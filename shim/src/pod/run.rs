@@ -4,7 +4,7 @@
 //! writes the files and sets the limits, and records `Ready`. A step that fails takes back what the steps before it made, by the same code
 //! that stops and removes a pod.
 
-use super::{Phase, Pod, Record, files, namespace_modes, network, resources, scope, stop, userns, watch};
+use super::{Phase, Pod, Record, check_modes, files, namespace_modes, network, resources, scope, stop, userns, watch};
 use crate::{
     config::{Account, NATIVE_HANDLER},
     error::{Error, Kind, Result},
@@ -106,7 +106,9 @@ fn check_security(config: &PodSandboxConfig) -> Result<()> {
     if security.run_as_group.is_some() && security.run_as_user.is_none() {
         return Err(Error::invalid("config.linux.security_context.run_as_group is set without run_as_user"));
     }
-    userns::of(&namespace_modes(config)).map(drop)
+    let modes = namespace_modes(config);
+    check_modes("config.linux.security_context.namespace_options", &modes)?;
+    userns::of(&modes).map(drop)
 }
 
 async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_handler: String) -> Result<String> {

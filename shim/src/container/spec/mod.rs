@@ -18,7 +18,7 @@ pub(crate) use resources::{not_enforced as missing_controllers, resources};
 use super::{identity::Identity, lookup::Looking, text};
 use crate::{
     config::Ulimit,
-    error::{Error, Result},
+    error::{Error, Result, known},
     image::Image,
     node::Node,
     pod::{
@@ -33,7 +33,9 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use windlass_proto::cri::{ContainerConfig, IdMapping, LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Signal};
+use windlass_proto::cri::{
+    ContainerConfig, IdMapping, LinuxContainerSecurityContext, MountPropagation, NamespaceMode, NamespaceOption, Signal,
+};
 
 /// What a container's configuration is made from.
 pub(super) struct Input {
@@ -287,6 +289,17 @@ fn annotations(input: &Input) -> Value {
     annotations["io.kubernetes.cri.container-name"] =
         json!(input.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default());
     annotations
+}
+
+/// Refuses numbers that are in none of the CRI's enumerations.
+pub(super) fn check_numbers(config: &ContainerConfig) -> Result<()> {
+    known::<Signal>("config.stop_signal", config.stop_signal)?;
+    for mount in &config.mounts {
+        known::<MountPropagation>(format_args!("config.mounts: {}: propagation", mount.container_path), mount.propagation)?;
+    }
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let options = security.and_then(|security| security.namespace_options.as_ref());
+    options.map_or(Ok(()), |options| pod::check_modes("security_context.namespace_options", options))
 }
 
 /// The signal that a stop begins with: the request's, the image's, else TERM.
