@@ -155,6 +155,20 @@ fn a_log_path_that_leaves_its_directory() -> Result<()> {
 }
 
 #[test]
+fn a_log_path_without_the_pods_directory() -> Result<()> {
+    node::run(|| {
+        let ground = Ground::with_handler(Daemon::start(&[])?, "", |config| config.log_directory = String::new())?;
+        let mut wanted = container(&ground.config, "main", &["sleep", "1000"]);
+        let error = ground.client.create(&ground.pod, &ground.config, &wanted).expect_err("refused");
+        ensure!(error.code() == Code::InvalidArgument, "{error:?}");
+        ensure!(error.message().contains("config.log_path \"main.log\"") && error.message().contains("log_directory"), "{error}");
+        wanted.log_path = String::new();
+        ground.client.create(&ground.pod, &ground.config, &wanted).context("no log is asked for")?;
+        ground.end()
+    })
+}
+
+#[test]
 fn a_limit_of_the_wrong_sign() -> Result<()> {
     refused(Code::InvalidArgument, &["cpu_shares"], |config| {
         let resources = cri::LinuxContainerResources { cpu_shares: -5, ..Default::default() };

@@ -72,7 +72,7 @@ pub(super) async fn run(options: Options) -> Result<()> {
     let container = client.find_container(&options.container).await?;
     let (status, _) = client.container(&container.id).await?;
     if status.log_path.is_empty() {
-        return Err(Error::precondition(format!("container {} keeps no log: its pod has no log_directory", container.id)));
+        return Err(Error::precondition(format!("container {} keeps no log: it was created without a log_path", container.id)));
     }
     let path = PathBuf::from(&status.log_path);
     let mut log = Log::open(&path, options.tail)?;

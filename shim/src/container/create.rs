@@ -420,8 +420,14 @@ fn write_bundle(
 /// The absolute path of the log, in a directory that is there. Empty for none. Blocks.
 fn log_path(input: &spec::Input) -> Result<String> {
     let (pod, config) = (&input.pod, &input.config);
-    if config.log_path.is_empty() || pod.log_directory().is_empty() {
+    if config.log_path.is_empty() {
         return Ok(String::new());
+    }
+    if pod.log_directory().is_empty() {
+        return Err(Error::invalid(format!(
+            "config.log_path {:?} is below the pod's log_directory, and the pod has none",
+            config.log_path
+        )));
     }
     let relative = Path::new(&config.log_path);
     if relative.is_absolute() || relative.components().any(|part| matches!(part, std::path::Component::ParentDir)) {
