@@ -48,6 +48,32 @@ fn pull(client: &Client, name: &str, auth: Option<cri::AuthConfig>) -> Result<St
     client.pull_image(cri::PullImageRequest { image: spec(name), auth, sandbox_config: None }).map(|reply| reply.image_ref)
 }
 
+#[test]
+fn an_image_for_an_unknown_runtime_handler_is_refused() -> Result<()> {
+    node::run(|| {
+        let ground = ground()?;
+        let of = |runtime_handler: &str| {
+            let image = Some(cri::ImageSpec {
+                image: ground.name.clone(),
+                runtime_handler: runtime_handler.into(),
+                ..Default::default()
+            });
+            let status = ground.client.image_status(cri::ImageStatusRequest { image: image.clone(), verbose: false }).map(drop);
+            [ground.client.pull_image(cri::PullImageRequest { image, ..Default::default() }).map(drop), status]
+        };
+        for outcome in of("kata") {
+            let error = outcome.expect_err("refused");
+            ensure!(error.code() == tonic::Code::InvalidArgument, "{error:?}");
+            ensure!(error.message().contains("image.runtime_handler \"kata\" is not configured"), "{error}");
+        }
+        ensure!(images(&ground.client)?.is_empty(), "it was pulled");
+        for known in ["windlass", ""] {
+            of(known).into_iter().collect::<Result<Vec<()>, Status>>()?;
+        }
+        Ok(())
+    })
+}
+
 fn images(client: &Client) -> Result<Vec<cri::Image>> {
     Ok(client.list_images(cri::ListImagesRequest::default())?.images)
 }

@@ -448,6 +448,12 @@ impl Config {
         }
     }
 
+    /// What to say of a name that no handler has.
+    pub fn unknown_handler(&self, name: &str) -> String {
+        let others = self.handlers.keys().map(|name| format!(", {name:?}")).collect::<String>();
+        format!("runtime_handler {name:?} is not configured; this node has \"\", {NATIVE_HANDLER:?}{others}")
+    }
+
     /// Reads `path`, or the defaults where the default path has no file. The error names every problem of the file.
     pub fn load(path: Option<&Path>) -> Result<Config> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));

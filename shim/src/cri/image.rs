@@ -55,6 +55,15 @@ fn is_for(server: &str, image: &str) -> bool {
 }
 
 impl Service {
+    /// The reference of a request that names a handler of this node, or none. All handlers have the same images.
+    fn reference_for_handler(&self, spec: Option<cri::ImageSpec>) -> Result<String, Status> {
+        let handler = spec.as_ref().map(|spec| spec.runtime_handler.as_str()).unwrap_or_default();
+        if self.node.config.handler(handler).is_none() {
+            return Err(Status::invalid_argument(format!("image.{}", self.node.config.unknown_handler(handler))));
+        }
+        reference(spec)
+    }
+
     fn view(&self, image: &Image) -> cri::Image {
         view::image(image, self.node.images.is_pinned(image))
     }
@@ -83,7 +92,7 @@ impl ImageService for Service {
 
     async fn image_status(&self, request: Request<cri::ImageStatusRequest>) -> Reply<cri::ImageStatusResponse> {
         let request = request.into_inner();
-        let image = self.node.images.get(&reference(request.image)?);
+        let image = self.node.images.get(&self.reference_for_handler(request.image)?);
         let mut info = HashMap::new();
         if let (Some(image), true) = (&image, request.verbose) {
             let chain: Vec<&str> = image.layers.iter().map(|layer| layer.chain_id.as_str()).collect();
@@ -94,7 +103,7 @@ impl ImageService for Service {
 
     async fn pull_image(&self, request: Request<cri::PullImageRequest>) -> Reply<cri::PullImageResponse> {
         let request = request.into_inner();
-        let name = reference(request.image)?;
+        let name = self.reference_for_handler(request.image)?;
         let started = std::time::Instant::now();
         let namespace = request.sandbox_config.and_then(|pod| pod.metadata).map(|meta| meta.namespace).unwrap_or_default();
         let pulled = self.node.images.pull_for(&name, credentials(request.auth, &name)?, &namespace).await;

@@ -6,7 +6,7 @@
 
 use super::{Phase, Pod, Record, check_modes, files, namespace_modes, network, resources, scope, stop, userns, watch};
 use crate::{
-    config::{Account, NATIVE_HANDLER},
+    config::Account,
     error::{Error, Kind, Result},
     events::EventKind,
     monitor::Monitor,
@@ -70,10 +70,7 @@ fn key_of(config: &PodSandboxConfig) -> String {
 
 fn check_handler(node: &Node, config: &PodSandboxConfig, name: &str) -> Result<()> {
     let Some(program) = node.config.handler(name) else {
-        let others = node.config.handlers.keys().map(|name| format!(", {name:?}")).collect::<String>();
-        return Err(Error::invalid(format!(
-            "runtime_handler {name:?} is not configured; this node has \"\", {NATIVE_HANDLER:?}{others}"
-        )));
+        return Err(Error::invalid(node.config.unknown_handler(name)));
     };
     if !program.as_os_str().is_empty() && userns::of(&namespace_modes(config))?.is_some() {
         return Err(Error::unimplemented(format!(
