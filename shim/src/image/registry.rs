@@ -12,7 +12,7 @@ use super::tls::{Clients, authority, cause};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
 use reqwest::{Response, StatusCode, Url};
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 const TRIES: u32 = 4;
@@ -29,8 +29,9 @@ pub(super) struct Session {
     repository: String,
     /// The caller's, for the registry itself.
     auth: Option<RegistryAuth>,
-    /// For mirrors, and for the registry if the caller has none.
-    credentials: Credentials,
+    /// For mirrors, and for the registry if the caller has none: read once somebody asks for a login that the caller has not.
+    credentials: OnceLock<Result<Credentials, ImageError>>,
+    files: RegistryFiles,
     registry: String,
     /// Authorization headers that were accepted or given, by the host's place in `hosts`.
     granted: Mutex<HashMap<usize, String>>,
@@ -45,7 +46,8 @@ impl Session {
     ) -> Result<Session, ImageError> {
         let hosts = hosts::hosts_for(files, reference)?;
         let (registry, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
-        Ok(Session { clients, hosts, repository, auth, credentials: files.credentials()?, registry, granted: Mutex::default() })
+        let (credentials, files) = (OnceLock::new(), files.clone());
+        Ok(Session { clients, hosts, repository, auth, credentials, files, registry, granted: Mutex::default() })
     }
 
     /// A manifest by tag or digest, with its digest. One asked for by digest is verified.
@@ -191,12 +193,13 @@ impl Session {
         if !host.mirror && self.auth.is_some() {
             return Ok(self.auth.clone());
         }
+        let credentials = self.credentials.get_or_init(|| self.files.credentials()).as_ref().map_err(Clone::clone)?;
         let repository = self.repository_at(host);
         let named = match host.mirror {
             true => None,
-            false => self.credentials.find(&self.registry, repository)?,
+            false => credentials.find(&self.registry, repository)?,
         };
-        named.map_or_else(|| self.credentials.find(&authority(&host.base), repository), |auth| Ok(Some(auth)))
+        named.map_or_else(|| credentials.find(&authority(&host.base), repository), |auth| Ok(Some(auth)))
     }
 
     /// Gets what a 401 asks for.

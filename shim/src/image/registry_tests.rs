@@ -173,6 +173,20 @@ async fn credentials_go_where_they_belong() {
     assert!(matches!(result, Err(ImageError::Unauthorized(_))), "{result:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_malformed_file_of_credentials_fails_the_pulls_that_want_it() {
+    let (ground, registry, open) = (Ground::new(), Registry::start(), Registry::start());
+    registry.push("a/b", "t", &small());
+    registry.content.lock().unwrap().login = Some("me:secret".into());
+    open.push("a/b", "t", &small());
+    ground.write("auth.json", "{ \"auths\": ");
+    let name = registry.name("a/b:t");
+    ground.pull(&name, login("me", "secret")).await.expect("it brings its own");
+    ground.pull(&open.name("a/b:t"), None).await.expect("nobody asks for any");
+    let error = ground.pull(&name, None).await.unwrap_err().to_string();
+    assert!(error.contains("read credentials") && error.contains("auth.json"), "{error}");
+}
+
 struct RegistryFileEntry;
 
 impl RegistryFileEntry {
