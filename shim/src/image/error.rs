@@ -29,10 +29,10 @@ pub enum ImageError {
     /// Bytes that are not what their digest says, or an archive that breaks its format.
     #[error("{0}")]
     Corrupt(String),
-    /// An index without an image for this machine.
+    /// An index without an image for this machine, or an image that is for another.
     #[error("{object}: no image for platform {platform}")]
     NoPlatform {
-        /// The index.
+        /// The index, or the image's manifest.
         object: String,
         /// As `os/architecture`.
         platform: String,

@@ -140,6 +140,17 @@ pub(super) fn select<'a>(index: &'a [Descriptor], platform: &Platform, object: &
         .ok_or_else(|| ImageError::NoPlatform { object: object.to_owned(), platform: platform.to_string() })
 }
 
+/// Refuses an image that its configuration says is for another platform, where no index had a say. What it does not say may be any.
+pub(super) fn check_config(config: &[u8], platform: &Platform, object: &str) -> Result<(), ImageError> {
+    let corrupt = |cause| ImageError::Corrupt(format!("{object}: its configuration: {cause}"));
+    let said: DescriptorPlatform = serde_json::from_slice(config).map_err(corrupt)?;
+    let other = |said: &str, own: &str| !said.is_empty() && said != own;
+    if other(&said.os, &platform.os) || other(&said.architecture, &platform.architecture) {
+        return Err(ImageError::NoPlatform { object: object.to_owned(), platform: platform.to_string() });
+    }
+    Ok(())
+}
+
 impl Descriptor {
     /// Whether it may be an image's manifest, or an index of such.
     fn is_manifest(&self) -> bool {

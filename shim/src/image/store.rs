@@ -273,6 +273,9 @@ impl Store {
         digests.extend(Some(chosen.as_str()).filter(|chosen| *chosen != digest));
         demand.check(&session, reference, &digests).instrument(tracing::info_span!(target: TARGET, "check signatures")).await?;
         let config = session.small_blob(&manifest.config).await?;
+        if chosen == digest {
+            manifest::check_config(&config, &inner.config.platform, &format!("manifest {digest}"))?;
+        }
         // A reference with a digest says which image it is; its tag may say another by now.
         let tag = reference.digest().is_none().then(|| reference.tagged()).flatten();
         let mut plan = Plan::new(config, tag.into_iter().collect(), vec![reference.with_digest(&digest)])?;

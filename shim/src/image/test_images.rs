@@ -112,9 +112,14 @@ pub(super) struct Made {
 
 /// `layers` are (plain tar, bytes as stored).
 pub(super) fn image(layers: &[(Vec<u8>, Vec<u8>)], docker: bool) -> Made {
+    image_for("linux", "amd64", layers, docker)
+}
+
+/// The same for a platform.
+pub(super) fn image_for(os: &str, architecture: &str, layers: &[(Vec<u8>, Vec<u8>)], docker: bool) -> Made {
     let diff_ids: Vec<String> = layers.iter().map(|(plain, _)| digest::of(plain)).collect();
     let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux", "config": { "User": "1000", "Cmd": ["sh"] },
+        "architecture": architecture, "os": os, "config": { "User": "1000", "Cmd": ["sh"] },
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     let config = serde_json::to_vec(&config).unwrap();

@@ -1,6 +1,6 @@
 //! The store against a registry on loopback, on a real file system, as root.
 
-use super::test_images::{Made, Tar, gzip, image, index, noise, zstd};
+use super::test_images::{Made, Tar, gzip, image, image_for, index, noise, zstd};
 use super::test_registry::Registry;
 use super::*;
 use rustix::fs::{self as rfs, FileType};
@@ -210,6 +210,25 @@ async fn failures_have_their_kind_and_leave_nothing() {
     assert!(store.list().is_empty());
     assert_layers(root.path(), 0);
     store.pull(&name, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_without_an_index_is_for_this_platform_or_says_none() {
+    let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+    let store = open(root.path());
+    let plain = Tar::new().file("f", 0o644, b"f").finish();
+    for (tag, os, architecture, taken) in [
+        ("own", "linux", "amd64", true),
+        ("none", "", "", true),
+        ("machine", "linux", "arm64", false),
+        ("system", "windows", "amd64", false),
+    ] {
+        registry.push("a/b", tag, &image_for(os, architecture, &[(plain.clone(), gzip(&plain))], false));
+        let outcome = store.pull(&registry.name(&format!("a/b:{tag}")), None).await;
+        let refused = matches!(&outcome, Err(ImageError::NoPlatform { platform, .. }) if platform == "linux/amd64");
+        assert!(outcome.is_ok() == taken && refused != taken, "{tag}: {outcome:?}");
+    }
+    assert_eq!(store.list().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
