@@ -31,7 +31,7 @@ impl Metrics {
         for metric in &all {
             let keys = keys.get(&metric.name).with_context(|| format!("{} is not described", metric.name))?;
             ensure!(keys.len() == metric.label_values.len(), "{keys:?} are the keys of {metric:?}");
-            ensure!(metric.value.is_some() && metric.timestamp > 0, "{metric:?}");
+            ensure!(metric.value.is_some() && metric.timestamp == 0, "{metric:?}");
             ensure!(told.insert((&metric.name, &metric.label_values)), "told twice: {metric:?}");
             let total = metric.name.ends_with("_total") && metric.name != "container_fs_inodes_total";
             ensure!(!total || metric.metric_type() == cri::MetricType::Counter, "{metric:?}");

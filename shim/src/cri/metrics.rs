@@ -34,15 +34,20 @@ struct Look {
     budget: usize,
 }
 
+/// The time of values that are read for the request, as the CRI wants it. These are, but for half a second and for the sizes of large layers,
+/// which are counted in the background. Kubelet passes any other time on, and a series with a time of its own is never stale to Prometheus:
+/// it would tell what an ended container had for five minutes more.
+const LIVE: i64 = 0;
+
 /// All values that are known of one container or pod.
-fn metrics(figures: &Figures<'_>, labels: &[String; 6], at_ns: i64) -> Vec<cri::Metric> {
+fn metrics(figures: &Figures<'_>, labels: &[String; 6]) -> Vec<cri::Metric> {
     let mut found = Vec::with_capacity(FAMILIES.len());
     for family in &FAMILIES {
         let kind = if family.counter { cri::MetricType::Counter } else { cri::MetricType::Gauge };
         family.values(figures, &mut |own, value| {
             found.push(cri::Metric {
                 name: family.name.to_owned(),
-                timestamp: at_ns,
+                timestamp: LIVE,
                 metric_type: kind.into(),
                 label_values: labels.iter().cloned().chain(own.iter().map(|&label| label.to_owned())).collect(),
                 value: Some(cri::UInt64Value { value }),
@@ -84,7 +89,7 @@ fn of_container(node: &Node, pod: &Pod, container: &Container, look: &mut Look) 
     let (image, name) = container.look(|record| (record.image_name.clone(), record.name().to_owned()));
     let id = container.id.clone();
     let labels = [cgroup, id.clone(), image, pod_name, namespace, name];
-    Some(cri::ContainerMetrics { container_id: id, metrics: metrics(&figures, &labels, sample.at_ns) })
+    Some(cri::ContainerMetrics { container_id: id, metrics: metrics(&figures, &labels) })
 }
 
 /// Of a ready pod: its interfaces, the use of its own cgroup where it has one, and its containers. A sum of the containers would be told
@@ -113,7 +118,7 @@ fn of_pod(node: &Node, pod: &Pod, look: &mut Look) -> Option<cri::PodSandboxMetr
     let [pod_name, namespace] = names(&record);
     let cgroup = record.own_cgroup().unwrap_or_else(|| record.monitor_path());
     let labels = [cgroup, record.id.clone(), String::new(), pod_name, namespace, String::new()];
-    Some(cri::PodSandboxMetrics { pod_sandbox_id: record.id, metrics: metrics(&figures, &labels, at_ns), container_metrics })
+    Some(cri::PodSandboxMetrics { pod_sandbox_id: record.id, metrics: metrics(&figures, &labels), container_metrics })
 }
 
 impl Service {
@@ -140,7 +145,7 @@ mod tests {
         let traffic = [("eth0".to_owned(), network::Traffic::default())];
         let detail = Detail { cpu: [("usage_usec".to_owned(), 1)].into(), ..Detail::default() };
         let figures = Figures { detail: Some(&detail), traffic: &traffic, ..Figures::default() };
-        let found = metrics(&figures, &["i", "n", "m", "p", "s", "c"].map(str::to_owned), 5);
+        let found = metrics(&figures, &["i", "n", "m", "p", "s", "c"].map(str::to_owned));
         let descriptors = descriptors();
         assert!(found.len() > 10 && descriptors.len() == FAMILIES.len());
         for metric in &found {
@@ -149,6 +154,6 @@ mod tests {
         }
         let usage = found.iter().find(|metric| metric.name == "container_cpu_usage_seconds_total").expect("told");
         assert_eq!(usage.label_values, ["i", "n", "m", "p", "s", "c", "total"]);
-        assert_eq!((usage.timestamp, usage.metric_type()), (5, cri::MetricType::Counter));
+        assert_eq!((usage.timestamp, usage.metric_type()), (LIVE, cri::MetricType::Counter));
     }
 }
