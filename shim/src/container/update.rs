@@ -1,4 +1,5 @@
-//! UpdateContainerResources: all of the fields that are given or none, in the kernel and in the record.
+//! UpdateContainerResources: all of the fields that are given or none, in the kernel and in the record. Its `annotations` are left unread:
+//! the CRI leaves their meaning to the runtime, none has one here, and NRI's UpdateContainer has no place for them.
 
 use super::{Container, spec};
 use crate::{
