@@ -89,7 +89,13 @@ impl Daemon {
 
     /// A daemon that serves, with these images on it: name, uncompressed layers, further fields of the configuration.
     pub fn start_with(images: Vec<(&str, Vec<Vec<u8>>, serde_json::Value)>) -> Result<Daemon> {
+        Daemon::configured_with("", images)
+    }
+
+    /// The same with more of a configuration.
+    pub fn configured_with(text: &str, images: Vec<(&str, Vec<Vec<u8>>, serde_json::Value)>) -> Result<Daemon> {
         let mut daemon = Daemon::prepare(&[])?;
+        daemon.configure(text)?;
         let archive = daemon.path("images.tar");
         for (name, layers, fields) in images {
             crate::image::write_archive_with(&archive, name, layers, fields)?;

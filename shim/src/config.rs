@@ -176,6 +176,21 @@ pub struct ContainerConfig {
     pub default_ulimits: BTreeMap<String, Ulimit>,
     /// Size of a pod's /dev/shm in bytes.
     pub shm_size_bytes: u64,
+    /// What becomes of the volumes that an image declares (`VOLUME`) and that no mount of the pod covers.
+    pub image_volumes: ImageVolumes,
+}
+
+/// `containers.image_volumes`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageVolumes {
+    /// A directory of the container's own for each, with what the image has there, writable also where the root is read-only.
+    #[default]
+    Bind,
+    /// A directory in the container's root where the image lacks it.
+    Mkdir,
+    /// Nothing.
+    Ignore,
 }
 
 /// One resource limit, in the unit of getrlimit(2).
@@ -396,7 +411,11 @@ impl Default for ContainerConfig {
     fn default() -> ContainerConfig {
         // systemd's own for services: programs that close every possible descriptor stay quick, those that need more may raise it.
         let nofile = Ulimit { soft: 1024, hard: 524_288 };
-        ContainerConfig { default_ulimits: [("nofile".to_owned(), nofile)].into(), shm_size_bytes: 64 << 20 }
+        ContainerConfig {
+            default_ulimits: [("nofile".to_owned(), nofile)].into(),
+            shm_size_bytes: 64 << 20,
+            image_volumes: ImageVolumes::Bind,
+        }
     }
 }
 

@@ -1,8 +1,9 @@
 //! CreateContainer: image, configuration and pod become a bundle and a process that waits at its gate.
 
-use super::{Container, Record, State, identity, image_volume, image_volume::ImageVolume, lookup::Looking, spec, text};
+use super::{Container, Record, State, declared, identity, image_volume, image_volume::ImageVolume, lookup::Looking, spec, text};
 use crate::{
     checkpoint::{Loaded, Source},
+    config::ImageVolumes,
     error::{Error, Kind, Result},
     events::EventKind,
     image::{Image, Reference},
@@ -228,6 +229,8 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
     let chain_ids: Vec<String> = images.flat_map(|image| &image.layers).map(|layer| layer.chain_id.clone()).collect();
     let lease = node.images.lease_layers(&chain_ids);
     let identity = identity::resolve(&config, image)?;
+    let how = node.config.containers.image_volumes;
+    let own_volumes = declared::find(how, &config, image)?;
     let user = identity.status();
     let input = Arc::new(spec::Input {
         node: node.clone(),
@@ -236,6 +239,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
         config: config.clone(),
         image: image.clone(),
         identity,
+        declared: if how == ImageVolumes::Bind { own_volumes.clone() } else { Vec::new() },
         directory: directory.to_path_buf(),
         looking: looking.clone(),
     });
@@ -259,7 +263,12 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
     if let Some((loaded, strict)) = checkpoint {
         loaded.check(&oci, *strict)?;
     }
-    let (own, more) = (input.clone(), std::mem::take(&mut adjusted.relabel));
+    let (own, mut more) = (input.clone(), std::mem::take(&mut adjusted.relabel));
+    more.extend((!input.declared.is_empty()).then(|| declared::directory(directory)));
+    // What a checkpoint has made in its writable layer has come with it.
+    if how == ImageVolumes::Bind || checkpoint.is_none() {
+        declared::make(how, image, own_volumes, directory, input.users()?).await?;
+    }
     let log_path = looking.run(move || relabel(&own, more).and_then(|()| log_path(&own))).await?;
     if let Some(limits) = adjusted.limits {
         config.linux.get_or_insert_default().resources = Some(limits);

@@ -8,6 +8,7 @@
 //! ```
 
 mod create;
+mod declared;
 mod ending;
 pub mod exec;
 mod identity;
@@ -20,6 +21,7 @@ mod update;
 
 pub use create::create;
 pub(crate) use create::restore;
+pub(crate) use declared::directory as declared_volumes;
 pub use life::{remove, reopen_log, resume_start, start, stop};
 pub use lookup::Lookups;
 pub(crate) use spec::{missing_controllers, resources as limits};

@@ -9,6 +9,7 @@
 mod archive;
 mod auth;
 mod check;
+mod copy;
 mod credentials;
 mod digest;
 mod erofs;

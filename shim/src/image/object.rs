@@ -1,14 +1,15 @@
 //! Images and layers as the rest of the daemon sees them.
 
+use super::copy;
 use super::digest::hex_of;
 use super::error::ImageError;
 use super::layers::{LayerFormat, Layers};
 use super::read;
 use super::record::LayerRecord;
 use oci_spec::image::ImageConfiguration;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Stat};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// One layer of an image.
@@ -93,6 +94,31 @@ impl Image {
     /// `Io`.
     pub fn has_path(&self, path: &str) -> Result<bool, ImageError> {
         read::has_path(&self.roots()?, path)
+    }
+
+    /// Where `path` leads, symlinks followed inside the image, as a path below its root, and what is there. What is missing is plain names.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn real_path(&self, path: &str) -> Result<(PathBuf, Option<FileType>), ImageError> {
+        read::real_path(&self.roots()?, path)
+    }
+
+    /// The owner and mode of the directory at `path`, as [`Image::real_path`] has it; `None` if there is none.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn directory(&self, path: &Path) -> Result<Option<Stat>, ImageError> {
+        read::directory(&self.roots()?, path)
+    }
+
+    /// Copies directories, by paths as [`Image::real_path`] has them, into others that exist and that nobody else changes. One that lies in
+    /// another is copied alone. Blocks.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub fn copy(&self, directories: &[(PathBuf, PathBuf)]) -> Result<(), ImageError> {
+        copy::copy(&copy::joined(&self.layers)?, directories)
     }
 
     /// The layers' roots, the uppermost first.

@@ -1,7 +1,7 @@
 //! Reads one file of an image through its layers' roots, uppermost first, as overlayfs would show it, with no overlay mounted.
 
 use super::error::ImageError;
-use rustix::fs::{self, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{self, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -33,8 +33,31 @@ pub(super) fn has_path(roots: &[OwnedFd], path: &str) -> Result<bool, ImageError
     resolve(roots, Path::new(path)).map(|found| found.is_some()).map_err(|e| ImageError::io(format!("find {path:?} in image"), e))
 }
 
-/// Walks the path through the merged view; `roots` are uppermost first.
+/// Where the path leads in the merged view, below the root and with no links in it, and what is there; what is missing of it comes last.
+pub(super) fn real_path(roots: &[OwnedFd], path: &str) -> Result<(PathBuf, Option<FileType>), ImageError> {
+    let found = follow(roots, Path::new(path)).map_err(|e| ImageError::io(format!("find {path:?} in image"), e))?;
+    Ok((found.0, found.1.map(|(_, kind)| kind)))
+}
+
+/// What the directory at `path`, which has no links in it, is; `None` if there is none.
+pub(super) fn directory(roots: &[OwnedFd], path: &Path) -> Result<Option<Stat>, ImageError> {
+    let found = lookup(roots, path).and_then(|found| match found {
+        Some((root, FileType::Directory)) => fs::fstat(open(root, path, OFlags::PATH)?).map(Some),
+        _ => Ok(None),
+    });
+    found.map_err(|e| ImageError::io(format!("find {} in image", path.display()), e))
+}
+
+/// A layer's root and what a path is there.
+type Object<'a> = (&'a OwnedFd, FileType);
+
 fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd, PathBuf, FileType)>, Errno> {
+    let (real, found) = follow(roots, path)?;
+    Ok(found.map(|(root, kind)| (root, real, kind)))
+}
+
+/// Walks the path through the merged view; `roots` are uppermost first. Below what is missing, or is no directory, there are no links.
+fn follow<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<(PathBuf, Option<Object<'a>>), Errno> {
     let mut pending: VecDeque<OsString> = names(path).into();
     let mut real = PathBuf::new();
     let mut links = 0;
@@ -46,30 +69,25 @@ fn resolve<'a>(roots: &'a [OwnedFd], path: &Path) -> Result<Option<(&'a OwnedFd,
             continue;
         }
         real.push(&name);
-        let Some((root, kind)) = lookup(roots, &real)? else {
-            return Ok(None);
-        };
-        match kind {
-            FileType::Symlink => {
-                links += 1;
-                if links > MAX_SYMLINKS {
-                    return Err(Errno::LOOP);
-                }
-                let link = open(root, &real, OFlags::PATH | OFlags::NOFOLLOW)?;
-                let target = PathBuf::from(OsString::from_vec(fs::readlinkat(&link, "", Vec::new())?.into_bytes()));
-                real.pop();
-                if target.is_absolute() {
-                    real.clear();
-                }
-                names(&target).into_iter().rev().for_each(|n| pending.push_front(n));
-                found = None;
-            }
-            FileType::Directory => found = Some((root, kind)),
-            _ if pending.is_empty() => found = Some((root, kind)),
-            _ => return Ok(None),
+        found = lookup(roots, &real)?;
+        let Some((root, FileType::Symlink)) = found else { continue };
+        links += 1;
+        if links > MAX_SYMLINKS {
+            return Err(Errno::LOOP);
         }
+        let link = open(root, &real, OFlags::PATH | OFlags::NOFOLLOW)?;
+        let target = PathBuf::from(OsString::from_vec(fs::readlinkat(&link, "", Vec::new())?.into_bytes()));
+        real.pop();
+        if target.is_absolute() {
+            real.clear();
+        }
+        names(&target).into_iter().rev().for_each(|n| pending.push_front(n));
+        found = None;
     }
-    Ok(found.map(|(root, kind)| (root, real, kind)))
+    if found.is_none() && !real.as_os_str().is_empty() {
+        found = lookup(roots, &real)?;
+    }
+    Ok((real, found))
 }
 
 fn names(path: &Path) -> Vec<OsString> {

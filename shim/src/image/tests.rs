@@ -709,6 +709,58 @@ async fn both_forms_of_layers_live_side_by_side() {
     assert_eq!(fs::read_dir(tree).unwrap().count(), 0, "nothing is left in the tree");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_are_copied_out_of_an_image_as_they_are() {
+    let low = Tar::new()
+        .dir("data/", 0o2750)
+        .file("data/below", 0o644, b"hidden")
+        .file("data/gone", 0o644, b"")
+        .dir("data/apart/", 0o700)
+        .file("data/apart/file", 0o600, b"by itself")
+        .finish();
+    let high = Tar::new()
+        .pax(&[("SCHILY.xattr.user.note", b"kept"), ("SCHILY.xattr.user.overlay.opaque", b"y")])
+        .file("data/below", 0o4755, b"shown")
+        .file("data/.wh.gone", 0o644, b"")
+        .dir("data/sub/", 0o1777)
+        .hard_link("data/sub/again", "data/below")
+        .symlink("data/out", "../../../../etc")
+        .symlink("way", "/data/../data/./sub")
+        .symlink("dangling", "data/nothing")
+        .device("data/null", EntryType::Char, 1, 3)
+        .file("data/holes", 0o600, &[[0; 1 << 16], [1; 1 << 16], [0; 1 << 16]].concat())
+        .finish();
+    for format in [LayerFormat::Erofs, LayerFormat::Directory] {
+        let (root, registry) = (tempfile::tempdir().unwrap(), Registry::start());
+        registry.push("a/b", "t", &image(&[(low.clone(), gzip(&low)), (high.clone(), gzip(&high))], false));
+        let image = open_as(root.path(), format).pull(&registry.name("a/b:t"), None).await.unwrap();
+        let real = |path: &str| image.real_path(path).unwrap();
+        assert_eq!(real("/way/x/y"), ("data/sub/x/y".into(), None));
+        assert_eq!(real("dangling/x"), ("data/nothing/x".into(), None));
+        assert_eq!(real("data/apart"), ("data/apart".into(), Some(FileType::Directory)));
+        assert_eq!(real("data/sub/.."), ("data".into(), Some(FileType::Directory)));
+        assert_eq!(real("data/out/passwd"), ("etc/passwd".into(), None));
+        let copies = ["whole", "apart", "sub"].map(|name| root.path().join(name));
+        copies.iter().for_each(|copy| fs::create_dir(copy).unwrap());
+        let paths = ["data", "data/apart", "data/sub"].map(PathBuf::from);
+        image.copy(&paths.clone().into_iter().zip(copies.clone()).take(2).collect::<Vec<_>>()).unwrap();
+        let (joined, open) = (copy::joined(&image.layers).unwrap(), |path: &Path| {
+            rfs::open(path, rfs::OFlags::RDONLY | rfs::OFlags::DIRECTORY, rfs::Mode::empty()).unwrap()
+        });
+        let of_image = |path: &Path| tree::open(&joined, path, rfs::OFlags::DIRECTORY).unwrap();
+        let difference = tree::difference(&of_image(&paths[0]), &open(&copies[0])).unwrap();
+        assert_eq!(difference, Some(("apart".into(), "names")), "a directory that is copied by itself is empty here");
+        assert_eq!(tree::difference(&of_image(&paths[1]), &open(&copies[1])).unwrap(), None);
+        fs::remove_dir_all(&copies[0]).unwrap();
+        fs::create_dir(&copies[0]).unwrap();
+        image.copy(&[(paths[0].clone(), copies[0].clone())]).unwrap();
+        assert_eq!(tree::difference(&of_image(&paths[0]), &open(&copies[0])).unwrap(), None);
+        let holes = fs::metadata(copies[0].join("holes")).unwrap();
+        assert!(holes.blocks() * 512 < holes.len(), "holes stay holes: {} blocks", holes.blocks());
+        assert!(rfs::lgetxattr(copies[0].join("below"), "user.overlay.opaque", &mut [0u8; 8]).is_err());
+    }
+}
+
 /// Pages of a file in memory, in bytes.
 fn resident(path: &Path) -> u64 {
     let path = path.to_string_lossy().replace("/proc/self/", &format!("/proc/{}/", std::process::id()));

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 const COMPARE_BYTES: usize = 64 << 10;
 /// What the kernel keeps at most of names of attributes, and of one's value.
-const ATTRIBUTE_BYTES: usize = 64 << 10;
+pub(super) const ATTRIBUTE_BYTES: usize = 64 << 10;
 
 /// The first path found at which the trees differ, and how. Errors: those of the disk.
 pub(super) fn difference(one: &OwnedFd, other: &OwnedFd) -> io::Result<Option<(PathBuf, &'static str)>> {
@@ -45,7 +45,7 @@ pub(super) fn difference(one: &OwnedFd, other: &OwnedFd) -> io::Result<Option<(P
     Ok(None)
 }
 
-fn names(directory: &OwnedFd) -> io::Result<Vec<OsString>> {
+pub(super) fn names(directory: &OwnedFd) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in Dir::read_from(directory)? {
         let name = entry?.file_name().to_bytes().to_vec();
@@ -97,7 +97,8 @@ fn file(directory: &OwnedFd, name: &OsStr) -> io::Result<File> {
     Ok(open(directory, Path::new(name), OFlags::NONBLOCK)?.into())
 }
 
-fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+/// Opens what `path` is below `root`, without a link or another mount on the way; `root` itself for none.
+pub(super) fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     fs::openat2(root, path, flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), resolve)

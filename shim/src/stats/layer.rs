@@ -41,13 +41,14 @@ struct State {
 }
 
 impl Layer {
-    pub(super) fn size(self: &Arc<Layer>, path: &Path, budget: &mut usize) -> Option<(Size, i64)> {
+    /// Of two directories together, of which the second need not be there.
+    pub(super) fn size(self: &Arc<Layer>, paths: &[PathBuf; 2], budget: &mut usize) -> Option<(Size, i64)> {
         let mut state = self.0.lock().expect(POISON);
         let known = state.known.map(|(size, at_ns, _)| (size, at_ns));
         if state.walking || state.known.is_some_and(|(_, _, taken)| taken.elapsed() < FRESH) {
             return known;
         }
-        match walk(path, budget) {
+        match walk_both(paths, budget) {
             Ok(Some(size)) => {
                 let at_ns = now_ns();
                 state.known = Some((size, at_ns, Instant::now()));
@@ -56,16 +57,16 @@ impl Layer {
             Ok(None) => {
                 state.walking = true;
                 drop(state);
-                tokio::spawn(self.clone().walk_aside(path.to_owned()));
+                tokio::spawn(self.clone().walk_aside(paths.clone()));
                 known
             }
             Err(_) => known,
         }
     }
 
-    async fn walk_aside(self: Arc<Layer>, path: PathBuf) {
+    async fn walk_aside(self: Arc<Layer>, paths: [PathBuf; 2]) {
         let walked = match WALK.acquire().await {
-            Ok(_one) => tokio::task::spawn_blocking(move || walk(&path, &mut usize::MAX.clone())).await,
+            Ok(_one) => tokio::task::spawn_blocking(move || walk_both(&paths, &mut usize::MAX.clone())).await,
             Err(_) => return,
         };
         let mut state = self.0.lock().expect(POISON);
@@ -74,6 +75,21 @@ impl Layer {
             state.known = Some((size, now_ns(), Instant::now()));
         }
     }
+}
+
+/// Adds up two trees; `None` when they have more files than the budget.
+fn walk_both([first, second]: &[PathBuf; 2], budget: &mut usize) -> io::Result<Option<Size>> {
+    let Some(mut size) = walk(first, budget)? else { return Ok(None) };
+    match walk(second, budget) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Ok(None) => return Ok(None),
+        other => {
+            let more = other?.unwrap_or_default();
+            size.bytes += more.bytes;
+            size.inodes += more.inodes;
+        }
+    }
+    Ok(Some(size))
 }
 
 /// Adds up a tree; `None` when it has more files than the budget.

@@ -18,7 +18,11 @@ pub use families::{FAMILIES, Family, Figures};
 pub use layer::Size;
 pub use sample::{Cpu, Memory, Sample, Swap, sum};
 
-use crate::{container::Container, node::Node, pod::Pod};
+use crate::{
+    container::{self, Container},
+    node::Node,
+    pod::Pod,
+};
 use files::Files;
 use layer::Layer;
 use sample::Window;
@@ -144,7 +148,8 @@ impl Stats {
             let mut layers = self.layers.lock().expect(POISON);
             layers.entry(container_id.to_owned()).or_default().clone()
         };
-        layer.size(&node.container_directory(container_id).join("upper"), budget)
+        let own = node.container_directory(container_id);
+        layer.size(&[own.join("upper"), container::declared_volumes(&own)], budget)
     }
 
     /// Closes what is open for a cgroup that has ended.

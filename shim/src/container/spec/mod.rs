@@ -13,9 +13,10 @@ mod seccomp_default;
 mod security;
 
 pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
+pub(super) use mounts::{POD_FILES, normal};
 pub(crate) use resources::{not_enforced as missing_controllers, resources};
 
-use super::{identity::Identity, lookup::Looking, text};
+use super::{declared::Declared, identity::Identity, lookup::Looking, text};
 use crate::{
     config::Ulimit,
     error::{Error, Result, known},
@@ -45,6 +46,8 @@ pub(super) struct Input {
     pub config: ContainerConfig,
     pub image: Arc<Image>,
     pub identity: Identity,
+    /// Volumes of the image that are mounted.
+    pub declared: Vec<Declared>,
     /// The bundle.
     pub directory: PathBuf,
     /// Told of each path before it is looked at.
@@ -63,7 +66,7 @@ impl Input {
     }
 
     /// Users of the container's own.
-    fn users(&self) -> Result<Option<Users>> {
+    pub(super) fn users(&self) -> Result<Option<Users>> {
         userns::of(&self.namespaces())
     }
 

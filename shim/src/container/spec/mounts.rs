@@ -1,7 +1,7 @@
 //! Mounts: the kernel's own file systems, the pod's files, and the volumes of the request, parents before children.
 
 use super::{Input, mapping, text};
-use crate::container::image_volume;
+use crate::container::{declared, image_volume};
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde_json::{Value, json};
@@ -15,6 +15,9 @@ use windlass_proto::cri::{ContainerConfig, IdMapping, Mount, MountPropagation, N
 /// What `mount_options` of a volume may name.
 const OPTIONS: [&str; 6] = ["noexec", "nodev", "nosuid", "noatime", "nodiratime", "nosymfollow"];
 
+/// The pod's files that containers have in /etc.
+pub(in crate::container) const POD_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
+
 /// Mounts in the order in which they are made.
 pub(super) fn build(input: &Input) -> Result<Vec<Value>> {
     let mut mounts = kernel(input);
@@ -26,11 +29,12 @@ pub(super) fn build(input: &Input) -> Result<Vec<Value>> {
     // A volume over a directory comes before the ones inside it; equal paths keep the request's order.
     volumes.sort_by_key(|(path, _)| path.split('/').filter(|part| !part.is_empty()).count());
     mounts.retain(|mount| !volumes.iter().any(|(path, _)| mount["destination"] == path.as_str()));
+    mounts.extend(declared_volumes(input));
     mounts.extend(volumes.into_iter().map(|(_, mount)| mount));
     Ok(mounts)
 }
 
-pub(super) fn normal(path: &str) -> String {
+pub(in crate::container) fn normal(path: &str) -> String {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     format!("/{}", parts.join("/"))
 }
@@ -60,21 +64,33 @@ fn pod_files(input: &Input) -> Vec<(String, Value)> {
     let directory = input.node.pod_directory(&input.pod.id);
     let taken = |path: &str| input.config.mounts.iter().any(|mount| normal(&mount.container_path) == path);
     let mode = if input.security().readonly_rootfs { "ro" } else { "rw" };
-    ["hosts", "hostname", "resolv.conf"]
+    POD_FILES
         .into_iter()
         .map(|name| (format!("/etc/{name}"), directory.join(name)))
         .filter(|(path, _)| !taken(path))
         .map(|(path, source)| {
-            let mut mount =
-                json!({ "destination": path, "type": "bind", "source": text(&source), "options": ["bind", "rprivate", mode] });
-            // The same file system holds the layers, whose ids are mapped too.
-            if let Ok(Some(users)) = input.users() {
-                mount["uidMappings"] = mapping(&users.uids);
-                mount["gidMappings"] = mapping(&users.gids);
-            }
+            let mount = own_bind(input, &path, &source, mode);
             (path, mount)
         })
         .collect()
+}
+
+/// Volumes that the image declares; before those of the request, which go over them.
+fn declared_volumes(input: &Input) -> Vec<Value> {
+    let sources = input.declared.iter().enumerate();
+    sources.map(|(index, volume)| own_bind(input, &volume.target, &declared::source(&input.directory, index), "rw")).collect()
+}
+
+/// A mount of a place of ours, which has the ids that the container sees.
+fn own_bind(input: &Input, target: &str, source: &Path, mode: &str) -> Value {
+    let mut mount =
+        json!({ "destination": target, "type": "bind", "source": text(source), "options": ["bind", "rprivate", mode] });
+    // The same file system holds the layers, whose ids are mapped too.
+    if let Ok(Some(users)) = input.users() {
+        mount["uidMappings"] = mapping(&users.uids);
+        mount["gidMappings"] = mapping(&users.gids);
+    }
+    mount
 }
 
 fn check_target(target: &str) -> Result<()> {
