@@ -112,7 +112,8 @@ pub struct Flags {
     /// CNI plugins [default: /opt/cni/bin]
     #[arg(long, global = true, value_name = "DIR")]
     cni_bin_dir: Option<PathBuf>,
-    /// Registry configuration, <DIR>/<host>/hosts.toml [default: /etc/windlass/certs.d]
+    /// Registry configuration, <DIR>/<host>/hosts.toml; several with colons between them
+    /// [default: /etc/windlass/certs.d:/etc/containerd/certs.d:/etc/docker/certs.d]
     #[arg(long, global = true, value_name = "DIR")]
     registry_config_dir: Option<PathBuf>,
     /// error, warn, info, debug, trace, or directives such as windlass::image=debug [default: info]

@@ -304,10 +304,11 @@ pub enum Family {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageConfig {
-    /// Directory of `<host>/hosts.toml` files, as containerd reads them.
+    /// Directory of `<host>/hosts.toml` files, as containerd reads them, or several with colons between them: of each registry the first that
+    /// has it counts.
     pub registry_config_dir: PathBuf,
-    /// `registries.conf` (containers-registries.conf(5)); the files of `<it>.d` go over it. Where `registry_config_dir` has a directory
-    /// for a registry, that one counts.
+    /// `registries.conf` (containers-registries.conf(5)); the files of `<it>.d` go over it. Where `registry_config_dir` has a
+    /// registry, that counts.
     pub registries_conf: PathBuf,
     /// Credentials (containers-auth.json(5), docker's config.json) for pulls that bring none, and for mirrors.
     pub auth_file: PathBuf,
@@ -445,7 +446,7 @@ impl Default for NetworkConfig {
 impl Default for ImageConfig {
     fn default() -> ImageConfig {
         ImageConfig {
-            registry_config_dir: "/etc/windlass/certs.d".into(),
+            registry_config_dir: "/etc/windlass/certs.d:/etc/containerd/certs.d:/etc/docker/certs.d".into(),
             registries_conf: "/etc/containers/registries.conf".into(),
             auth_file: "/etc/windlass/auth.json".into(),
             policy: PathBuf::new(),

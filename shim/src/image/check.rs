@@ -15,10 +15,13 @@ pub fn check_files(registries: &RegistryFiles, trust: &TrustFiles) -> Vec<(PathB
     let mut found = Vec::new();
     let mut note =
         |path: &Path, outcome: Result<(), ImageError>| found.push((path.to_owned(), outcome.map_err(|error| error.to_string())));
-    let mut directories: Vec<PathBuf> =
-        std::fs::read_dir(&registries.hosts).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    directories.sort();
-    for directory in directories.into_iter().filter(|path| path.is_dir()) {
+    let entries = |root: PathBuf| {
+        let mut found: Vec<PathBuf> =
+            std::fs::read_dir(&root).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        found.sort();
+        found.into_iter().filter(|path| path.is_dir()).map(move |path| (root.clone(), path))
+    };
+    for (root, directory) in registries.directories().flat_map(entries) {
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         // `_default` is read for a registry without a directory; a port may be written with underscores.
         let registry = match name.strip_suffix('_').and_then(|name| name.rsplit_once('_')) {
@@ -27,7 +30,7 @@ pub fn check_files(registries: &RegistryFiles, trust: &TrustFiles) -> Vec<(PathB
             None => name,
         };
         // Of this directory alone.
-        let files = RegistryFiles { registries_conf: PathBuf::new(), ..registries.clone() };
+        let files = RegistryFiles { hosts: root, registries_conf: PathBuf::new(), ..registries.clone() };
         let outcome = format!("{registry}/check/check:latest").parse::<Reference>();
         note(&directory, outcome.and_then(|reference| hosts_for(&files, &reference)).map(drop));
     }

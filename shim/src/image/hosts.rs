@@ -17,7 +17,7 @@ const DEFAULT: &str = "_default";
 /// Where it is written how registries are reached.
 #[derive(Debug, Clone)]
 pub struct RegistryFiles {
-    /// containerd's `certs.d`; it need not exist.
+    /// containerd's `certs.d`, or several with colons between them, of which the first goes over the others; they need not exist.
     pub hosts: PathBuf,
     /// `registries.conf`, whose `.d` lies beside it; it need not exist.
     pub registries_conf: PathBuf,
@@ -26,6 +26,11 @@ pub struct RegistryFiles {
 }
 
 impl RegistryFiles {
+    /// The directories of `hosts`.
+    pub(super) fn directories(&self) -> impl Iterator<Item = PathBuf> {
+        std::env::split_paths(&self.hosts).filter(|path| !path.as_os_str().is_empty())
+    }
+
     /// `registries.conf` as it is now.
     pub(super) fn conf(&self) -> Result<RegistriesConf, ImageError> {
         RegistriesConf::load(&self.registries_conf)
@@ -61,10 +66,9 @@ pub(super) struct Host {
 pub(super) fn hosts_for(files: &RegistryFiles, reference: &Reference) -> Result<Vec<Host>, ImageError> {
     let registry = reference.registry();
     // containerd writes the port's colon as underscores where a file system minds it.
-    for name in [registry.to_owned(), registry.replace(':', "_") + "_"] {
-        if let Some(hosts) = from_directory(&files.hosts.join(name), registry)? {
-            return Ok(hosts);
-        }
+    let names = [registry.to_owned(), registry.replace(':', "_") + "_"];
+    if let Some(hosts) = from_first(files, &names, registry)? {
+        return Ok(hosts);
     }
     if let Some(places) = files.conf()?.places(reference)? {
         return places
@@ -73,10 +77,22 @@ pub(super) fn hosts_for(files: &RegistryFiles, reference: &Reference) -> Result<
             .collect::<Result<Vec<_>, _>>()
             .map(|all| all.concat());
     }
-    match from_directory(&files.hosts.join(DEFAULT), registry)? {
+    match from_first(files, &[DEFAULT.to_owned()], registry)? {
         Some(hosts) => Ok(hosts),
         None => Ok(vec![upstream(registry)?]),
     }
+}
+
+/// What the first of the directories says that has anything of one of these names.
+fn from_first(files: &RegistryFiles, names: &[String], registry: &str) -> Result<Option<Vec<Host>>, ImageError> {
+    for directory in files.directories() {
+        for name in names {
+            if let Some(hosts) = from_directory(&directory.join(name), registry)? {
+                return Ok(Some(hosts));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// What a directory of `certs.d` says: its hosts.toml, else docker's certificates for the registry itself (`*.crt`, `*.cert` with `*.key`).
@@ -337,6 +353,26 @@ mod tests {
     fn bases(directory: &Path, registry: &str) -> Vec<String> {
         let reference = format!("{registry}/a/b").parse().unwrap();
         hosts_for(&files(directory), &reference).unwrap().iter().map(|host| host.base.to_string()).collect()
+    }
+
+    #[test]
+    fn the_first_directory_that_has_the_registry_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, mirror) in
+            [("b/one.example", 1), ("c/one.example", 2), ("c/two.example", 3), ("c/_default", 4), ("b/three.example", 0)]
+        {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            if mirror > 0 {
+                std::fs::write(path.join("hosts.toml"), format!("[host.\"http://127.0.0.1:{mirror}\"]")).unwrap();
+            }
+        }
+        let hosts = std::env::join_paths(["a", "b", "c"].map(|name| dir.path().join(name))).unwrap();
+        let files = RegistryFiles { hosts: hosts.into(), ..files(dir.path()) };
+        for (registry, mirror) in [("one.example", 1), ("two.example", 3), ("three.example", 4)] {
+            let hosts = hosts_for(&files, &format!("{registry}/a").parse().unwrap()).unwrap();
+            assert_eq!(hosts[0].base.as_str(), format!("http://127.0.0.1:{mirror}/v2"), "{registry}");
+        }
     }
 
     #[test]
