@@ -137,6 +137,10 @@ fn an_image_volume_shows_its_image_and_outlives_it() -> Result<()> {
         ground.fails(&id, "/noexec/probe exit 0", "Permission denied")?;
         let mounts = ground.client.container(&id)?.mounts;
         ensure!(mounts.iter().filter(|mount| mount.image.is_some()).count() == 6, "{mounts:?}");
+        let told = |path: &str| mounts.iter().find(|mount| mount.container_path == path).and_then(|mount| mount.image.clone());
+        for path in ["/whole", "/by/id"] {
+            ensure!(told(path).is_some_and(|image| image.image_ref == by_id), "{path}: {mounts:?}");
+        }
 
         for name in [data, "localhost/one:test"] {
             let image = Some(cri::ImageSpec { image: name.into(), ..Default::default() });

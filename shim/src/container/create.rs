@@ -225,6 +225,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
     let monitor = pod.monitor()?;
     let bundling = Clock::start(Timed::ContainerBundle);
     let volumes = image_volume::find(node, &config)?;
+    image_volume::tell(&mut config, &volumes);
     let images = std::iter::once(image).chain(volumes.iter().map(|volume| &volume.image));
     let chain_ids: Vec<String> = images.flat_map(|image| &image.layers).map(|layer| layer.chain_id.clone()).collect();
     let lease = node.images.lease_layers(&chain_ids);

@@ -38,6 +38,15 @@ pub(super) fn find(node: &Node, config: &ContainerConfig) -> Result<Vec<ImageVol
     mounts.map(|(index, mount)| find_one(node, index, mount)).collect()
 }
 
+/// Writes the images' ids where the container's status tells them.
+pub(super) fn tell(config: &mut ContainerConfig, volumes: &[ImageVolume]) {
+    for volume in volumes {
+        if let Some(image) = config.mounts.get_mut(volume.index).and_then(|mount| mount.image.as_mut()) {
+            image.image_ref.clone_from(&volume.image.id);
+        }
+    }
+}
+
 fn find_one(node: &Node, index: usize, mount: &Mount) -> Result<ImageVolume> {
     let target = &mount.container_path;
     let invalid = |why: String| Err(Error::invalid(format!("config.mounts: {target}: {why}")));
