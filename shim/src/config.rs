@@ -178,6 +178,10 @@ pub struct ContainerConfig {
     pub shm_size_bytes: u64,
     /// What becomes of the volumes that an image declares (`VOLUME`) and that no mount of the pod covers.
     pub image_volumes: ImageVolumes,
+    /// Annotations of pods that the bundles of their containers have, for hooks: patterns of names, in which `*` stands for all but `/`.
+    pub pod_annotations: Vec<String>,
+    /// Annotations of containers that their bundles have.
+    pub container_annotations: Vec<String>,
 }
 
 /// `containers.image_volumes`
@@ -210,6 +214,19 @@ pub struct HandlerConfig {
     /// The runtime's program, absolute: runc, crun, or another with the commands of the OCI runtime command line whose containers are
     /// processes of the host's kernel. Commands of an exec and new limits are Windlass's own work in them.
     pub path: PathBuf,
+    /// Annotations of pods that the runtime is told: patterns of names, in which `*` stands for all but `/`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pod_annotations: Vec<String>,
+    /// Annotations of containers that it is told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub container_annotations: Vec<String>,
+}
+
+/// Patterns of the annotations that bundles have of a runtime handler.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PassedAnnotations<'a> {
+    pub(crate) of_pods: &'a [String],
+    pub(crate) of_containers: &'a [String],
 }
 
 /// `[block_io_classes.NAME]`: what a container of the class may do to block devices.
@@ -416,6 +433,8 @@ impl Default for ContainerConfig {
             default_ulimits: [("nofile".to_owned(), nofile)].into(),
             shm_size_bytes: 64 << 20,
             image_volumes: ImageVolumes::Bind,
+            pod_annotations: Vec::new(),
+            container_annotations: vec!["*".into(), "*/*".into()],
         }
     }
 }
@@ -472,6 +491,15 @@ impl Config {
     pub fn unknown_handler(&self, name: &str) -> String {
         let others = self.handlers.keys().map(|name| format!(", {name:?}")).collect::<String>();
         format!("runtime_handler {name:?} is not configured; this node has \"\", {NATIVE_HANDLER:?}{others}")
+    }
+
+    /// Which annotations the bundles of this handler's containers have.
+    pub(crate) fn passed_annotations(&self, handler: &str) -> PassedAnnotations<'_> {
+        let (of_pods, of_containers) = match self.handlers.get(handler) {
+            Some(other) => (&other.pod_annotations, &other.container_annotations),
+            None => (&self.containers.pod_annotations, &self.containers.container_annotations),
+        };
+        PassedAnnotations { of_pods, of_containers }
     }
 
     /// Reads `path`, or the defaults where the default path has no file. The error names every problem of the file.

@@ -15,6 +15,7 @@ pub mod container;
 pub mod cri;
 pub mod error;
 pub mod events;
+mod glob;
 pub mod image;
 pub mod log;
 pub mod monitor;

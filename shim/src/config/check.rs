@@ -2,6 +2,7 @@
 //! makes no sense. Each problem has its line, and what was probably meant. Asks nothing of the host.
 
 use super::{Account, BlockIoClass, BlockIoLimit, Config, DriverChoice, HandlerConfig, Ulimit};
+use crate::glob;
 use crate::network::subnet::parse_subnets;
 use serde::Deserialize;
 use serde_json::Value;
@@ -117,7 +118,8 @@ fn shape() -> Value {
     let any = || ANY.to_owned();
     let mut whole = Config {
         block_io_classes: [(any(), BlockIoClass { weight: 0, devices: vec![device] })].into(),
-        handlers: [(any(), HandlerConfig { path: "/".into() })].into(),
+        handlers: [(any(), HandlerConfig { path: "/".into(), pod_annotations: vec![any()], container_annotations: vec![any()] })]
+            .into(),
         ..Config::default()
     };
     whole.containers.default_ulimits = [(any(), Ulimit { soft: 0, hard: 0 })].into();
@@ -267,7 +269,9 @@ pub(super) fn senseless(config: &Config) -> Vec<(String, String)> {
             );
             no(&format!("handlers.{name}.path"), why);
         }
+        annotations(&format!("handlers.{name}"), &handler.pod_annotations, &handler.container_annotations, &mut no);
     }
+    annotations("containers", &config.containers.pod_annotations, &config.containers.container_annotations, &mut no);
     network(config, &mut no);
     if config.images.max_parallel_layers == 0 {
         no("images.max_parallel_layers", "0 is no layer at all; write 1 or more".into());
@@ -297,6 +301,15 @@ fn limits(config: &Config, no: &mut dyn FnMut(&str, String)) {
         let weights = std::iter::once(class.weight).chain(class.devices.iter().map(|device| device.weight));
         for weight in weights.filter(|weight| *weight != 0 && !(10..=1000).contains(weight)) {
             no(&format!("block_io_classes.{name}"), format!("weight {weight} is not 10 to 1000"));
+        }
+    }
+}
+
+/// Patterns that nothing could be told by.
+fn annotations(table: &str, of_pods: &[String], of_containers: &[String], no: &mut dyn FnMut(&str, String)) {
+    for (field, patterns) in [("pod_annotations", of_pods), ("container_annotations", of_containers)] {
+        for pattern in patterns.iter().filter(|pattern| !glob::is_pattern(pattern)) {
+            no(&format!("{table}.{field}"), format!("{pattern:?} is no pattern: a bracket or a backslash has no end"));
         }
     }
 }
@@ -382,7 +395,10 @@ mod tests {
         check("\n\n[netwerk]\nmode = \"cni\"\n", &[(3, "netwerk", "did you mean \"network\"?")]);
         check("[images]\nshm_size_bytes = 1\n", &[(2, "images.shm_size_bytes", "did you mean \"containers.shm_size_bytes\"?")]);
         check("[metrics]\nzzz = 1\n", &[(2, "metrics.zzz", "[metrics] has address")]);
-        check("[handlers.runc]\npath = \"/a\"\ntype = 1\n", &[(3, "handlers.runc.type", "[handlers.runc] has path")]);
+        check(
+            "[handlers.runc]\npath = \"/a\"\ntype = 1\n",
+            &[(3, "handlers.runc.type", "[handlers.runc] has container_annotations, path, pod_annotations")],
+        );
         let class =
             "[block_io_classes.x]\nweight = 20\n[[block_io_classes.x.devices]]\npath = \"/dev/x\"\nread_bytes_per_secand = 1\n";
         check(class, &[(5, "block_io_classes.x.devices.read_bytes_per_secand", "did you mean \"read_bytes_per_second\"?")]);
@@ -434,6 +450,12 @@ mod tests {
             ("[tracing]\nsampling_ratio = 2.0", "tracing.sampling_ratio", "from 0 to 1"),
             ("[handlers.runc]\npath = \"runc\"", "handlers.runc.path", "absolute"),
             ("[handlers.g]\npath = \"/usr/bin/runsc\"", "handlers.g.path", "a kernel of its own"),
+            (
+                "[handlers.runc]\npath = \"/runc\"\npod_annotations = [\"a.*\", \"[\"]",
+                "handlers.runc.pod_annotations",
+                "no pattern",
+            ),
+            ("[containers]\ncontainer_annotations = [\"a\\\\\"]", "containers.container_annotations", "no pattern"),
             ("[cgroup]\nparent = \"/a/../b\"", "cgroup.parent", "\"..\""),
             ("[nri]\nplugin_request_timeout_ms = 0", "nri.plugin_request_timeout_ms", "0 is not 1 to"),
             ("[nri]\nsocket_path = \"nri.sock\"", "nri.socket_path", "absolute"),

@@ -374,7 +374,8 @@ fn image_ref(config: &ContainerConfig, image: &Image) -> String {
     own.or(image.repo_digests.first()).unwrap_or(&image.id).clone()
 }
 
-fn image_name(config: &ContainerConfig, image: &Image) -> String {
+/// What a person calls the image.
+pub(super) fn image_name(config: &ContainerConfig, image: &Image) -> String {
     match asked(config) {
         Some(name) if !name.trim_start_matches("sha256:").chars().all(|c| c.is_ascii_hexdigit()) => name.clone(),
         _ => image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id).clone(),

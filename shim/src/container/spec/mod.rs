@@ -2,6 +2,7 @@
 //! host, changes nothing. Every field that is not applied yet and would make the container weaker is refused by name.
 
 mod adjust;
+mod annotations;
 mod cdi;
 mod classes;
 mod devices;
@@ -13,6 +14,7 @@ mod seccomp_default;
 mod security;
 
 pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
+pub(crate) use annotations::of_sandbox as annotations_of_pod;
 pub(super) use mounts::{POD_FILES, normal};
 pub(crate) use resources::{not_enforced as missing_controllers, resources};
 
@@ -115,7 +117,7 @@ pub(super) fn build(input: &Input) -> Result<(Spec, Vec<String>)> {
         "root": { "path": text(&input.directory.join("rootfs")), "readonly": input.security().readonly_rootfs },
         "process": process(input)?,
         "mounts": mounts::build(input)?,
-        "annotations": annotations(input),
+        "annotations": annotations::build(input),
         "linux": {
             "namespaces": namespaces(input)?,
             "cgroupsPath": input.pod.container_path(&input.id),
@@ -284,14 +286,6 @@ pub(super) fn labels(input: &Input) -> Result<Labels> {
 /// Nothing instead of an empty text.
 fn given(text: String) -> Option<String> {
     Some(text).filter(|text| !text.is_empty())
-}
-
-fn annotations(input: &Input) -> Value {
-    let mut annotations = json!(input.config.annotations);
-    annotations["io.kubernetes.cri.sandbox-id"] = json!(input.pod.id);
-    annotations["io.kubernetes.cri.container-name"] =
-        json!(input.config.metadata.as_ref().map(|meta| meta.name.as_str()).unwrap_or_default());
-    annotations
 }
 
 /// Refuses numbers that are in none of the CRI's enumerations.
