@@ -11,6 +11,7 @@ mod status;
 mod stream;
 mod streams;
 mod timing;
+mod verbose;
 mod view;
 
 use crate::{node::Node, streaming::Server};

@@ -3,7 +3,7 @@
 use super::{
     Service, deadline, status,
     stream::{Batches, EventStream, batches},
-    view,
+    verbose, view,
 };
 use crate::{
     cgroup::Driver,
@@ -13,7 +13,7 @@ use crate::{
     error::{Kind, Result as Outcome},
     pod,
 };
-use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 use tonic::{Request, Response, Status};
 use windlass_proto::cri::{self, runtime_service_server::RuntimeService};
 
@@ -66,19 +66,6 @@ impl Service {
             .collect()
     }
 
-    /// A pod's record and what belongs to it on this node, for a person: `crictl inspectp`.
-    fn pod_info(&self, record: &pod::Record) -> serde_json::Value {
-        let node = &self.node;
-        let monitor_cgroup = record.monitor_cgroup(node);
-        let mut info = serde_json::json!(record);
-        info["cgroup"] = serde_json::json!(node.tree.directory(&record.cgroup()));
-        info["monitorPid"] = serde_json::json!(first_process(&monitor_cgroup));
-        info["monitorCgroup"] = serde_json::json!(monitor_cgroup);
-        info["directory"] = serde_json::json!(node.pod_directory(&record.id));
-        info["runDirectory"] = serde_json::json!(node.run_directory(&record.id));
-        info
-    }
-
     /// What this node is, for a person: `crictl info`.
     fn node_info(&self) -> HashMap<String, String> {
         let node = &self.node;
@@ -100,11 +87,6 @@ impl Service {
             ("containers".to_owned(), node.containers().len().to_string()),
         ])
     }
-}
-
-/// The process that the first line of a cgroup names; none where it is empty or gone.
-fn first_process(cgroup: &Path) -> Option<u32> {
-    std::fs::read_to_string(cgroup.join("cgroup.procs")).ok()?.lines().next()?.parse().ok()
 }
 
 fn condition(name: &str, ready: Result<(), String>, reason: &str) -> cri::RuntimeCondition {
@@ -155,7 +137,7 @@ impl RuntimeService for Service {
         let pod = self.node.pod(&request.pod_sandbox_id).map_err(status::of)?;
         let mut info = HashMap::new();
         if request.verbose {
-            info.insert("info".to_owned(), self.pod_info(&pod.record()).to_string());
+            info.insert("info".to_owned(), verbose::pod(&self.node, &pod.record()).to_string());
         }
         let statuses = self.node.containers_of(&pod.id).iter().map(|container| container.look(view::container_status)).collect();
         Ok(Response::new(cri::PodSandboxStatusResponse {
@@ -214,19 +196,7 @@ impl RuntimeService for Service {
         let container = self.container(&request.container_id)?;
         let mut info = HashMap::new();
         if request.verbose {
-            let record = container.record();
-            let cgroup =
-                self.node.pod(&record.pod_id).ok().map(|pod| pod.look(|pod| pod.container_cgroup(&self.node, &record.id)));
-            let pid = match record.state {
-                container::State::Created { pid } | container::State::Running { pid, .. } => pid,
-                container::State::Exited { .. } => 0,
-            };
-            let details = serde_json::json!({
-                "sandboxID": record.pod_id, "pid": pid, "cgroup": cgroup, "notEnforced": record.not_enforced,
-                "memoryStatsEstimated": !self.node.tree.controllers.iter().any(|name| name == "memory"),
-                "chainIDs": record.chain_ids, "config": record.config, "bundle": self.node.container_directory(&record.id),
-            });
-            info.insert("info".to_owned(), details.to_string());
+            info.insert("info".to_owned(), verbose::container(&self.node, &container.record()).to_string());
         }
         Ok(Response::new(cri::ContainerStatusResponse { status: Some(container.look(view::container_status)), info }))
     }
