@@ -4,11 +4,13 @@ use crate::error::{Error, Kind, Result};
 use std::collections::{BTreeMap, btree_map::Entry};
 use windlass_proto::nri::{CompoundFieldOwners, Field, FieldOwners, OwningPlugins};
 
-/// Of one thing: who has set it, or who has removed it and may set it anew.
+/// Of one thing: who has set it, who has removed what another had set and may set it anew, or who has removed what no plugin had set, which
+/// anyone may set.
 #[derive(Debug, Clone)]
 enum Owner {
     Set(String),
     Cleared(String),
+    Removed(String),
 }
 
 /// Of all containers that one request is about. A field of many entries is owned entry by entry.
@@ -25,6 +27,10 @@ impl Owners {
                 Ok(())
             }
             Entry::Occupied(mut taken) => match taken.get() {
+                Owner::Removed(_) => {
+                    taken.insert(Owner::Set(plugin.to_owned()));
+                    Ok(())
+                }
                 Owner::Cleared(by) if by == plugin => {
                     taken.insert(Owner::Set(plugin.to_owned()));
                     Ok(())
@@ -43,10 +49,15 @@ impl Owners {
         }
     }
 
-    /// A plugin removes what others may have set.
+    /// A plugin removes what others may have set, or what there was before.
     pub(super) fn clear(&mut self, container: &str, field: Field, entry: Option<&str>, plugin: &str) {
         let fields = self.0.entry(container.to_owned()).or_default();
-        fields.insert((field, entry.map(str::to_owned)), Owner::Cleared(plugin.to_owned()));
+        let key = (field, entry.map(str::to_owned));
+        let next = match fields.get(&key) {
+            Some(Owner::Set(_) | Owner::Cleared(_)) => Owner::Cleared,
+            Some(Owner::Removed(_)) | None => Owner::Removed,
+        };
+        fields.insert(key, next(plugin.to_owned()));
     }
 
     /// Several plugins may add to this field.
@@ -63,7 +74,7 @@ impl Owners {
     pub(super) fn message(&self) -> OwningPlugins {
         let name = |owner: &Owner| match owner {
             Owner::Set(plugin) => plugin.clone(),
-            Owner::Cleared(plugin) => format!("-{plugin}"),
+            Owner::Cleared(plugin) | Owner::Removed(plugin) => format!("-{plugin}"),
         };
         let of_one = |fields: &BTreeMap<(Field, Option<String>), Owner>| {
             let mut message = FieldOwners::default();
@@ -101,6 +112,10 @@ mod tests {
         env(&mut owners, "A", "02-c").expect_err("removed by another");
         env(&mut owners, "A", "01-b").expect("removed by itself");
         env(&mut owners, "A", "01-b").expect_err("twice");
+        owners.clear("c", Field::Env, Some("PATH"), "00-a");
+        assert_eq!(owners.message().owners["c"].compound[&(Field::Env as i32)].owners["PATH"], "-00-a");
+        env(&mut owners, "PATH", "01-b").expect("what no plugin had set");
+        env(&mut owners, "PATH", "02-c").expect_err("taken");
         owners.share("c", Field::OciHooks, "00-a");
         owners.share("c", Field::OciHooks, "01-b");
         let message = &owners.message().owners["c"];
