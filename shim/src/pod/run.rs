@@ -142,7 +142,8 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
     let pod = Arc::new(Pod::new(record));
     node.begin_pod(&pod);
     let _turn = pod.turn.lock().await;
-    match build(&node, &pod, own_network).await {
+    let mut told = false;
+    match build(&node, &pod, own_network, &mut told).await {
         Ok(()) => {
             tracing::info!(addresses = ?pod.look(|record| record.network.as_ref().map(|n| n.ips.clone())), "pod is ready");
             Ok(id)
@@ -150,10 +151,12 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
         Err(error) => {
             tracing::warn!(%error, "pod could not be run");
             node.forget_pod(&pod.id);
-            nri::pod_removed(&node, &pod.record()).await;
             if let Err(undo) = stop::erase(&node, &pod).await {
                 tracing::error!(error = %undo, "pod not wholly taken back; it is tried again");
                 tokio::spawn(take_back(node.clone(), pod.clone()).in_current_span());
+            }
+            if told {
+                nri::pod_removed(&node, &pod.record()).await;
             }
             Err(error)
         }
@@ -174,7 +177,8 @@ async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
     }
 }
 
-async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()> {
+/// `told`: that plugins of NRI have heard of it.
+async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool, told: &mut bool) -> Result<()> {
     prepare_directories(node, pod)?;
     let (whole, making) = (Clock::start(Timed::Pod), Clock::start(Timed::PodMonitor));
     let (monitor, events, process) =
@@ -204,6 +208,7 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool) -> Result<()
     let ready = Record { network, phase: Phase::Ready, ..pod.record() };
     files::write_hosts(&node.pod_directory(&pod.id), &ready)?;
     let _hold = node.nri.hold().await;
+    *told = true;
     nri::run_pod(node, &ready).await?;
     // Last: the next daemon takes a pod whose record says this as it is.
     pod.change(node, |record| *record = ready)?;
