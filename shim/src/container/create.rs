@@ -304,6 +304,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
         stop_signal: spec::stop_signal(&config, image)?,
         stop_signal_sent: false,
         not_enforced,
+        more_limits: serde_json::Value::Null,
         created_at_ns: now_ns(),
         from_checkpoint: checkpoint.is_some(),
         state: State::Created { pid },

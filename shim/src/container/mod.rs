@@ -24,7 +24,7 @@ pub(crate) use create::restore;
 pub(crate) use declared::directory as declared_volumes;
 pub use life::{remove, reopen_log, resume_start, start, stop};
 pub use lookup::Lookups;
-pub(crate) use spec::{annotations_of_pod, missing_controllers, resources as limits};
+pub(crate) use spec::{annotations_of_pod, missing_controllers, overlay, resources as limits};
 pub use update::{merge, update, update_to};
 
 use crate::{
@@ -38,6 +38,7 @@ use crate::{
 };
 use ending::Ending;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
     sync::Mutex,
@@ -73,6 +74,9 @@ pub struct Record {
     pub stop_signal_sent: bool,
     /// Limits that were asked for and that this host does not enforce.
     pub not_enforced: Vec<String>,
+    /// Limits that the CRI has no field for, as the last updates set them: `linux.resources` of OCI.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub more_limits: Value,
     pub created_at_ns: i64,
     /// Its processes come from a checkpoint.
     #[serde(default)]

@@ -47,13 +47,14 @@ async fn change(node: &Node, container: &Container, mut given: LinuxContainerRes
         serde_json::to_value(spec::resources(&given)?).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
     let mut missing = spec::missing_controllers(&given, &node.tree);
     missing.extend(spec::more_missing(&more, &node.tree));
-    spec::overlay(&mut oci, more);
+    spec::overlay(&mut oci, more.clone());
     if node.config.cgroup.strict && !missing.is_empty() {
         let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
         return Err(Error::unimplemented(why));
     }
     let change = |record: &mut super::Record| {
         merge(record.config.linux.get_or_insert_default().resources.get_or_insert_default(), given.clone());
+        lay_more(&mut record.more_limits, &more);
         for name in &missing {
             if !record.not_enforced.contains(name) {
                 record.not_enforced.push(name.clone());
@@ -70,6 +71,16 @@ async fn change(node: &Node, container: &Container, mut given: LinuxContainerRes
     drop(room);
     container.change_always(change);
     Ok(())
+}
+
+/// Lays limits that the CRI has no field for over those of updates before.
+fn lay_more(old: &mut Value, new: &Value) {
+    if new.as_object().is_some_and(|new| !new.is_empty()) {
+        if old.is_null() {
+            *old = json!({});
+        }
+        spec::overlay(old, new.clone());
+    }
 }
 
 /// A limit of memory or of memory and swap together means nothing without the other: what is not given stays as it was.
@@ -137,6 +148,16 @@ mod tests {
         assert_eq!((old.cpu_quota, old.cpu_shares, old.oom_score_adj, old.cpuset_cpus.as_str()), (5000, 7, 10, "0"));
         assert_eq!(old.hugepage_limits, [pages("2MB", 1), pages("1GB", 3)]);
         assert_eq!(old.unified.len(), 1);
+    }
+
+    #[test]
+    fn more_limits_stay_until_others_are_given() {
+        let mut more = Value::Null;
+        lay_more(&mut more, &json!({}));
+        assert!(more.is_null());
+        lay_more(&mut more, &json!({ "pids": { "limit": 5 }, "memory": { "reservation": 7 } }));
+        lay_more(&mut more, &json!({ "pids": { "limit": -1 }, "blockIO": null }));
+        assert_eq!(more, json!({ "pids": { "limit": -1 }, "memory": { "reservation": 7 }, "blockIO": null }));
     }
 
     #[test]

@@ -10,10 +10,10 @@ use std::{collections::BTreeMap, path::Path};
 use windlass_proto::{
     cri::{self, LinuxContainerResources, NamespaceMode},
     nri::{
-        CdiDevice, Container, ContainerState, Hook, Hooks, HugepageLimit, Image, LinuxContainer, LinuxCpu, LinuxDevice,
-        LinuxDeviceCgroup, LinuxMemory, LinuxNamespace, LinuxPids, LinuxPodSandbox, LinuxResources, LinuxSeccomp,
-        LinuxSeccompArg, LinuxSyscall, Mount, OptionalFileMode, OptionalInt, OptionalInt64, OptionalUInt32, OptionalUInt64,
-        PodSandbox, PosixRlimit, SecurityProfile, User,
+        CdiDevice, Container, ContainerState, Hook, Hooks, HugepageLimit, Image, IoPrioClass, LinuxContainer, LinuxCpu,
+        LinuxDevice, LinuxDeviceCgroup, LinuxIoPriority, LinuxMemory, LinuxNamespace, LinuxPids, LinuxPodSandbox, LinuxResources,
+        LinuxScheduler, LinuxSchedulerPolicy, LinuxSeccomp, LinuxSeccompArg, LinuxSyscall, Mount, OptionalFileMode, OptionalInt,
+        OptionalInt64, OptionalUInt32, OptionalUInt64, PodSandbox, PosixRlimit, SecurityProfile, User,
     },
 };
 
@@ -57,7 +57,11 @@ pub(super) fn pod(record: &pod::Record) -> PodSandbox {
 /// A container with the configuration that its bundle has; less of it where that cannot be read.
 pub(super) fn container(node: &Node, record: &container::Record) -> Container {
     let bundle = node.container_directory(&record.id).join("config.json");
-    let spec = std::fs::read(&bundle).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+    let mut spec: Value = std::fs::read(&bundle).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+    // Limits may have changed since.
+    if record.more_limits.is_object() && spec.is_object() {
+        container::overlay(&mut spec["linux"]["resources"], record.more_limits.clone());
+    }
     let mut shown = of_spec(&record.id, &record.pod_id, &record.config, &spec);
     let (state, pid) = match &record.state {
         State::Created { pid } => (ContainerState::ContainerCreated, *pid),
@@ -75,7 +79,6 @@ pub(super) fn container(node: &Node, record: &container::Record) -> Container {
         shown.status_message = message.to_owned();
     }
     shown.image = Some(image(&record.image_name, &record.image_ref, &record.image_id));
-    // Limits may have changed since.
     if let Some(asked) = record.config.linux.as_ref().and_then(|linux| linux.resources.as_ref()) {
         let of_bundle = shown.linux.get_or_insert_default().resources.take().unwrap_or_default();
         let now = resources(asked);
@@ -123,12 +126,12 @@ pub(crate) fn of_spec(id: &str, pod_id: &str, config: &cri::ContainerConfig, spe
             resources: Some(of_oci(&linux["resources"])),
             oom_score_adj: process["oomScoreAdj"].as_i64().map(|value| OptionalInt { value }),
             cgroups_path: text(&linux["cgroupsPath"]),
-            io_priority: None,
+            io_priority: io_priority(&process["ioPriority"]),
             seccomp_profile: seccomp_profile(config),
             seccomp_policy: seccomp_policy(&linux["seccomp"]),
             sysctl: string_map(&linux["sysctl"]),
             net_devices: BTreeMap::new(),
-            scheduler: None,
+            scheduler: scheduler(&process["scheduler"]),
             rdt: None,
         }),
         rlimits: list(&process["rlimits"], |one| PosixRlimit {
@@ -253,6 +256,25 @@ fn hooks(all: &Value) -> Hooks {
     }
 }
 
+fn io_priority(oci: &Value) -> Option<LinuxIoPriority> {
+    let class = IoPrioClass::from_str_name(oci["class"].as_str()?)?;
+    Some(LinuxIoPriority { class: class.into(), priority: signed(&oci["priority"]) })
+}
+
+fn scheduler(oci: &Value) -> Option<LinuxScheduler> {
+    let policy = LinuxSchedulerPolicy::from_str_name(oci["policy"].as_str()?)?;
+    let ns = |key: &str| oci[key].as_u64().unwrap_or(0);
+    Some(LinuxScheduler {
+        policy: policy.into(),
+        nice: signed(&oci["nice"]),
+        priority: signed(&oci["priority"]),
+        flags: Vec::new(),
+        runtime: ns("runtime"),
+        deadline: ns("deadline"),
+        period: ns("period"),
+    })
+}
+
 fn seccomp_profile(config: &cri::ContainerConfig) -> Option<SecurityProfile> {
     let asked = config.linux.as_ref()?.security_context.as_ref()?.seccomp.clone()?;
     Some(SecurityProfile { profile_type: asked.profile_type, localhost_ref: asked.localhost_ref })
@@ -289,6 +311,10 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
+fn signed(value: &Value) -> i32 {
+    value.as_i64().and_then(|value| i32::try_from(value).ok()).unwrap_or(0)
+}
+
 fn small(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|value| u32::try_from(value).ok())
 }
@@ -303,4 +329,25 @@ fn strings(value: &Value) -> Vec<String> {
 
 fn string_map(value: &Value) -> BTreeMap<String, String> {
     value.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), text(value))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn priorities_are_shown_as_the_configuration_has_them() {
+        let spec = json!({ "process": {
+            "ioPriority": { "class": "IOPRIO_CLASS_BE", "priority": 3 },
+            "scheduler": { "policy": "SCHED_BATCH", "nice": -5 },
+        } });
+        let linux = of_spec("c", "p", &cri::ContainerConfig::default(), &spec).linux.expect("linux");
+        let io = linux.io_priority.expect("shown");
+        assert_eq!((io.class(), io.priority), (IoPrioClass::IoprioClassBe, 3));
+        let scheduler = linux.scheduler.expect("shown");
+        assert_eq!((scheduler.policy(), scheduler.nice, scheduler.priority), (LinuxSchedulerPolicy::SchedBatch, -5, 0));
+        let bare = of_spec("c", "p", &cri::ContainerConfig::default(), &json!({})).linux.expect("linux");
+        assert!(bare.io_priority.is_none() && bare.scheduler.is_none());
+    }
 }
