@@ -67,9 +67,9 @@ pub struct NriConfig {
     pub plugin_path: PathBuf,
     /// Directory of their configurations: `NN-name.conf`, else `name.conf`.
     pub plugin_config_path: PathBuf,
-    /// Longest wait for a plugin to register, and for it to take in the pods and containers that there are.
+    /// Longest wait for a plugin to register, then for the end of what is being made, and for it to take in the pods and containers that there are.
     pub plugin_registration_timeout_ms: u64,
-    /// Longest wait for a plugin's answer; one that has none then is let go.
+    /// Longest wait for a plugin's answer; one that has none then is let go, or as it has said itself not asked until its answer has come.
     pub plugin_request_timeout_ms: u64,
     /// No socket: only the plugins that the daemon starts.
     pub disable_connections: bool,

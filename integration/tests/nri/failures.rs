@@ -19,6 +19,10 @@ use windlass_integration::{
 };
 use windlass_proto::cri;
 
+/// All that becomes of pods and containers, but no say in what others adjust.
+const NO_VALIDATOR: &str =
+    "pod,CreateContainer,PostCreateContainer,StartContainer,PostStartContainer,StopContainer,RemoveContainer";
+
 /// What a container's creation fails with, and that it leaves nothing.
 fn refused(ground: &Ground, name: &str) -> Result<tonic::Status> {
     let before = Snapshot::take(&ground.daemon)?;
@@ -74,7 +78,7 @@ fn what_a_plugin_refuses_fails_and_leaves_nothing() {
 fn a_plugin_that_hangs_is_let_go_and_nobody_waits_longer_than_the_limit() {
     run(|| {
         let daemon = Daemon::configured("[nri]\nplugin_request_timeout_ms = 700\n")?;
-        let hanging = Plugin::connect(&daemon, "10-hangs", &json!({}))?;
+        let hanging = Plugin::connect(&daemon, "10-hangs", &json!({ "Events": NO_VALIDATOR }))?;
         let ground = Ground::on(daemon)?;
         hanging.freeze()?;
         let begun = Instant::now();
@@ -112,10 +116,11 @@ fn a_plugin_says_itself_what_its_failure_means() {
         let slow = json!({ "Events": "CreateContainer", "Delay": { "CreateContainer": 1500 }, "FailRequest": true, "KeepConnected": true });
         let needed = Plugin::connect(&daemon, "10-needed", &slow)?;
         let ground = Ground::on(daemon)?;
-        for name in ["one", "two"] {
-            let error = refused(&ground, name)?;
-            ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: no answer in 300ms"), "{error}");
-        }
+        let error = refused(&ground, "one")?;
+        ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: no answer in 300ms"), "{error}");
+        // Until its answer has come nobody waits for it.
+        let error = refused(&ground, "two")?;
+        ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: "), "{error}");
         drop(needed);
         Plugin::gone(&ground.daemon, "10-needed")?;
         let dies = json!({ "Events": "CreateContainer", "Exit": { "CreateContainer": true } });
@@ -128,6 +133,111 @@ fn a_plugin_says_itself_what_its_failure_means() {
         let error = ground.start("other", &["sleep", "1000"], |_| {}).err().context("fails with it")?;
         ensure!(error.to_string().contains("NRI plugin 10-fatal: CreateContainer: the connection is gone"), "{error}");
         plugin.ended()?;
+        ground.end()
+    });
+}
+
+#[test]
+fn a_plugin_that_hangs_and_is_kept_is_waited_for_once() {
+    run(|| {
+        let daemon = Daemon::configured("[nri]\nplugin_request_timeout_ms = 300\n")?;
+        let hanging = Plugin::connect(&daemon, "10-hangs", &json!({ "Events": NO_VALIDATOR, "KeepConnected": true }))?;
+        let ground = Ground::on(daemon)?;
+        hanging.freeze()?;
+        let id = ground.start("main", &["sleep", "1000"], |_| {})?;
+        ground.client.stop(&id, 0)?;
+        let said =
+            |what: &str| ground.daemon.log().lines().filter(|line| line.contains("10-hangs") && line.contains(what)).count();
+        ensure!(said("no answer in 300ms") == 1, "{}", ground.daemon.log());
+        ensure!(said("it has not answered what it was asked before") >= 3, "{}", ground.daemon.log());
+        ensure!(said("NRI plugin gone") == 0, "it is kept");
+        ground.end()
+    });
+}
+
+#[test]
+fn a_validator_that_is_gone_has_not_said_yes() {
+    run(|| {
+        let events = "CreateContainer,ValidateContainerAdjustment";
+        let dies = json!({ "Events": events, "Exit": { "CreateContainer": true } });
+        let daemon = Daemon::configured("[nri.validator]\nenable = true\nrequired_plugins = [\"needed\"]\n")?;
+        let mut needed =
+            Plugin::connect(&daemon, "10-needed", &json!({ "Events": "CreateContainer", "Exit": { "CreateContainer": true } }))?;
+        let ground = Ground::on(daemon)?;
+        let error = refused(&ground, "one")?;
+        ensure!(error.message().contains("required plugins are not there: needed"), "{error}");
+        needed.ended()?;
+        Plugin::gone(&ground.daemon, "10-needed")?;
+        let _needed = Plugin::connect(&ground.daemon, "20-needed", &json!({ "Events": "CreateContainer" }))?;
+        let mut validator = Plugin::connect(&ground.daemon, "10-judge", &dies)?;
+        let error = refused(&ground, "two")?;
+        ensure!(error.message().contains("NRI plugin 10-judge: ValidateContainerAdjustment: the connection is gone"), "{error}");
+        validator.ended()?;
+        Plugin::gone(&ground.daemon, "10-judge")?;
+        ground.start("three", &["sleep", "1000"], |_| {})?;
+        ground.end()
+    });
+}
+
+#[test]
+fn nobody_avoids_a_plugin_by_the_size_of_what_it_would_be_shown() {
+    run(|| {
+        let (ground, plugin) = ground(&json!({ "Events": "CreateContainer,StopContainer" }))?;
+        let mut wanted = container(&ground.config, "large", &["sleep", "1000"]);
+        wanted.annotations = (0..5).map(|n| (format!("large-{n}"), "x".repeat(1 << 20))).collect();
+        let error = ground.client.create(&ground.pod, &ground.config, &wanted).err().context("refused")?;
+        ensure!(error.message().contains("NRI plugin 10-test: CreateContainer: a request of "), "{error}");
+        let id = ground.start("main", &["sleep", "1000"], |_| {}).context("it is there as before")?;
+        plugin.wait_last(&id, "CreateContainer")?;
+        ground.end()
+    });
+}
+
+#[test]
+fn a_plugin_joins_beside_nothing_that_it_would_not_be_told_of() {
+    run(|| {
+        let config = "[nri]\nplugin_registration_timeout_ms = 2000\nplugin_request_timeout_ms = 60000\n";
+        let daemon = Daemon::configured(config)?;
+        let slow = json!({ "Events": "CreateContainer", "Delay": { "CreateContainer": 60000 } });
+        let first = Plugin::connect(&daemon, "10-first", &slow)?;
+        let ground = Ground::on(daemon)?;
+        std::thread::scope(|scope| -> Result<()> {
+            let client = Client::connect(&ground.daemon)?;
+            let wanted = container(&ground.config, "main", &["sleep", "1000"]);
+            let making = scope.spawn({
+                let (pod, config) = (ground.pod.clone(), ground.config.clone());
+                move || client.create(&pod, &config, &wanted)
+            });
+            first.wait("CreateContainer")?;
+            let mut second = Plugin::connecting(&ground.daemon, "20-second", &json!({}))?;
+            second.ended()?;
+            ensure!(ground.daemon.log().contains("have been on their way for 2s"), "{}", ground.daemon.log());
+            ensure!(second.told()?.iter().all(|line| line["event"] != "Synchronize"), "it has not joined");
+            drop(first);
+            let id = making.join().expect("no panic")?;
+            let again = Plugin::connect(&ground.daemon, "20-second", &json!({}))?;
+            let all = again.wait("Synchronize")?;
+            ensure!(all["containers"][0]["id"] == id.as_str(), "{all}");
+            Ok(())
+        })?;
+        ground.end()
+    });
+}
+
+#[test]
+fn a_pod_that_no_plugin_has_heard_of_is_not_removed_for_them() {
+    run(|| {
+        let (ground, plugin) = ground(&json!({}))?;
+        let file = ground.daemon.path("a-file");
+        std::fs::write(&file, "")?;
+        let unmade = pod(&file.join("logs"));
+        let error = ground.client.run(&unmade).err().context("a directory in a file")?;
+        ensure!(error.message().contains("log_directory") || error.message().contains("log directory"), "{error}");
+        let id = ground.client.run(&pod(&ground.daemon.path("logs")))?;
+        ground.client.remove(&id)?;
+        plugin.wait_last(&id, "RemovePodSandbox")?;
+        let name = unmade.metadata.context("metadata")?.name;
+        ensure!(plugin.events_of(&name)?.is_empty(), "{:?}", plugin.events_of(&name)?);
         ground.end()
     });
 }

@@ -167,6 +167,31 @@ fn a_plugin_that_comes_later_and_one_that_comes_again_are_told_of_what_there_is(
     });
 }
 
+#[test]
+fn what_ends_while_a_plugin_takes_in_what_there_is_is_told_after() {
+    run(|| {
+        let ground = Ground::on(Daemon::start(&[])?)?;
+        let ids = ["one", "two"].map(|name| ground.start(name, &["sleep", "1000"], |_| {}));
+        let [one, two] = ids.map(|id| id.expect("a container"));
+        let slow = Plugin::connecting(&ground.daemon, "10-slow", &json!({ "Delay": { "Synchronized": 2000 } }))?;
+        let all = slow.wait("Synchronize")?;
+        ensure!(all["containers"].as_array().is_some_and(|all| all.len() == 2), "{all}");
+        std::thread::scope(|scope| -> Result<()> {
+            let client = Client::connect(&ground.daemon)?;
+            let stopping = scope.spawn({
+                let two = two.clone();
+                move || client.stop(&two, 0)
+            });
+            ground.client.remove_container(cri::RemoveContainerRequest { container_id: one.clone() })?;
+            stopping.join().expect("no panic")?;
+            Ok(())
+        })?;
+        expect(&slow.wait_last(&one, "RemoveContainer")?, &["StopContainer", "RemoveContainer"])?;
+        expect(&slow.wait_last(&two, "StopContainer")?, &["StopContainer"])?;
+        remove(ground).map(drop)
+    });
+}
+
 /// The only pod of a Synchronize.
 fn ground_pod(all: &serde_json::Value) -> Result<String> {
     Ok(all["pods"][0]["id"].as_str().context("a pod")?.to_owned())

@@ -25,13 +25,19 @@ fn update(client: &Client, id: &str, value: i64) -> Result<(), tonic::Status> {
 #[test]
 fn a_plugin_changes_an_update_and_other_containers() {
     run(|| {
-        let (ground, plugin) = ground(&json!({ "Events": "PostUpdateContainer" }))?;
+        let (ground, mut plugin) = ground(&json!({ "Events": "PostUpdateContainer" }))?;
         let bystander = ground.start("bystander", &["sleep", "1000"], |_| {})?;
         let main = ground.start("main", &["sleep", "1000"], |_| {})?;
         update(&ground.client, &main, 300)?;
         ensure!(shares_of(&ground.client, &main)? == 300);
         let told = plugin.wait("PostUpdateContainer")?;
         ensure!(told["container"]["linux"]["resources"]["cpu"]["shares"]["value"] == "300", "{told}");
+        // What the CRI has no field for is shown from then on.
+        let pids = json!({ "container_id": main, "linux": { "resources": { "pids": { "limit": "50" } } } });
+        ensure!(plugin.update(&json!([pids]))?["failed"] == json!([]));
+        update(&ground.client, &main, 301)?;
+        let told = plugin.wait("PostUpdateContainer")?;
+        ensure!(told["container"]["linux"]["resources"]["pids"]["limit"] == "50", "{told}");
         let behaviour =
             json!({ "Events": "UpdateContainer", "Update": { "UpdateContainer": [shares("", 700), shares(&bystander, 99)] } });
         {
@@ -68,6 +74,18 @@ fn a_plugin_updates_containers_by_itself_at_any_time() {
         let answer = plugin.update(&json!([shares(&main, 222), ignored]))?;
         ensure!(answer["failed"] == json!(["no-such-container"]) && answer["error"].is_null(), "{answer}");
         ensure!(shares_of(&ground.client, &main)? == 222);
+        // A shortened id is the name of no container.
+        let short = &main[..20];
+        let answer = plugin.update(&json!([shares(short, 223)]))?;
+        ensure!(answer["failed"] == json!([short]) && shares_of(&ground.client, &main)? == 222, "{answer}");
+        {
+            let joins = json!({ "Update": { "Synchronize": [shares(&main, 224)] } });
+            let _joins = Plugin::connect(&ground.daemon, "20-joins", &joins)?;
+            windlass_integration::wait::until("the update of a plugin that joins", || {
+                Ok((shares_of(&ground.client, &main)? == 224).then_some(()))
+            })?;
+        }
+        Plugin::gone(&ground.daemon, "20-joins")?;
         let answer =
             plugin.update(&json!([{ "container_id": main, "linux": { "resources": { "rdt_class": { "value": "x" } } } }]))?;
         ensure!(answer["failed"] == json!([main.clone()]), "{answer}");

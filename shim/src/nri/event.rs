@@ -3,6 +3,15 @@
 use prost::Message;
 use windlass_proto::nri::{self, Container, Event, PodSandbox};
 
+/// Whether plugins have a say in it: it goes on only as they want it. Of the rest they are told.
+pub(super) fn asked(event: Event) -> bool {
+    use Event::*;
+    matches!(
+        event,
+        RunPodSandbox | UpdatePodSandbox | CreateContainer | StartContainer | UpdateContainer | ValidateContainerAdjustment
+    )
+}
+
 /// A request that is passed on to plugins.
 pub(super) trait Relayed: Message {
     type Reply: Message + Default;

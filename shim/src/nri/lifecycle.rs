@@ -147,13 +147,15 @@ pub async fn create_container(node: &Arc<Node>, pod: &pod::Record, container: nr
             evictions.extend(reply.evict.into_iter().map(|evicted| (plugin.clone(), evicted)));
         }
     }
+    // One that has gone while it was asked is not there.
+    let there = plugins.iter().filter(|plugin| !plugin.is_closed());
     let request = ValidateContainerAdjustmentRequest {
         pod: pristine.pod,
         container: pristine.container,
         adjust: Some(creation.adjust.clone()),
         update: creation.updates.list.clone(),
         owners: Some(creation.updates.owners.message()),
-        plugins: plugins.iter().map(|one| PluginInstance { name: one.name.clone(), index: one.index.clone() }).collect(),
+        plugins: there.map(|one| PluginInstance { name: one.name.clone(), index: one.index.clone() }).collect(),
     };
     if let Some(config) = &node.nri.validator {
         validate::check(config, &request).map_err(|why| Error::new(Kind::Precondition, format!("NRI validation: {why}")))?;
@@ -290,12 +292,21 @@ pub fn to_be_removed(node: &Node, container: &Container) -> Option<(Option<PodSa
     node.nri.wanted(Event::RemoveContainer).then(|| (pod_of(node, container), view::container(node, &container.record())))
 }
 
+/// The container that a plugin names: by its whole id, as a shortened one is another name of what other plugins own.
+fn named(node: &Node, id: &str) -> Result<Arc<Container>> {
+    let whole = |found: &Arc<Container>| found.id == id;
+    node.container(id)
+        .ok()
+        .filter(whole)
+        .ok_or_else(|| Error::not_found(format!("container {id:?} is not on this node; a plugin names it by its whole id")))
+}
+
 /// Puts updates of containers into effect; those that failed.
 pub(super) async fn apply(node: &Arc<Node>, updates: Vec<ContainerUpdate>) -> Vec<ContainerUpdate> {
     let mut failed = Vec::new();
     for update in updates {
         let resources = update.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
-        let done = match node.container(&update.container_id) {
+        let done = match named(node, &update.container_id) {
             Ok(container) => container::update_to(node, &container, &resources).await,
             Err(error) => Err(error),
         };
@@ -321,7 +332,7 @@ fn needed(failed: Vec<ContainerUpdate>) -> Result<()> {
 /// Stops containers as plugins ask, beside whatever goes on.
 pub(super) fn evict(node: &Arc<Node>, evictions: Vec<ContainerEviction>, plugin: &Plugin) {
     for eviction in evictions {
-        let container = match node.container(&eviction.container_id) {
+        let container = match named(node, &eviction.container_id) {
             Ok(container) => container,
             Err(error) => {
                 tracing::warn!(%plugin, %error, "NRI eviction");

@@ -5,7 +5,8 @@
 //! `validate` is the validator that is built in. What an answer asks for is put into effect by `container`, and never here.
 //!
 //! A plugin that joins is told of all pods and containers that there are, and then of everything that happens to them: while one is on
-//! its way to the lists ([`Nri::hold`]), nobody joins. Without plugins nothing is copied and nobody waits.
+//! its way to the lists ([`Nri::hold`]), nobody joins, and what ends, changes or is removed meanwhile waits for the plugin's turn. Without
+//! plugins nothing is copied and nobody waits.
 
 mod collect;
 mod event;
@@ -40,9 +41,9 @@ use std::{
 };
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{RwLockReadGuard, Semaphore, mpsc},
+    sync::{RwLockReadGuard, RwLockWriteGuard, Semaphore, mpsc},
     task::JoinHandle,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use windlass_proto::{
     nri::{UpdateContainersRequest, UpdateContainersResponse},
@@ -51,7 +52,8 @@ use windlass_proto::{
 
 /// Plugins at a time, those that are about to join among them.
 const PLUGINS_MAX: usize = 64;
-/// Longest wait of a plugin that joins for pods and containers that are being made; meanwhile no others begin.
+/// How long a plugin that joins waits at a time for pods and containers that are being made; meanwhile no others begin. Then they do for as
+/// long, and it waits again.
 const JOIN_PAUSE: Duration = Duration::from_secs(1);
 /// How long the daemon waits after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -66,6 +68,8 @@ pub struct Nri {
     plugins: RwLock<Arc<[Arc<Plugin>]>>,
     /// Held for reading while something is on its way to the node's lists, for writing while a plugin is told of these.
     joining: tokio::sync::RwLock<()>,
+    /// Held by the one that joins: each comes after the one before has been told of everything.
+    joiner: tokio::sync::Mutex<()>,
     room: Arc<Semaphore>,
     /// Set when it starts: whom it tells may change any container.
     node: OnceLock<Weak<Node>>,
@@ -81,6 +85,7 @@ impl Nri {
             validator: (config.enable && config.validator.enable).then(|| config.validator.clone()),
             plugins: RwLock::new(Arc::new([])),
             joining: tokio::sync::RwLock::default(),
+            joiner: tokio::sync::Mutex::default(),
             room: Arc::new(Semaphore::new(PLUGINS_MAX)),
             node: OnceLock::new(),
         }
@@ -108,6 +113,26 @@ impl Nri {
 
     fn node(&self) -> Option<Arc<Node>> {
         self.node.get().and_then(Weak::upgrade)
+    }
+
+    /// Waits until nothing is on its way to the lists, and keeps it so.
+    async fn alone(&self) -> Result<RwLockWriteGuard<'_, ()>, String> {
+        let limit = self.limits.registration;
+        let waiting = async {
+            loop {
+                if let Ok(alone) = timeout(JOIN_PAUSE, self.joining.write()).await {
+                    return alone;
+                }
+                // What takes longer is stuck in one pod, and must not keep everybody else.
+                sleep(JOIN_PAUSE).await;
+            }
+        };
+        timeout(limit, waiting).await.map_err(|_| {
+            format!(
+                "pods or containers have been on their way for {limit:?} (nri.plugin_registration_timeout_ms), and it would not be told of them; \
+                 let it come again"
+            )
+        })
     }
 
     /// Takes it into the list, unless it has gone already.
@@ -191,7 +216,7 @@ async fn accept(node: Arc<Node>, listener: UnixListener) {
             }
             Err(error) => {
                 tracing::warn!(%error, "accept an NRI plugin");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                sleep(ACCEPT_PAUSE).await;
             }
         }
     }
@@ -213,29 +238,35 @@ async fn try_join(node: Arc<Node>, socket: UnixStream, process: Option<Launched>
     let (served, server) = (plugin.clone(), node.clone());
     tokio::spawn(async move {
         serve(&server, &served, requests).await;
+        // First: who is about to join stays out.
+        served.close();
         server.nri.leave(&served);
         tracing::info!(plugin = %served, "NRI plugin gone");
         drop(room);
     });
-    let updates = synchronize(&node, &plugin).await.inspect_err(|_| plugin.close()).map_err(|why| format!("{plugin}: {why}"))?;
+    let updates = synchronize(&node, &plugin).await.map_err(|why| {
+        plugin.close();
+        nri.leave(&plugin);
+        format!("{plugin}: {why}")
+    })?;
     tracing::info!(%plugin, "NRI plugin joined");
-    apply(&node, updates).await;
+    // Each waits for a monitor, a starting daemon for none.
+    tokio::spawn(async move { apply(&node, updates).await });
     Ok(())
 }
 
-/// Tells it of what there is, and takes it into the list.
+/// Takes it into the list, and tells it of what there is.
 async fn synchronize(node: &Arc<Node>, plugin: &Arc<Plugin>) -> Result<Vec<windlass_proto::nri::ContainerUpdate>, String> {
-    // What takes longer is stuck in one pod, and keeps nobody else: the plugin hears of that one when it is made.
-    let alone = timeout(JOIN_PAUSE, node.nri.joining.write()).await;
-    if alone.is_err() {
-        tracing::info!(%plugin, "a pod or container has been on its way for {JOIN_PAUSE:?} when an NRI plugin joins");
-    }
+    // What happens from now on is told after this.
+    let _turn = plugin.turn().await;
+    let _joiner = node.nri.joiner.lock().await;
+    let _alone = node.nri.alone().await?;
+    node.nri.enter(plugin);
     let looked = node.clone();
     // Reads the bundle of every container.
     let (pods, containers) = tokio::task::spawn_blocking(move || all(&looked)).await.map_err(|error| error.to_string())?;
-    let updates = plugin.synchronize(pods, containers).await?;
-    node.nri.enter(plugin);
-    Ok(updates)
+    // One that fails is asked nothing by those that wait for its turn.
+    plugin.synchronize(pods, containers).await.inspect_err(|_| plugin.close())
 }
 
 /// Pods that are ready, and their containers that have not ended.

@@ -1,15 +1,20 @@
 //! One plugin: who it is, what it wants to be told, and how it is asked. It is asked one thing at a time, in the order in which things
-//! happen, as plugins are used to. One that does not answer in time is let go, unless it has said that it is to be kept.
+//! happen, as plugins are used to. One that does not answer in time is let go, unless it has said that it is to be kept: then nobody waits
+//! for it until its answer has come.
 
 use super::{
-    event::Relayed,
+    event::{self, Relayed},
     launch::Launched,
     ttrpc::{CallError, Connection, INVALID_ARGUMENT, Incoming, UNIMPLEMENTED},
 };
 use crate::error::{Error, Kind, Result};
 use prost::Message;
 use std::{collections::BTreeSet, fmt, sync::Mutex, time::Duration};
-use tokio::{net::UnixStream, sync::mpsc, time::timeout};
+use tokio::{
+    net::UnixStream,
+    sync::{MutexGuard, mpsc},
+    time::{Instant, timeout, timeout_at},
+};
 use windlass_proto::{
     nri::{
         ConfigureRequest, ConfigureResponse, Container, ContainerUpdate, Empty, Event, FailurePolicy, PodSandbox,
@@ -27,6 +32,9 @@ const NRI_VERSION: &str = "v0.12.5";
 /// Every event that there is.
 const ALL_EVENTS: i32 = (1 << (Event::Last as i32 - 1)) - 1;
 
+/// Requests before one that waits for its turn, each as long as it may be.
+const TURNS_MAX: u32 = 10;
+
 /// Pods and containers of one Synchronize that are not divided any further.
 const OBJECTS_MIN: usize = 8;
 
@@ -41,6 +49,13 @@ pub(super) struct Limits {
     /// To register, and to take in what there is: more than an event is.
     pub(super) registration: Duration,
     pub(super) request: Duration,
+}
+
+impl Limits {
+    /// Longest wait for a plugin's turn: it takes in what there is, then answers others.
+    fn turn(&self) -> Duration {
+        self.registration.saturating_add(self.request.saturating_mul(TURNS_MAX))
+    }
 }
 
 /// A plugin that has registered.
@@ -177,26 +192,36 @@ impl Plugin {
         self.connection.answer(to, outcome).await;
     }
 
-    /// Tells it what happens and takes its word on it. Nothing where it does not want to know, and where it is gone and the request may
+    /// Keeps it from being asked anything else.
+    pub(super) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Tells it what happens and takes its word on it. Nothing where it does not want to know, and where it fails and the request may
     /// go on without it.
     ///
     /// # Errors
-    /// It refuses; or it failed and has said that the request shall fail then.
+    /// It refuses; it failed or is gone, and has said that the request shall fail then or is a validator; it is asked for its word with
+    /// more than a message takes.
     pub(super) async fn tell<Q: Relayed>(&self, request: &Q) -> Result<Option<Q::Reply>> {
         if !self.wants(Q::EVENT) {
             return Ok(None);
         }
-        let _turn = self.turn.lock().await;
-        if self.is_closed() {
-            return Ok(None);
-        }
-        match self.ask(request).await {
+        let limit = self.limits.turn();
+        let answer = match timeout(limit, self.turn()).await {
+            Ok(_turn) => self.ask(request).await,
+            Err(_) => Err(CallError::Busy(limit)),
+        };
+        match answer {
             Ok(reply) => Ok(Some(reply)),
             Err(CallError::Refused(status)) => Err(self.refusal(Q::METHOD, &status.message)),
             Err(error) => {
                 self.failed(Q::METHOD, &error);
-                // Nobody can say yes for a validator.
-                let needed = self.policy.fail_request || Q::EVENT == Event::ValidateContainerAdjustment;
+                // Nobody can say yes for a validator; and who writes a pod does not choose which plugins are asked, by its size.
+                let needed = match error {
+                    CallError::TooLarge(_) => event::asked(Q::EVENT),
+                    _ => self.policy.fail_request || Q::EVENT == Event::ValidateContainerAdjustment,
+                };
                 if needed { Err(self.refusal(Q::METHOD, &error)) } else { Ok(None) }
             }
         }
@@ -207,8 +232,12 @@ impl Plugin {
     }
 
     fn failed(&self, method: &str, error: &CallError) {
-        let kept = self.policy.keep_connected && matches!(error, CallError::Timeout(_));
-        if kept || matches!(error, CallError::TooLarge(_)) {
+        let kept = match error {
+            CallError::Timeout(_) => self.policy.keep_connected,
+            CallError::TooLarge(_) | CallError::Late | CallError::Busy(_) => true,
+            CallError::Closed | CallError::Protocol(_) | CallError::Refused(_) => false,
+        };
+        if kept || self.is_closed() {
             tracing::warn!(plugin = %self, method, %error, "NRI plugin not asked");
             return;
         }
@@ -232,21 +261,32 @@ impl Plugin {
         Ok(Q::Reply::default())
     }
 
-    /// Tells it of everything that there is, in as many messages as that takes; what it wants changed.
+    /// Tells it of everything that there is, in as many messages as that takes; what it wants changed. The caller holds its turn.
     pub(super) async fn synchronize(
         &self,
+        pods: Vec<PodSandbox>,
+        containers: Vec<Container>,
+    ) -> Result<Vec<ContainerUpdate>, String> {
+        let limit = self.limits.registration;
+        let deadline = Instant::now() + limit;
+        let told = timeout_at(deadline, self.synchronize_until(deadline, pods, containers)).await;
+        told.unwrap_or_else(|_| Err(format!("Synchronize: not done in {limit:?}")))
+    }
+
+    async fn synchronize_until(
+        &self,
+        deadline: Instant,
         mut pods: Vec<PodSandbox>,
         mut containers: Vec<Container>,
     ) -> Result<Vec<ContainerUpdate>, String> {
-        let _turn = self.turn.lock().await;
         let (mut pods_each, mut containers_each) = (pods.len(), containers.len());
         loop {
             let these = pods.drain(..pods_each.min(pods.len())).collect();
             let those = containers.drain(..containers_each.min(containers.len())).collect();
             let more = !pods.is_empty() || !containers.is_empty();
             let request = SynchronizeRequest { pods: these, containers: those, more };
-            let reply: Result<SynchronizeResponse, _> =
-                self.connection.call((SERVICE, "Synchronize"), &request, self.limits.registration).await;
+            let rest = deadline.saturating_duration_since(Instant::now());
+            let reply: Result<SynchronizeResponse, _> = self.connection.call((SERVICE, "Synchronize"), &request, rest).await;
             match reply {
                 Ok(reply) if !request.more => return Ok(reply.update),
                 Ok(reply) if reply.more && reply.update.is_empty() => {}

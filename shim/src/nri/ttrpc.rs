@@ -21,6 +21,7 @@ use tokio::{
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{mpsc, oneshot},
+    task::coop::consume_budget,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -54,6 +55,10 @@ pub(super) enum CallError {
     Closed,
     /// Not within this time.
     Timeout(Duration),
+    /// It owes the answer to an earlier call that was given up. Nothing was sent.
+    Late,
+    /// Others have called it for all of this time. Nothing was sent.
+    Busy(Duration),
     /// The reply is no such message.
     Protocol(String),
     /// The request has so many bytes, which are more than the protocol takes. Nothing was sent.
@@ -67,6 +72,8 @@ impl fmt::Display for CallError {
         match self {
             CallError::Closed => f.write_str("the connection is gone"),
             CallError::Timeout(limit) => write!(f, "no answer in {limit:?}"),
+            CallError::Late => f.write_str("it has not answered what it was asked before"),
+            CallError::Busy(limit) => write!(f, "its turn for this did not come in {limit:?}"),
             CallError::Protocol(why) => write!(f, "an answer that is none: {why}"),
             CallError::TooLarge(bytes) => write!(f, "a request of {bytes} bytes, the limit is {MESSAGE_MAX_BYTES}"),
             CallError::Refused(status) => f.write_str(&status.message),
@@ -86,6 +93,8 @@ pub(super) struct Connection {
     queue: mpsc::Sender<Vec<u8>>,
     pending: Pending,
     next: AtomicU32,
+    /// The answer that a call was given up for, until it comes.
+    late: Mutex<Option<oneshot::Receiver<Response>>>,
     closed: CancellationToken,
 }
 
@@ -103,10 +112,10 @@ impl Connection {
             until(end, reading).await;
             waiting.lock().expect(POISON).clear();
         });
-        (Connection { queue, pending, next: AtomicU32::new(1), closed }, requests)
+        (Connection { queue, pending, next: AtomicU32::new(1), late: Mutex::default(), closed }, requests)
     }
 
-    /// Calls a method and waits for its reply, at most `limit`, which the plugin is told.
+    /// Calls a method and waits for its reply, at most `limit`, which the plugin is told. Nobody waits for a peer that owes an answer.
     pub(super) async fn call<R: Message + Default>(
         &self,
         (service, method): (&str, &str),
@@ -124,21 +133,38 @@ impl Connection {
         // Those of a caller are odd.
         let id = self.next.fetch_add(2, Ordering::Relaxed);
         let message = message(id, REQUEST, &request).map_err(CallError::TooLarge)?;
-        let (sender, receiver) = oneshot::channel();
+        let (sender, mut receiver) = oneshot::channel();
         self.pending.lock().expect(POISON).insert(id, sender);
-        let _forget = Forget { pending: &self.pending, id };
+        let mut forget = Forget { pending: &self.pending, id, keep: false };
         if self.closed.is_cancelled() {
             return Err(CallError::Closed);
         }
-        let exchange = async {
-            self.queue.send(mux::frames(mux::PLUGIN, &message)).await.map_err(|_| CallError::Closed)?;
-            receiver.await.map_err(|_| CallError::Closed)
+        if self.owes() {
+            return Err(CallError::Late);
+        }
+        let sending = self.queue.send(mux::frames(mux::PLUGIN, &message));
+        let sent = tokio::time::timeout_at(deadline, sending).await.map_err(|_| CallError::Timeout(limit))?;
+        sent.map_err(|_| CallError::Closed)?;
+        let Ok(reply) = tokio::time::timeout_at(deadline, &mut receiver).await else {
+            forget.keep = true;
+            *self.late.lock().expect(POISON) = Some(receiver);
+            return Err(CallError::Timeout(limit));
         };
-        let reply = tokio::time::timeout_at(deadline, exchange).await.map_err(|_| CallError::Timeout(limit))??;
+        let reply = reply.map_err(|_| CallError::Closed)?;
         match reply.status {
             Some(status) if status.code != 0 => Err(CallError::Refused(status)),
             _ => R::decode(reply.payload.as_slice()).map_err(|error| CallError::Protocol(error.to_string())),
         }
+    }
+
+    /// Whether the answer that a call was given up for is still to come.
+    fn owes(&self) -> bool {
+        let mut late = self.late.lock().expect(POISON);
+        let owes = late.as_mut().is_some_and(|answer| matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        if !owes {
+            *late = None;
+        }
+        owes
     }
 
     /// Answers a request of the plugin.
@@ -168,15 +194,18 @@ impl Drop for Connection {
     }
 }
 
-/// Takes a call that nobody waits for any more from the list.
+/// Takes a call from the list that nobody waits for any more, unless its answer is to be noticed.
 struct Forget<'a> {
     pending: &'a Pending,
     id: u32,
+    keep: bool,
 }
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        self.pending.lock().expect(POISON).remove(&self.id);
+        if !self.keep {
+            self.pending.lock().expect(POISON).remove(&self.id);
+        }
     }
 }
 
@@ -219,16 +248,18 @@ async fn read(
     while let Some((stream, payload)) = mux::read(&mut from).await? {
         match stream {
             mux::PLUGIN => {
-                replies.0.extend_from_slice(&payload);
+                replies.add(&payload);
                 while let Some((id, kind, body)) = replies.next()? {
                     let waiting = pending.lock().expect(POISON).remove(&id);
                     if let (RESPONSE, Some(waiting)) = (kind, waiting) {
                         let _ = waiting.send(Response::decode(body.as_slice())?);
                     }
+                    // A frame may be made of nothing but empty messages.
+                    consume_budget().await;
                 }
             }
             mux::RUNTIME => {
-                requests.0.extend_from_slice(&payload);
+                requests.add(&payload);
                 while let Some((id, kind, body)) = requests.next()? {
                     if kind != REQUEST {
                         return Err(io::Error::other(format!("a message of type {kind} where requests are")));
@@ -242,6 +273,7 @@ async fn read(
                         // Never waited for: a plugin that reads none of its answers cannot stop its own input.
                         let _ = queue.try_send(mux::frames(mux::RUNTIME, &refusal));
                     }
+                    consume_budget().await;
                 }
             }
             // Reserved.
@@ -253,12 +285,23 @@ async fn read(
 
 /// What has come of a stream and is no whole message yet.
 #[derive(Default)]
-struct Assembly(Vec<u8>);
+struct Assembly {
+    bytes: Vec<u8>,
+    /// Where the next message begins.
+    at: usize,
+}
 
 impl Assembly {
+    fn add(&mut self, payload: &[u8]) {
+        self.bytes.drain(..self.at);
+        self.at = 0;
+        self.bytes.extend_from_slice(payload);
+    }
+
     /// The next whole message: its stream, type and body.
     fn next(&mut self) -> io::Result<Option<(u32, u8, Vec<u8>)>> {
-        let Some((&[l0, l1, l2, l3, s0, s1, s2, s3, kind, _], rest)) = self.0.split_first_chunk::<HEADER_BYTES>() else {
+        let Some((&[l0, l1, l2, l3, s0, s1, s2, s3, kind, _], rest)) = self.bytes[self.at..].split_first_chunk::<HEADER_BYTES>()
+        else {
             return Ok(None);
         };
         let length = usize::try_from(u32::from_be_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
@@ -269,7 +312,7 @@ impl Assembly {
             return Ok(None);
         }
         let body = rest[..length].to_vec();
-        self.0.drain(..HEADER_BYTES + length);
+        self.at += HEADER_BYTES + length;
         Ok(Some((u32::from_be_bytes([s0, s1, s2, s3]), kind, body)))
     }
 }
@@ -278,6 +321,12 @@ impl Assembly {
 mod tests {
     use super::*;
     use tokio::io::AsyncReadExt;
+
+    impl Assembly {
+        fn of(bytes: Vec<u8>) -> Assembly {
+            Assembly { bytes, at: 0 }
+        }
+    }
 
     #[test]
     fn messages_are_found_however_they_are_cut() {
@@ -288,16 +337,17 @@ mod tests {
             let mut assembly = Assembly::default();
             let mut found = Vec::new();
             for part in all.chunks(step) {
-                assembly.0.extend_from_slice(part);
+                assembly.add(part);
                 while let Some((stream, kind, _)) = assembly.next().expect("messages") {
                     found.push((stream, kind));
                 }
             }
             assert_eq!(found, [(3, REQUEST), (5, RESPONSE)]);
-            assert!(assembly.0.is_empty());
+            assembly.add(&[]);
+            assert!(assembly.bytes.is_empty());
         }
-        let mut long = Assembly(one);
-        long.0[0] = 1;
+        let mut long = Assembly::of(one);
+        long.bytes[0] = 1;
         assert!(long.next().expect_err("too long").to_string().contains("the limit is"));
         message(1, REQUEST, &Request { payload: vec![0; MESSAGE_MAX_BYTES], ..Default::default() }).expect_err("too long");
     }
@@ -309,7 +359,14 @@ mod tests {
         let (connection, _requests) = Connection::over(ours);
         let call = connection.call::<Response>(("s", "m"), &Request::default(), limit).await;
         assert!(matches!(call, Err(CallError::Timeout(_))), "{call:?}");
-        assert!(connection.pending.lock().expect(POISON).is_empty(), "a call that is over is forgotten");
+        let call = connection.call::<Response>(("s", "m"), &Request::default(), limit).await;
+        assert!(matches!(call, Err(CallError::Late)), "{call:?}");
+        assert_eq!(
+            connection.pending.lock().expect(POISON).len(),
+            1,
+            "of a call that is over its answer is all that is waited for"
+        );
+        *connection.late.lock().expect(POISON) = None;
         let (mut from, mut to) = theirs.into_split();
         let request = Request::default();
         let waiting = connection.call::<Response>(("s", "m"), &request, Duration::from_secs(10));
@@ -324,6 +381,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_late_answer_ends_the_silence() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let (connection, _requests) = Connection::over(ours);
+        let ask = async |limit| connection.call::<Response>(("s", "m"), &Request::default(), limit).await;
+        let call = ask(Duration::from_millis(50)).await;
+        assert!(matches!(call, Err(CallError::Timeout(_))), "{call:?}");
+        let (_, payload) = mux::read(&mut theirs).await.expect("a frame").expect("no end");
+        let (id, _, _) = Assembly::of(payload).next().expect("a message").expect("whole");
+        let answer = |id| mux::frames(mux::PLUGIN, &message(id, RESPONSE, &Response::default()).expect("short"));
+        theirs.write_all(&answer(id)).await.expect("write");
+        while connection.owes() {
+            tokio::task::yield_now().await;
+        }
+        assert!(connection.pending.lock().expect(POISON).is_empty());
+        let answers = async {
+            mux::read(&mut theirs).await.expect("a frame").expect("no end");
+            theirs.write_all(&answer(id + 2)).await.expect("write");
+        };
+        let (call, ()) = tokio::join!(ask(Duration::from_secs(10)), answers);
+        call.expect("an answer");
+    }
+
+    #[tokio::test]
     async fn more_requests_than_wait_are_refused() {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let (_connection, _requests) = Connection::over(ours);
@@ -332,7 +412,7 @@ mod tests {
             theirs.write_all(&mux::frames(mux::RUNTIME, &request)).await.expect("write");
         }
         let (stream, payload) = mux::read(&mut theirs).await.expect("a frame").expect("no end");
-        let (id, kind, body) = Assembly(payload).next().expect("a message").expect("whole");
+        let (id, kind, body) = Assembly::of(payload).next().expect("a message").expect("whole");
         assert_eq!((stream, id, kind), (mux::RUNTIME, REQUEST_QUEUE as u32 * 2 + 1, RESPONSE));
         let status = Response::decode(body.as_slice()).expect("a response").status.expect("a refusal");
         assert_eq!(status.code, RESOURCE_EXHAUSTED);
