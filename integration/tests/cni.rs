@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+use tonic::Code;
 use windlass_integration::{
     client::{Client, pod},
     daemon::Daemon,
@@ -362,6 +363,27 @@ fn a_network_that_appears_later_takes_over_and_a_broken_file_changes_nothing() -
         until_true("not ready", || Ok(!ground.ready()?.0))?;
         let error = ground.client.run(&ground.config()).expect_err("no network");
         ensure!(error.message().contains(told), "{error}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_removal_comes_to_its_end_though_its_caller_has_gone() -> Result<()> {
+    node::run(|| {
+        let ground = Ground::start("mode = \"cni\"", Some(&scripted("1.0.0")))?;
+        let id = ground.client.run(&ground.config())?;
+        let hasty = Client::within(&ground.daemon.socket(), Duration::from_secs(1))?;
+        let go = ground.daemon.path("go");
+        ground.fault("DEL", Some(&format!("until test -e '{}'; do sleep 0.02; done", go.display())))?;
+        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: id.clone() };
+        let error = hasty.remove_pod_sandbox(request).expect_err("the network is not given back");
+        ensure!(error.code() == Code::DeadlineExceeded, "{error:?}");
+        until_true("DEL", || Ok(ground.calls(&format!("DEL {id}")) > 0))?;
+        ensure!(ground.client.pod(&id)?.state() == cri::PodSandboxState::SandboxNotready, "its processes have ended");
+        fs::write(&go, "")?;
+        let gone = || Ok(ground.client.pod(&id).is_err_and(|status| status.code() == Code::NotFound));
+        until_true("the pod's removal, which nobody asks for again", gone)?;
+        ensure!(ground.held().is_empty(), "{:?}", ground.held());
         Ok(())
     })
 }

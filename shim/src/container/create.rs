@@ -1,7 +1,10 @@
 //! CreateContainer: image, configuration and pod become a bundle and a process that waits at its gate.
 
-use super::{Container, Record, State, declared, identity, image_volume, image_volume::ImageVolume, lookup::Looking, spec, text};
+use super::{
+    Container, Exit, Record, State, declared, identity, image_volume, image_volume::ImageVolume, lookup::Looking, spec, text,
+};
 use crate::{
+    cgroup,
     checkpoint::{Loaded, Source},
     config::ImageVolumes,
     error::{Error, Kind, Result},
@@ -27,6 +30,9 @@ use windlass_proto::{
     monitor::{CreateRequest, DeleteRequest, Restore, create_request::PidMode, frame::Body},
     nri::Container as Shown,
 };
+
+/// Longest wait for the processes of a container whose monitor is gone.
+const FORSAKEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Creates a container; returns its id. A call with the metadata of a creation under way, or of a created container, gets that one.
 /// `declared`: the pod as the request describes it, if it does. `limit`: how long the caller waits for the file systems of its volumes,
@@ -125,14 +131,18 @@ async fn build(
             let container = Arc::new(container);
             node.insert_container(container.clone());
             drop(hold);
+            missed(&node, &pod, &container).await?;
             node.tell(&pod, &id, EventKind::ContainerCreatedEvent);
             nri::container_created(&node, &container).await;
             Ok(id)
         }
         Err(error) => {
-            if let Ok(monitor) = pod.monitor() {
+            match pod.monitor() {
                 // A creation that timed out may still be under way there.
-                let _ = monitor.call(Body::Delete(DeleteRequest { container_id: id.clone() })).await;
+                Ok(monitor) => drop(monitor.call(Body::Delete(DeleteRequest { container_id: id.clone() })).await),
+                Err(_) => forsaken(&node, &pod, &id)
+                    .await
+                    .unwrap_or_else(|undo| tracing::error!(error = %undo, "container not taken back")),
             }
             if let Err(undo) = store::remove_tree(&directory) {
                 tracing::error!(error = %undo, "container directory not removed");
@@ -140,6 +150,29 @@ async fn build(
             Err(error)
         }
     }
+}
+
+/// What has happened to a container while it was in no list: its end, or its pod's, which found nothing to end.
+async fn missed(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
+    let recorded = super::recorded_exit(node, &pod.id, &container.id);
+    let exit = match recorded {
+        None if pod.monitor().is_ok() => return Ok(()),
+        None => {
+            forsaken(node, pod, &container.id).await?;
+            Exit::unknown(now_ns())
+        }
+        Some(exit) => exit,
+    };
+    container.exited(node, exit);
+    Ok(())
+}
+
+/// Ends what a monitor that is gone may have made of a container that was in no list when its pod was ended.
+async fn forsaken(node: &Node, pod: &Pod, id: &str) -> Result<()> {
+    let cgroup = pod.look(|record| record.container_cgroup(node, id));
+    let failed = |error| Error::io(format_args!("kill cgroup {}", cgroup.display()), error);
+    cgroup::kill(&cgroup, FORSAKEN_LIMIT).await.map_err(failed)?;
+    cgroup::remove(&cgroup).map_err(failed)
 }
 
 /// A container that is in no list yet, and what keeps plugins of NRI from joining until it is.

@@ -15,11 +15,17 @@ use crate::{
 use std::{sync::Arc, time::Duration};
 use tracing::Instrument;
 use windlass_proto::monitor::{
-    DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, StateRequest, frame::Body,
+    DeleteRequest, KillRequest, ReopenLogRequest, SignalRequest, StartRequest, StateRequest, container_state, frame::Body,
 };
 
 /// Longest wait for a killed container to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longest wait for a start: hooks of plugins and devices may take as long as they say, and a checkpoint is as large as its memory was.
+const START_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// Between two looks whether a killed container is gone.
+const GONE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Exit code of a container whose program could not be started.
 const START_ERROR_CODE: i32 = 128;
@@ -46,7 +52,7 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
     // Published before the gate opens, so that the exit of a short program always finds a running container.
     container.change(|record| record.state = State::Running { pid, started_at_ns })?;
     let clock = Clock::start(Timed::ContainerStart);
-    match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
+    match monitor.call_within(Body::Start(StartRequest { container_id: container.id.clone() }), START_LIMIT).await {
         Ok(_) => {
             clock.done();
             if container.look(|record| record.from_checkpoint) {
@@ -65,9 +71,56 @@ pub async fn start(node: &Node, container: &Container) -> Result<()> {
         }
         Err(error) => {
             let error = error.during(format_args!("start container {}", container.look(|record| record.name().to_owned())));
-            starting.failed(|| publish_failure(node, container, &error));
+            if certain(container, &monitor, &error).await {
+                starting.failed(|| publish_failure(node, container, &error));
+            }
             Err(error)
         }
+    }
+}
+
+/// Whether a start that has failed with this error has left no program that runs. Where that is not the monitor's own word it is made so.
+async fn certain(container: &Container, monitor: &Monitor, error: &Error) -> bool {
+    match error.kind {
+        // The pod's own watcher kills what there is, and publishes.
+        Kind::Unavailable => false,
+        Kind::Deadline => match kill(container, monitor).await {
+            Ok(()) => true,
+            Err(why) => {
+                tracing::error!(container = %container.id, error = %why, "a start without an answer: its program may run");
+                false
+            }
+        },
+        _ => true,
+    }
+}
+
+/// Kills a container and waits until its monitor sees nothing of it any more, whatever its record says.
+async fn kill(container: &Container, monitor: &Monitor) -> Result<()> {
+    let gone = async {
+        loop {
+            match monitor.call(Body::Kill(KillRequest { container_id: container.id.clone() })).await {
+                Err(error) if matches!(error.kind, Kind::Precondition | Kind::NotFound) => return Ok(()),
+                outcome => outcome?,
+            };
+            let (reply, _) = monitor.call(Body::State(StateRequest {})).await?;
+            let Body::StateReply(state) = reply else { return Ok(()) };
+            let own = state.containers.iter().find(|one| one.container_id == container.id);
+            if own.is_none_or(|own| own.phase() == container_state::Phase::Exited) {
+                return Ok(());
+            }
+            tokio::time::sleep(GONE_PAUSE).await;
+        }
+    };
+    let late = || format!("container {} did not end within {} s of being killed", container.id, KILL_LIMIT.as_secs());
+    tokio::time::timeout(KILL_LIMIT, gone).await.map_err(|_| Error::new(Kind::Deadline, late()))?
+}
+
+/// Kills a container that runs though it has been said to have ended.
+pub async fn end_again(container: Arc<Container>, monitor: Arc<Monitor>) {
+    tracing::warn!(container = %container.id, "it runs, and has been said to have ended: killing it");
+    if let Err(error) = kill(&container, &monitor).await {
+        tracing::error!(container = %container.id, %error, "a container that was said to have ended runs on");
     }
 }
 
@@ -79,13 +132,18 @@ pub async fn resume_start(node: &Node, container: &Container, monitor: &Monitor)
         return;
     }
     let starting = container.ending.start(|exit| container.publish_end(node, exit));
-    match monitor.call(Body::Start(StartRequest { container_id: container.id.clone() })).await {
+    match monitor.call_within(Body::Start(StartRequest { container_id: container.id.clone() }), START_LIMIT).await {
         Ok(_) => {
             tracing::info!(pod = %container.pod_id, container = %container.id, "a start that was cut off has come to its end")
         }
         // It runs since it was looked at, or its end is on its way here.
         Err(error) if error.kind == Kind::Precondition => {}
-        Err(error) => return starting.failed(|| publish_failure(node, container, &error)),
+        Err(error) => {
+            if certain(container, monitor, &error).await {
+                starting.failed(|| publish_failure(node, container, &error));
+            }
+            return;
+        }
     }
     find_process(container, monitor).await;
 }
@@ -115,8 +173,10 @@ async fn find_process(container: &Container, monitor: &Monitor) {
 /// shortens the wait, because each call kills at its own deadline. The signal is sent once, as many programs take a second one for haste.
 pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
     end(node, container, timeout).await?;
-    nri::container_stopped(node, container).await;
-    Ok(())
+    let (node, container) = (node.clone(), container.clone());
+    // Told to all plugins also when the caller goes away now.
+    let told = async move { nri::container_stopped(&node, &container).await };
+    tokio::spawn(told.in_current_span()).await.map_err(|error| Error::internal(format!("tell plugins of the end: {error}")))
 }
 
 async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) -> Result<()> {
@@ -180,6 +240,10 @@ async fn wait(container: &Container) -> Result<()> {
 
 /// Removes a container, killing it first if it lives. Concurrent calls wait for one another and all succeed.
 pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+    // Before its turn: a start that hangs ends with it.
+    if container.is_running() {
+        stop(node, container, Duration::ZERO).await?;
+    }
     let _turn = container.turn.lock().await;
     if node.container(&container.id).is_err() {
         return Ok(());

@@ -22,7 +22,7 @@ mod update;
 pub use create::create;
 pub(crate) use create::restore;
 pub(crate) use declared::directory as declared_volumes;
-pub use life::{remove, reopen_log, resume_start, start, stop};
+pub use life::{end_again, remove, reopen_log, resume_start, start, stop};
 pub use lookup::Lookups;
 pub(crate) use spec::{annotations_of_pod, missing_controllers, overlay, resources as limits};
 pub use update::{merge, update, update_to};
@@ -277,7 +277,7 @@ impl Container {
 
     /// Takes over what a monitor says of a container that has not ended.
     pub fn adopt(&self, state: &ContainerState) {
-        if state.phase() != monitor::container_state::Phase::Running {
+        if state.phase() != monitor::container_state::Phase::Running || self.is_exited() {
             return;
         }
         let pid = state.pid;

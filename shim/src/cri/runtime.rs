@@ -119,7 +119,12 @@ impl RuntimeService for Service {
     async fn stop_pod_sandbox(&self, request: Request<cri::StopPodSandboxRequest>) -> Reply<cri::StopPodSandboxResponse> {
         let id = request.into_inner().pod_sandbox_id;
         if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
-            pod::stop(&self.node, &pod).await.map_err(|error| status::of(error.during(format_args!("stop pod {id}"))))?;
+            let (node, id) = (self.node.clone(), pod.id.clone());
+            let stop = || async move {
+                pod::stop(&node, &pod).await.map_err(|error| error.during(format_args!("stop pod {}", pod.id)))?;
+                Ok(String::new())
+            };
+            self.node.joined(format!("stop pod {id}"), stop).await.map_err(status::of)?;
         }
         Ok(Response::new(cri::StopPodSandboxResponse {}))
     }
@@ -127,7 +132,12 @@ impl RuntimeService for Service {
     async fn remove_pod_sandbox(&self, request: Request<cri::RemovePodSandboxRequest>) -> Reply<cri::RemovePodSandboxResponse> {
         let id = request.into_inner().pod_sandbox_id;
         if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
-            pod::remove(&self.node, &pod).await.map_err(|error| status::of(error.during(format_args!("remove pod {id}"))))?;
+            let (node, id) = (self.node.clone(), pod.id.clone());
+            let remove = || async move {
+                pod::remove(&node, &pod).await.map_err(|error| error.during(format_args!("remove pod {}", pod.id)))?;
+                Ok(String::new())
+            };
+            self.node.joined(format!("remove pod {id}"), remove).await.map_err(status::of)?;
         }
         Ok(Response::new(cri::RemovePodSandboxResponse {}))
     }
@@ -165,7 +175,9 @@ impl RuntimeService for Service {
 
     async fn start_container(&self, request: Request<cri::StartContainerRequest>) -> Reply<cri::StartContainerResponse> {
         let container = self.container(&request.into_inner().container_id)?;
-        container::start(&self.node, &container).await.map_err(status::of)?;
+        let (node, id) = (self.node.clone(), container.id.clone());
+        let start = || async move { container::start(&node, &container).await.map(|()| String::new()) };
+        self.node.joined(format!("start {id}"), start).await.map_err(status::of)?;
         Ok(Response::new(cri::StartContainerResponse {}))
     }
 
@@ -181,7 +193,9 @@ impl RuntimeService for Service {
     async fn remove_container(&self, request: Request<cri::RemoveContainerRequest>) -> Reply<cri::RemoveContainerResponse> {
         let id = request.into_inner().container_id;
         if let Some(container) = gone_is_fine(self.node.container(&id)).map_err(status::of)? {
-            container::remove(&self.node, &container).await.map_err(status::of)?;
+            let (node, id) = (self.node.clone(), container.id.clone());
+            let remove = || async move { container::remove(&node, &container).await.map(|()| String::new()) };
+            self.node.joined(format!("remove {id}"), remove).await.map_err(status::of)?;
         }
         Ok(Response::new(cri::RemoveContainerResponse {}))
     }

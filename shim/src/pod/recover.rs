@@ -1,6 +1,6 @@
 //! What a starting daemon does with the pods of the one before it: reconnect to the living, finish the dead, disturb nobody.
 
-use super::{Phase, Pod, Record, network, stop, watch};
+use super::{Phase, Pod, Record, network, run, stop, watch};
 use crate::{
     checkpoint,
     container::{self, Container},
@@ -16,6 +16,9 @@ use windlass_proto::monitor::{ContainerState, DeleteRequest, StateRequest, conta
 
 /// Longest wait at start for the end of pods that were not finished.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(10);
+
+/// Longest wait for one answer of a monitor that is found again.
+const STATE_LIMIT: Duration = Duration::from_secs(15);
 
 /// Before a monitor that could not be reached, but is there, is tried again.
 const RECONNECT_PAUSES: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(200), Duration::from_secs(2)];
@@ -48,18 +51,19 @@ pub async fn recover(node: &Arc<Node>) -> Result<()> {
             _ => unfinished_containers.push(id),
         }
     }
-    let mut unfinished = Vec::new();
+    let (mut unfinished, mut ready) = (Vec::new(), Vec::new());
     for pod in node.pods() {
-        let _turn = pod.turn.lock().await;
         match pod.phase() {
             Phase::Creating => {
                 node.forget_pod(&pod.id);
                 unfinished.push(tokio::spawn(take_back(node.clone(), pod.clone())));
             }
-            Phase::Ready => reconnect(node, &pod).await,
+            // Beside one another: a monitor that hangs keeps only its own pod.
+            Phase::Ready => ready.push(reconnect(node, pod)),
             Phase::NotReady => {}
         }
     }
+    futures_util::future::join_all(ready).await;
     // A plugin that hangs must not keep the node from serving; what is not done goes on.
     let _ = tokio::time::timeout(UNFINISHED_LIMIT, futures_util::future::join_all(unfinished)).await;
     for id in unfinished_containers {
@@ -102,11 +106,16 @@ fn remove_directories(node: &Node, id: &str) {
 
 async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
     tracing::info!(pod = %pod.id, "taking back a pod that was not finished");
-    let _turn = pod.turn.lock().await;
-    reconnect_for_shutdown(&node, &pod).await;
-    telemetry::repaired(Repair::UnfinishedPod);
-    if let Err(error) = stop::erase(&node, &pod).await {
-        tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back");
+    let erased = {
+        let _turn = pod.turn.lock().await;
+        reconnect_for_shutdown(&node, &pod).await;
+        telemetry::repaired(Repair::UnfinishedPod);
+        stop::erase(&node, &pod).await
+    };
+    if let Err(error) = erased {
+        tracing::error!(pod = %pod.id, %error, "unfinished pod not wholly taken back; it is tried again");
+        // Not part of the start, which waits for this.
+        tokio::spawn(run::take_back(node, pod));
     }
 }
 
@@ -116,7 +125,9 @@ async fn reconnect_for_shutdown(node: &Node, pod: &Pod) {
     }
 }
 
-async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
+async fn reconnect(node: &Arc<Node>, pod: Arc<Pod>) {
+    let _turn = pod.turn.lock().await;
+    let pod = &pod;
     let mut outcome = connect(node, pod).await;
     for pause in RECONNECT_PAUSES {
         // A monitor that lives is not given up for what may be otherwise in a moment.
@@ -143,7 +154,7 @@ async fn reconnect(node: &Arc<Node>, pod: &Arc<Pod>) {
 
 async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
     let (monitor, events) = Monitor::connect(&node.run_directory(&pod.id)).await?;
-    let (reply, descriptors) = monitor.call(Body::State(StateRequest {})).await?;
+    let (reply, descriptors) = monitor.call_within(Body::State(StateRequest {}), STATE_LIMIT).await?;
     // All monitors of one line of daemons have the same.
     descriptors.into_iter().for_each(|tree| node.images.adopt_layer_tree(tree));
     let mut states: HashMap<String, ContainerState> = match reply {
@@ -157,6 +168,10 @@ async fn connect(node: &Arc<Node>, pod: &Arc<Pod>) -> Result<()> {
             Some(state) if state.phase() == container_state::Phase::Exited => state.exit.map(container::exit_of),
             Some(state) if state.phase() != container_state::Phase::Running && container.is_running() => {
                 cut_off.push(container);
+                continue;
+            }
+            Some(_) if container.is_exited() => {
+                tokio::spawn(container::end_again(container, monitor.clone()));
                 continue;
             }
             Some(state) => {

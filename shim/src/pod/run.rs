@@ -164,7 +164,7 @@ async fn create(node: Arc<Node>, id: String, config: PodSandboxConfig, runtime_h
 }
 
 /// Tries again to take back what could not be. What this cannot do either the next start does.
-async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
+pub(super) async fn take_back(node: Arc<Node>, pod: Arc<Pod>) {
     let mut pause = TAKE_BACK_FIRST;
     while pause <= TAKE_BACK_LAST {
         tokio::time::sleep(pause).await;
