@@ -27,7 +27,7 @@ struct Tool {
 
 /// In the order in which they are built, and in which the tests that need them come: what takes long, last.
 const TOOLS: [Tool; 14] = [
-    Tool { name: "a client of streams", build: || go::streams().map(drop), tests: &["streams", "handlers"] },
+    Tool { name: "a client of streams", build: || go::streams().map(drop), tests: &["streams", "handlers", "streaming_codec"] },
     Tool { name: "a collector of traces", build: || go::collector().map(drop), tests: &["traces"] },
     Tool { name: "a registry", build: || go::registry().map(drop), tests: &["registries"] },
     Tool { name: "plugins of CNI", build: || go::cni_plugins().map(drop), tests: &["cni"] },

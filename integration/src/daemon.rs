@@ -11,9 +11,9 @@ use std::{
 };
 
 /// Longest wait for the daemon's socket.
-const START_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(90);
 /// Longest wait for the daemon's clean end.
-pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(15);
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon of a test. Dropping it kills the daemon, every monitor below its state directory, and removes its files.
 pub struct Daemon {

@@ -65,6 +65,6 @@ impl Ground {
     /// Removes the pod; fails if anything is left.
     pub fn end(self) -> Result<()> {
         self.client.remove(&self.pod)?;
-        self.before.expect_same(&Snapshot::take(&self.daemon)?)
+        self.before.expect_again(&self.daemon)
     }
 }

@@ -30,7 +30,7 @@ const RUN_WORD: &str = "windlass.run=";
 const OUTPUT_LIMIT_BYTES: u64 = 8 << 20;
 
 /// Longest wait until the program in a guest says that it is ready.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 /// Memory of the guest. Taken from the host only as far as it is touched.
 const MEMORY: &str = "2G";

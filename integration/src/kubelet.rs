@@ -23,9 +23,9 @@ use std::{
 /// The node's name, which kubelet appends to the names of its static pods.
 pub const NODE: &str = "standalone";
 /// Longest wait for kubelet to answer after its start.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(180);
 /// Longest wait for a pod to become what a test wants it to be.
-pub const POD_LIMIT: Duration = Duration::from_secs(90);
+pub const POD_LIMIT: Duration = Duration::from_secs(240);
 /// Kubelet's own address: plain HTTP to look, TLS to act.
 const LOOK: &str = "http://127.0.0.1:10255";
 const ACT: &str = "https://127.0.0.1:10250";

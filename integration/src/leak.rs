@@ -4,6 +4,7 @@ use crate::{
     client::{Client, pod},
     daemon::Daemon,
     node::output_of,
+    wait::{pause, until},
 };
 use anyhow::{Result, ensure};
 use std::{collections::BTreeSet, fs, path::Path};
@@ -80,6 +81,20 @@ impl Snapshot {
     /// Whether anything in it has this in its name.
     pub fn names(&self, part: &str) -> bool {
         self.0.iter().any(|what| what.contains(part))
+    }
+
+    /// Fails, listing the differences, unless everything is the same soon: streams are closed, and what is not looked at again is deleted,
+    /// behind a reply.
+    pub fn expect_again(&self, daemon: &Daemon) -> Result<()> {
+        let mut last = Ok(());
+        let again = until("everything as before", || {
+            last = self.expect_same(&Snapshot::take(daemon)?);
+            if last.is_err() {
+                pause();
+            }
+            Ok(last.is_ok().then_some(()))
+        });
+        again.or(last)
     }
 
     /// Fails, listing the differences, unless `after` is the same.

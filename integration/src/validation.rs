@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Longest run of one program. They wait in whole seconds for a container's end.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
+const PROGRAM_LIMIT: Duration = Duration::from_secs(180);
 
 /// How many run at a time: most of their time they sleep.
 const AT_ONCE: usize = 4;

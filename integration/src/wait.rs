@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
 /// The bound where a test names none: far above what anything takes on a busy machine.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(5);
 /// Between looks that start a program.
 const LONG_PAUSE: Duration = Duration::from_millis(100);
@@ -22,7 +22,7 @@ pub fn pause() {
     std::thread::sleep(LONG_PAUSE * factor());
 }
 
-/// Asks `check` until it gives something; fails, naming `what`, when it fails or after 20 s of a host.
+/// Asks `check` until it gives something; fails, naming `what`, when it fails or after 60 s of a host.
 pub fn until<T>(what: &str, check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     until_within(LIMIT, what, check)
 }

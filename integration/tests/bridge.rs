@@ -50,7 +50,7 @@ fn a_pod_has_both_families_and_reaches_its_neighbour_by_each() -> Result<()> {
         ensure!(listens.stdout == b"0\n", "a neighbour could be its router: {listens:?}");
         client.remove(&first)?;
         client.remove(&second)?;
-        before.expect_same(&Snapshot::take(&daemon)?)
+        before.expect_again(&daemon)
     })
 }
 
@@ -82,7 +82,7 @@ fn a_pod_reaches_itself_and_its_neighbour_through_a_service() -> Result<()> {
         }
         node::run_command("nft", &["delete table ip service"])?;
         pods.iter().try_for_each(|(_, _, id)| client.remove(id))?;
-        before.expect_same(&Snapshot::take(&daemon)?)
+        before.expect_again(&daemon)
     })
 }
 
@@ -126,7 +126,7 @@ fn pod_cidrs_are_for_new_pods_outlive_the_daemon_and_wrong_ones_are_named() -> R
             client.remove(id)?;
         }
         assign(&client, "10.57.0.0/16,fd57:494e:444c::/64")?;
-        before.expect_same(&Snapshot::take(&daemon)?)
+        before.expect_again(&daemon)
     })
 }
 
@@ -138,7 +138,7 @@ fn bandwidth_annotations_are_kept_and_wrong_ones_refused() -> Result<()> {
         config.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "fast".into());
         let error = client.run(&config).expect_err("no rate");
         ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains("\"fast\""), "{error}");
-        before.expect_same(&Snapshot::take(&daemon)?)?;
+        before.expect_again(&daemon)?;
         config.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "16M".into());
         config.annotations.insert("kubernetes.io/egress-bandwidth".into(), "16M".into());
         let id = client.run(&config)?;
@@ -158,7 +158,7 @@ fn bandwidth_annotations_are_kept_and_wrong_ones_refused() -> Result<()> {
         writing.join().ok().context("writer")??;
         ensure!(heard == sent && took > Duration::from_millis(400), "{took:?} for what takes 500 ms");
         client.remove(&id)?;
-        before.expect_same(&Snapshot::take(&daemon)?)
+        before.expect_again(&daemon)
     })
 }
 
@@ -186,8 +186,8 @@ fn many_pods_at_a_time_leave_nothing_and_the_last_starts_as_fast() -> Result<()>
         })?;
         println!("{report}");
         let (first, last) = report.ends();
-        ensure!(last < first * 5 + Duration::from_millis(50), "the last pods start slower: {report}");
+        ensure!(last < first * 5 + Duration::from_secs(2), "the last pods start slower: {report}");
         ensure!(held()? == 0, "addresses are held");
-        before.expect_same(&Snapshot::take(&daemon)?)
+        before.expect_again(&daemon)
     })
 }

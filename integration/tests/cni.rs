@@ -126,7 +126,7 @@ impl Ground {
     }
 }
 
-const LONG: Duration = Duration::from_secs(15);
+const LONG: Duration = Duration::from_secs(60);
 
 /// A chain of Debian's plugins with both families, and `more` after them.
 fn real(daemon: &Daemon, more: &[Value]) -> Value {
@@ -211,7 +211,7 @@ fn real_plugins_give_both_families_a_host_port_and_take_all_back() -> Result<()>
 #[test]
 fn a_failing_plugin_of_a_chain_leaves_nothing_and_its_words_in_the_error() -> Result<()> {
     node::run(|| {
-        let ground = real_ground("cni_timeout_seconds = 4", &[json!({ "type": "fault" })])?;
+        let ground = real_ground("cni_timeout_seconds = 12", &[json!({ "type": "fault" })])?;
         let before = ground.warm()?;
         let reported =
             r#"echo '{"cniVersion":"1.0.0","code":123,"msg":"no room","details":"rack 7"}'; echo "a hint" >&2; exit 1"#;

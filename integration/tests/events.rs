@@ -12,7 +12,7 @@ use windlass_integration::{
 use windlass_proto::cri::{self, ContainerEventType as Kind, runtime_service_client::RuntimeServiceClient};
 
 /// Longest wait for the next event.
-const EVENT_LIMIT: Duration = Duration::from_secs(10);
+const EVENT_LIMIT: Duration = Duration::from_secs(60);
 
 async fn events_of(daemon: &Daemon) -> Result<tonic::Streaming<cri::ContainerEventResponse>> {
     let address = format!("unix://{}", daemon.socket().display());

@@ -32,7 +32,7 @@ const SPREAD: usize = 120;
 /// Longest that a request may take: below every time limit of the daemon's own.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest until what is removed beside a reply is gone.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(60);
 
 /// One call and how it fails.
 struct Case<S> {

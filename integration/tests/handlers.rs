@@ -49,7 +49,7 @@ fn life(handler: &str) -> Result<()> {
             security.run_as_user = Some(cri::Int64Value { value: 1000 });
         },
     )?;
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while ground.log("main").lines().count() < 2 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -96,7 +96,7 @@ fn the_journal_has_the_fields_of_pods_and_containers() {
         daemon.stop()?;
         daemon.environment = vec![("JOURNAL_STREAM", "1:1".into())];
         daemon.serve()?;
-        ensure!(daemon.log().len() > plain.len(), "nothing on standard error");
+        until("a word on standard error", || Ok((daemon.log().len() > plain.len()).then_some(())))?;
         daemon.stop()
     })
     .expect("the journal");

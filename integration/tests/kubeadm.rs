@@ -129,7 +129,7 @@ fn init(system: &Debian, kubectl: &Path) -> Result<()> {
     }))?;
     kubectl.rolled_out("deployment/web")?;
     // By the name of a service, which CoreDNS knows, and its address, which kube-proxy's rules lead to the apiserver.
-    let script = "nc -w 60 kubernetes.default.svc.cluster.local 443 </dev/null && echo reached";
+    let script = "nc -w 5 kubernetes.default.svc.cluster.local 443 </dev/null && echo reached";
     until("the apiserver answers at its service's name", || {
         Ok(kubectl.run(&["exec", "deployment/web", "--", "sh", "-c", script]).ok().filter(|said| said == "reached\n"))
     })

@@ -74,7 +74,7 @@ fn layers_are_images_that_all_containers_share() -> Result<()> {
         drop(client);
         daemon.stop()?;
         drop(daemon);
-        let left = (0..100).any(|_| {
+        let left = (0..3000).any(|_| {
             std::thread::sleep(std::time::Duration::from_millis(20));
             file_systems().is_ok_and(|count| count == at_first)
         });

@@ -147,7 +147,7 @@ fn on_the_host(work: Work) -> Result<()> {
         ensure!(was_cut, "boot {cut}: {}", said());
     }
     let environment = [environment("erofs").as_slice(), &[(LAST, "1")]].concat();
-    let last = guest::run_with(shared, &words, &environment, Duration::from_secs(60), &[&word])?;
+    let last = guest::run_with(shared, &words, &environment, Duration::from_secs(300), &[&word])?;
     ensure!(last.code == 0, "after the last cut: {}", last.output);
     let found = fs::read_to_string(shared.join("found"))?;
     println!("images that were found, bytes that were kept of a layer, and what was being done, boot by boot:\n{found}");
@@ -170,7 +170,7 @@ fn in_the_guest(work: Work, shared: &Path) -> Result<()> {
     let present: Vec<bool> = (0..work.images()).map(|number| listed.contains(&work.name(number))).collect();
     let checked = daemon.windlass(&["image", "verify"])?;
     ensure!(checked.lines().all(|line| line.ends_with("sound")), "{checked}");
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !daemon.unfinished_layers()?.is_empty() {
         ensure!(Instant::now() < until, "left: {:?}", daemon.unfinished_layers()?);
         std::thread::sleep(Duration::from_millis(5));

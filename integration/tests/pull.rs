@@ -96,7 +96,7 @@ fn walk(directory: &Path, found: &mut BTreeSet<String>) {
 
 /// Removal of unfinished and unused layers goes on after the reply, for a bounded time.
 fn expect_stored(daemon: &Daemon, expected: &BTreeSet<String>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let found = stored(daemon);
         if found == *expected {

@@ -59,7 +59,7 @@ fn kills(name: &str, form: &str) -> Result<()> {
         ensure!(listed.len() <= 1, "{listed:?}");
         let checked = daemon.windlass(&["image", "verify"]).with_context(|| format!("after kill {kill}"))?;
         ensure!(checked.lines().all(|line| line.ends_with("sound")), "after kill {kill}: {checked}");
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + Duration::from_secs(60);
         while !daemon.unfinished_layers()?.is_empty() {
             ensure!(Instant::now() < until, "kill {kill} left {:?}", daemon.unfinished_layers()?);
             std::thread::sleep(Duration::from_millis(5));

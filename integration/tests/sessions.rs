@@ -21,7 +21,7 @@ use windlass_integration::{
 };
 use windlass_proto::cri;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Sessions {
     tools: go::Tools,
@@ -339,7 +339,7 @@ fn an_input_for_one_client_ends_with_it() -> Result<()> {
 #[test]
 fn a_daemon_killed_in_the_middle_of_sessions_leaves_the_container_as_it_was() -> Result<()> {
     on_a_node(|sessions| {
-        let writes = format!("/probe lines 4000 500; {ANSWERS}");
+        let writes = format!("/probe lines 20000 500; {ANSWERS}");
         let writer = sessions.with_input("writer", &["sh", "-c", &writes], |_| {})?;
         let answerer = sessions.with_input("answerer", &["sh", "-c", ANSWERS], |_| {})?;
         let leaf = sessions.ground.daemon.cgroup_directory().join(&answerer);

@@ -19,10 +19,13 @@ use windlass::{
     error::Error,
     streaming::{Ending, Handler, Server, Streams, Target, Wanted},
 };
-use windlass_integration::streams::{SPDY, WEBSOCKET, client};
+use windlass_integration::{
+    go,
+    streams::{SPDY, WEBSOCKET, client},
+};
 
 /// Longest wait for handlers to see that their client has gone.
-const GONE_LIMIT: Duration = Duration::from_secs(10);
+const GONE_LIMIT: Duration = Duration::from_secs(60);
 
 const WEBSOCKET_V4: &[&str] = &["-transport", "websocket", "-protocol", "v4.channel.k8s.io"];
 
@@ -114,6 +117,8 @@ struct Harness {
 
 impl Harness {
     fn start(config: StreamingConfig) -> Result<Harness> {
+        // Before there is a URL, which is good for a minute.
+        go::streams()?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let (server, handler) = runtime.block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await?;

@@ -29,7 +29,7 @@ fn daemon() -> Result<(Daemon, Client)> {
 
 /// Waits until a series has this value: events come a moment after the calls that cause them.
 fn becomes(series: &str, value: f64) -> Result<Scrape> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let scrape = Scrape::take(ADDRESS)?;
         if scrape.value(series) == value {

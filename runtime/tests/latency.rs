@@ -70,7 +70,7 @@ fn main() {
         let options = rustix::process::WaitIdOptions::EXITED;
         let ended = rustix::process::waitid(rustix::process::WaitId::PidFd(child.pidfd.as_fd()), options).expect("reaped");
         assert_eq!(ended.and_then(|ended| ended.exit_status()), Some(0));
-        assert!(cgroup.wait_empty(Duration::from_secs(5)).expect("waited"));
+        assert!(cgroup.wait_empty(Duration::from_secs(60)).expect("waited"));
         cgroup.remove().expect("removed");
     }
     for (name, times) in [("create to gate", &mut to_gate), ("gate to exec", &mut to_exec)] {

@@ -36,7 +36,7 @@ struct Options {
 }
 
 /// Longest wait for a container's first log line.
-const LINE_LIMIT: Duration = Duration::from_secs(10);
+const LINE_LIMIT: Duration = Duration::from_secs(60);
 
 struct Bench {
     client: RuntimeServiceClient<Channel>,

@@ -17,7 +17,7 @@ use std::{
 };
 
 /// Longest wait for a cluster, and for its end.
-const UP_LIMIT: Duration = Duration::from_secs(180);
+const UP_LIMIT: Duration = Duration::from_secs(300);
 const DOWN_LIMIT: Duration = Duration::from_secs(60);
 /// How often the keeper looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);

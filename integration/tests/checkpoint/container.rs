@@ -247,7 +247,14 @@ fn crictl_writes_a_checkpoint() -> Result<()> {
         fs::write(&config, "")?;
         let endpoint = format!("unix://{}", ground.daemon.socket().display());
         let mut crictl = Command::new(go::tools()?.crictl);
-        crictl.arg("--config").arg(&config).args(["--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint]);
+        crictl.arg("--config").arg(&config).args([
+            "--timeout",
+            "60s",
+            "--runtime-endpoint",
+            &endpoint,
+            "--image-endpoint",
+            &endpoint,
+        ]);
         let output = crictl.args(["checkpoint", "--export"]).arg(&archive).arg(&id).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         ensure!(archive.is_file(), "crictl has written nothing");

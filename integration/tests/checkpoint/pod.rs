@@ -141,7 +141,7 @@ fn all_containers_are_held_until_the_last_is_written() -> Result<()> {
             captured.map(|_| watching.join().expect("no panic"))
         })?;
         let both = seen.iter().filter(|state| **state == [true, true]).count();
-        ensure!(both > 100, "they were held together for {both} ms only");
+        ensure!(both > 10, "they were held together for {both} ms only");
         let begun = fs::read_to_string(&log)?;
         ensure!(begun.lines().filter(|line| *line == "1 1").count() == 2, "when CRIU began, held were: {begun}");
         counts_on(&ground, "one")?;
@@ -207,7 +207,7 @@ fn a_restore_that_fails_leaves_no_pod() -> Result<()> {
             change(&mut wanted);
             let error = ground.client.restore_pod(wanted).expect_err(part);
             ensure!(error.code() == code && error.message().contains(part), "{part}: {error}");
-            before.expect_same(&Snapshot::take(&ground.daemon)?).with_context(|| part.to_owned())
+            before.expect_again(&ground.daemon).with_context(|| part.to_owned())
         };
         let invalid = Code::InvalidArgument;
         refused(&|wanted| wanted.container_configs.truncate(1), invalid, "the checkpoint has")?;

@@ -35,7 +35,7 @@ use windlass_integration::{
 /// Cases that run at the same time.
 const WIDTH: usize = 5;
 /// Longest wait for what a case wants to see.
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(240);
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// The node, and what was there before the first case.

@@ -61,7 +61,7 @@ pub(crate) fn a_pod_that_is_deleted_has_its_grace(kubectl: &Kubectl) -> Result<(
     for wanted in [&patient, &deaf] {
         kubectl.create(wanted)?;
     }
-    for (name, least, most) in [("patient", 3, 15), ("deaf", 2, 15)] {
+    for (name, least, most) in [("patient", 3, 55), ("deaf", 2, 55)] {
         kubectl.ready(name)?;
         let begun = Instant::now();
         kubectl.run(&["delete", "pod", name, "--timeout=60s"])?;

@@ -156,8 +156,11 @@ pub(crate) fn an_ephemeral_container_sees_its_target(kubectl: &Kubectl) -> Resul
         ensure!(log == "secret\n", "log: {log:?}");
         Ok(())
     })?;
-    let run = kubectl.run(&["exec", "patient", "--container=doctor", "--", "pidof", "sleep"])?;
-    ensure!(!run.trim().is_empty(), "no process of the target is seen");
+    // Its sleeps are short, and between two there is none.
+    windlass_integration::wait::until("a process of the target", || {
+        let run = kubectl.run(&["exec", "patient", "--container=doctor", "--", "sh", "-c", "pidof sleep || true"])?;
+        Ok((!run.trim().is_empty()).then_some(()))
+    })?;
     let pod = kubectl.get("pod/patient")?;
     ensure!(pod["status"]["containerStatuses"][0]["restartCount"] == 0, "the patient was started again");
     ensure!(pod["status"]["ephemeralContainerStatuses"][0]["state"].get("running").is_some(), "{}", pod["status"]);

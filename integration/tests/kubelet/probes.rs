@@ -80,7 +80,7 @@ pub(crate) fn a_probe_that_hangs_fails_at_its_time_limit() -> Result<()> {
         ensure!(restarts(&pod, "main") == 0, "a readiness probe restarted the container");
         bench.kubelet.run("hangs", "main", "rm /tmp/hang")?;
         bench.kubelet.ready("hangs")?;
-        let left = bench.kubelet.run("hangs", "main", "pgrep -f 1000").unwrap_or_default();
+        let left = bench.kubelet.run("hangs", "main", "pgrep -x -f 'sleep 1000'").unwrap_or_default();
         ensure!(left.trim().is_empty(), "processes of the probe are left: {left:?}");
         bench.withdraw(&["hangs"])
     })

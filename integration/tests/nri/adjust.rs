@@ -175,7 +175,7 @@ fn what_cannot_be_applied_is_refused_by_name_and_leaves_nothing() {
             ensure!(code.is_none_or(|code| error.code() == code), "{named}: {error}");
             ensure!(code.is_some() || error.code() == Code::InvalidArgument, "{named}: {error}");
         }
-        before.expect_same(&Snapshot::take(&ground.daemon)?)?;
+        before.expect_again(&ground.daemon)?;
         ground.end()
     });
 }

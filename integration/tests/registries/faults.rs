@@ -152,7 +152,7 @@ impl Bench {
             ensure!(took >= Duration::from_secs(1), "did not wait: {took:?}");
         }
         if case.name == "stalled" {
-            ensure!(took >= Duration::from_secs(1) && took < Duration::from_secs(10), "{took:?}");
+            ensure!(took >= Duration::from_secs(1) && took < Duration::from_secs(60), "{took:?}");
         }
         let resumed: Vec<&Seen> = requests.iter().filter(|seen| !seen.range.is_empty()).collect();
         if let (Some(Fault::Cut(at)), Some(first)) =
@@ -201,7 +201,7 @@ fn whatever_goes_wrong_on_the_way_ends_well_or_leaves_nothing() -> Result<()> {
         let registry = Server::distribution(directory.path(), &storage, Ways { tokens: Some(&tokens), ..Ways::default() })?;
         let blob = digest(image.layers.last().context("a layer")?);
         let (proxy, elsewhere) = (Proxy::start(&registry.address)?, Proxy::start(&open.address)?);
-        let ground = Ground::new("progress_timeout_seconds = 1\n")?;
+        let ground = Ground::new("progress_timeout_seconds = 3\n")?;
         let bench = Bench { ground, proxy, elsewhere, image, blob };
         let size = usize::try_from(bench.blob_bytes()?)?;
         let expired = tokens.token("team/big", &["pull"], -3600)?;

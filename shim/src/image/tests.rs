@@ -42,7 +42,7 @@ fn paths(image: &super::Image) -> Vec<PathBuf> {
 
 /// Waits until the layers' directory holds `expected` layers and nothing unfinished.
 fn assert_layers(root: &Path, expected: usize) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let names: Vec<String> = fs::read_dir(root.join("images/layers"))
             .unwrap()
