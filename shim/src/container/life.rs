@@ -192,14 +192,9 @@ async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) ->
     let created = container.look(|record| matches!(record.state, State::Created { .. }));
     if !timeout.is_zero() && !created {
         let waiting = tracing::info_span!(target: trace::TARGET, "wait for the end", container = %container.id);
-        let obeyed = async {
-            let sent = send_stop_signal(container, &monitor).await;
-            if sent {
-                container.wait_exited().await;
-            }
-            sent
-        };
-        if tokio::time::timeout(timeout, obeyed).instrument(waiting).await == Ok(true) {
+        if send_stop_signal(container, &monitor, timeout).await
+            && tokio::time::timeout(timeout, container.wait_exited()).instrument(waiting).await.is_ok()
+        {
             return Ok(());
         }
     }
@@ -211,9 +206,10 @@ async fn end(node: &Arc<Node>, container: &Arc<Container>, timeout: Duration) ->
     wait(container).await
 }
 
-/// Sends the stop signal, unless an earlier stop has, by this daemon or one before it. `false`: it cannot be sent.
-async fn send_stop_signal(container: &Container, monitor: &Monitor) -> bool {
-    let _sending = container.stopping.lock().await;
+/// Sends the stop signal, unless an earlier stop has, by this daemon or one before it; waits `limit` for one that is about to. `false`: it
+/// cannot be sent.
+async fn send_stop_signal(container: &Container, monitor: &Monitor, limit: Duration) -> bool {
+    let Ok(_sending) = tokio::time::timeout(limit, container.stopping.lock()).await else { return false };
     let (sent, signal) = container.look(|record| (record.stop_signal_sent, record.stop_signal));
     if sent {
         return true;
