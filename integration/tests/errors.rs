@@ -145,6 +145,17 @@ fn numbers_of_no_enumeration() -> Result<()> {
             let words = format!("namespace_options.{field} 9 is unknown");
             ensure!(error.code() == Code::InvalidArgument && error.message().contains(&words), "{error:?}");
         }
+        let state = Some(cri::PodSandboxStateValue { state: 9 });
+        let filter = Some(cri::PodSandboxFilter { state, ..Default::default() });
+        let pods = ground.client.list_pod_sandbox(cri::ListPodSandboxRequest { filter }).map(drop);
+        let state = Some(cri::ContainerStateValue { state: 9 });
+        let filter = Some(cri::ContainerFilter { state, ..Default::default() });
+        let containers = ground.client.list_containers(cri::ListContainersRequest { filter }).map(drop);
+        for outcome in [pods, containers] {
+            let error = outcome.expect_err("refused");
+            let named = error.message().contains("filter.state 9 is unknown");
+            ensure!(error.code() == Code::InvalidArgument && named, "{error:?}");
+        }
         before.expect_again(&ground.daemon)
     })
 }

@@ -10,7 +10,7 @@ use crate::{
     checkpoint,
     config::NATIVE_HANDLER,
     container::{self, Container},
-    error::{Kind, Result as Outcome},
+    error::{Kind, Result as Outcome, known},
     pod,
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -41,29 +41,28 @@ impl Service {
         self.node.container(id).map_err(status::of)
     }
 
-    fn pod_list(&self, filter: &cri::PodSandboxFilter) -> Vec<cri::PodSandbox> {
-        let state = filter.state.as_ref().map(|wanted| wanted.state());
+    fn pod_list(&self, filter: &cri::PodSandboxFilter) -> Result<Vec<cri::PodSandbox>, Status> {
+        let wanted = filter.state.as_ref().map(|wanted| known::<cri::PodSandboxState>("filter.state", wanted.state));
+        let state = wanted.transpose().map_err(status::of)?;
         let wanted = |record: &pod::Record| {
             record.id.starts_with(&filter.id)
                 && state.is_none_or(|state| state == view::pod_state(record.phase))
                 && view::labels_match(&record.config.labels, &filter.label_selector)
         };
-        self.node.pods().iter().filter_map(|pod| pod.look(|record| wanted(record).then(|| view::pod(record)))).collect()
+        Ok(self.node.pods().iter().filter_map(|pod| pod.look(|record| wanted(record).then(|| view::pod(record)))).collect())
     }
 
-    fn container_list(&self, filter: &cri::ContainerFilter) -> Vec<cri::Container> {
-        let state = filter.state.as_ref().map(|wanted| wanted.state());
+    fn container_list(&self, filter: &cri::ContainerFilter) -> Result<Vec<cri::Container>, Status> {
+        let wanted = filter.state.as_ref().map(|wanted| known::<cri::ContainerState>("filter.state", wanted.state));
+        let state = wanted.transpose().map_err(status::of)?;
         let in_scope = |record: &container::Record| {
             record.id.starts_with(&filter.id)
                 && record.pod_id.starts_with(&filter.pod_sandbox_id)
                 && view::labels_match(&record.config.labels, &filter.label_selector)
         };
-        self.node
-            .containers()
-            .iter()
-            .filter_map(|container| container.look(|record| in_scope(record).then(|| view::container(record))))
-            .filter(|container| state.is_none_or(|state| state == container.state()))
-            .collect()
+        let all = self.node.containers();
+        let found = all.iter().filter_map(|container| container.look(|record| in_scope(record).then(|| view::container(record))));
+        Ok(found.filter(|container| state.is_none_or(|state| state == container.state())).collect())
     }
 
     /// What this node is, for a person: `crictl info`.
@@ -160,7 +159,7 @@ impl RuntimeService for Service {
 
     async fn list_pod_sandbox(&self, request: Request<cri::ListPodSandboxRequest>) -> Reply<cri::ListPodSandboxResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        Ok(Response::new(cri::ListPodSandboxResponse { items: self.pod_list(&filter) }))
+        Ok(Response::new(cri::ListPodSandboxResponse { items: self.pod_list(&filter)? }))
     }
 
     async fn create_container(&self, request: Request<cri::CreateContainerRequest>) -> Reply<cri::CreateContainerResponse> {
@@ -202,7 +201,7 @@ impl RuntimeService for Service {
 
     async fn list_containers(&self, request: Request<cri::ListContainersRequest>) -> Reply<cri::ListContainersResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        Ok(Response::new(cri::ListContainersResponse { containers: self.container_list(&filter) }))
+        Ok(Response::new(cri::ListContainersResponse { containers: self.container_list(&filter)? }))
     }
 
     async fn container_status(&self, request: Request<cri::ContainerStatusRequest>) -> Reply<cri::ContainerStatusResponse> {
@@ -403,14 +402,14 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Reply<Self::StreamPodSandboxesStream> {
-        let items = self.pod_list(&request.into_inner().filter.unwrap_or_default());
+        let items = self.pod_list(&request.into_inner().filter.unwrap_or_default())?;
         Ok(batches(items, |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes }))
     }
 
     type StreamContainersStream = Batches<cri::StreamContainersResponse>;
 
     async fn stream_containers(&self, request: Request<cri::StreamContainersRequest>) -> Reply<Self::StreamContainersStream> {
-        let items = self.container_list(&request.into_inner().filter.unwrap_or_default());
+        let items = self.container_list(&request.into_inner().filter.unwrap_or_default())?;
         Ok(batches(items, |containers| cri::StreamContainersResponse { containers }))
     }
 
