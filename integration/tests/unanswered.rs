@@ -37,26 +37,41 @@ const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// What the callers of the stuck requests wait; the daemon keeps some of it.
 const PATIENCE: Duration = Duration::from_secs(25);
 
-/// A FUSE file system that takes every request and answers none. Its end ends them.
+/// A FUSE file system that answers no request. Its end ends them.
 struct Silent {
     at: PathBuf,
+    device: Option<File>,
     asked: Arc<AtomicUsize>,
     ending: Arc<AtomicBool>,
     server: Option<JoinHandle<()>>,
 }
 
 impl Silent {
+    /// One that takes every request: whoever waits for its answer cannot be killed.
     fn mount(at: PathBuf) -> Result<Silent> {
+        let mut silent = Silent::deaf(at)?;
+        let device = silent.device.as_ref().context("a device")?.try_clone()?;
+        let (asked, ending) = (silent.asked.clone(), silent.ending.clone());
+        silent.server = Some(std::thread::spawn(move || swallow(device, &asked, &ending)));
+        Ok(silent)
+    }
+
+    /// One that takes none.
+    fn deaf(at: PathBuf) -> Result<Silent> {
         fs::create_dir(&at)?;
         let mut device = File::options().read(true).write(true).open("/dev/fuse")?;
         let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
         mount(Some("silent"), &at, Some("fuse"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))?;
         let (asked, ending) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        let mut silent = Silent { at, asked, ending, server: None };
-        greet(&mut device)?;
-        let (asked, ending) = (silent.asked.clone(), silent.ending.clone());
-        silent.server = Some(std::thread::spawn(move || swallow(device, &asked, &ending)));
-        Ok(silent)
+        let outcome = greet(&mut device);
+        let silent = Silent { at, device: Some(device), asked, ending, server: None };
+        outcome.map(|()| silent)
+    }
+
+    /// Whether a request waits to be taken.
+    fn is_asked(&self) -> Result<bool> {
+        let device = self.device.as_ref().context("a device")?;
+        Ok(poll(&mut [PollFd::new(device, PollFlags::IN)], Some(&Timespec::default()))? > 0)
     }
 
     fn asked(&self) -> usize {
@@ -69,6 +84,7 @@ impl Drop for Silent {
         self.ending.store(true, Ordering::Relaxed);
         // With its descriptor the connection goes, and each request gets an error.
         self.server.take().map(JoinHandle::join);
+        drop(self.device.take());
         let _ = umount2(&self.at, MntFlags::MNT_DETACH);
     }
 }
@@ -163,6 +179,24 @@ fn containers_of_a_file_system_that_does_not_answer_keep_nothing_else_waiting() 
             until("the path without that file system", || Ok(ground.client.create(&ground.pod, &ground.config, &again).ok()))?;
         ground.client.start(&id)?;
         ground.client.remove(&other)?;
+        ground.end()
+    })
+}
+
+#[test]
+fn a_daemon_ends_whatever_its_lookups_wait_for() -> Result<()> {
+    node::run(|| {
+        let mut ground = Ground::on(Daemon::start(&[])?)?;
+        let silent = Silent::deaf(ground.daemon.path("silent"))?;
+        let wanted = with_volume(&ground.config, "main", &silent.at.join("volume"));
+        let (client, pod, config) = (Client::connect(&ground.daemon)?, ground.pod.clone(), ground.config.clone());
+        let waiting = std::thread::spawn(move || client.create(&pod, &config, &wanted));
+        until("a lookup", || Ok(silent.is_asked()?.then_some(())))?;
+        ground.daemon.stop()?;
+        ensure!(waiting.join().ok().context("a client")?.is_err(), "created");
+        drop(silent);
+        ground.daemon.serve()?;
+        ground.client = Client::connect(&ground.daemon)?;
         ground.end()
     })
 }
