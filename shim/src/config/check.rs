@@ -1,7 +1,7 @@
 //! Reads the text of a configuration, and finds all that is wrong with it at once: what is no field, what is no value of a field, and what
 //! makes no sense. Each problem has its line, and what was probably meant. Asks nothing of the host.
 
-use super::{Account, BlockIoClass, BlockIoLimit, Config, DriverChoice, HandlerConfig, Ulimit};
+use super::{Account, BlockIoClass, BlockIoLimit, Config, DriverChoice, HandlerConfig, NATIVE_HANDLER, Ulimit};
 use crate::glob;
 use crate::network::subnet::parse_subnets;
 use serde::Deserialize;
@@ -10,7 +10,7 @@ use std::fmt;
 use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// The names that `default_ulimits` takes.
 pub(crate) const ULIMITS: [&str; 16] = [
@@ -245,8 +245,8 @@ pub(super) fn senseless(config: &Config) -> Vec<(String, String)> {
     if config.socket.as_os_str().len() > SOCKET_PATH_MAX_BYTES {
         no("socket", format!("has {} bytes; the kernel takes {SOCKET_PATH_MAX_BYTES}", config.socket.as_os_str().len()));
     }
-    if let Err(error) = EnvFilter::try_new(&config.log_level) {
-        no("log_level", format!("{:?}: {error}; write error, warn, info, debug or trace", config.log_level));
+    if let Some(why) = filter(&config.log_level) {
+        no("log_level", format!("{:?}: {why}; write error, warn, info, debug or trace", config.log_level));
     }
     if config.cgroup.parent.split('/').any(|part| part == "..") {
         no("cgroup.parent", format!("{:?} contains \"..\"", config.cgroup.parent));
@@ -259,6 +259,9 @@ pub(super) fn senseless(config: &Config) -> Vec<(String, String)> {
     }
     limits(config, &mut no);
     for (name, handler) in &config.handlers {
+        if name.is_empty() || name == NATIVE_HANDLER {
+            no(&format!("handlers.{name}"), format!("{name:?} is the native runtime's name; give this one another"));
+        }
         if !handler.path.is_absolute() {
             no(&format!("handlers.{name}.path"), format!("{:?} is not an absolute path", handler.path.display()));
         }
@@ -282,6 +285,15 @@ pub(super) fn senseless(config: &Config) -> Vec<(String, String)> {
     addresses(config, &mut no);
     nri(config, &mut no);
     found
+}
+
+/// What is wrong with a filter of the log. A bare word that is no level would be taken for a part of the program, and silence all others.
+fn filter(text: &str) -> Option<String> {
+    if let Err(error) = EnvFilter::try_new(text) {
+        return Some(error.to_string());
+    }
+    let bare = text.split(',').map(str::trim).filter(|directive| !directive.contains(['=', '[', '{', ']', '}']));
+    bare.into_iter().find(|word| word.parse::<LevelFilter>().is_err()).map(|word| format!("{word:?} is no level"))
 }
 
 fn limits(config: &Config, no: &mut dyn FnMut(&str, String)) {
@@ -318,6 +330,9 @@ fn network(config: &Config, no: &mut dyn FnMut(&str, String)) {
     let network = &config.network;
     if network.bridge.is_empty() || network.bridge.len() > INTERFACE_MAX_BYTES {
         no("network.bridge", format!("{:?} has {} bytes, not 1 to {INTERFACE_MAX_BYTES}", network.bridge, network.bridge.len()));
+    }
+    if network.bridge.bytes().any(|byte| !(byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')) {
+        no("network.bridge", format!("{:?} has other than letters, digits, - and _", network.bridge));
     }
     if let Err(why) = parse_subnets(network.subnets.iter().map(String::as_str)) {
         no("network.subnets", why);
@@ -444,6 +459,8 @@ mod tests {
             ("[network]\nsubnets = [\"10.0.0.1/8\"]", "network.subnets", "10.0.0"),
             ("[network]\nbridge = \"a-name-of-16-byt\"", "network.bridge", "16 bytes"),
             ("[network]\ncni_bin_dir = \"/opt/cni/bin:here\"", "network.cni_bin_dir", "here"),
+            ("[network]\nbridge = \"br\\\"0\"", "network.bridge", "letters"),
+            ("[handlers.windlass]\npath = \"/usr/bin/runc\"", "handlers.windlass", "native"),
             ("[streaming]\naddress = \"127.0.0.1\"", "streaming.address", "PORT"),
             ("[streaming]\ntls_key = \"/key\"", "streaming.tls_certificate", "both or neither"),
             ("[metrics]\naddress = \"9099\"", "metrics.address", "PORT"),
@@ -465,11 +482,16 @@ mod tests {
             let [problem] = &problems[..] else { panic!("{text}: {problems:#?}") };
             assert!(problem.line.is_some() && problem.field == field && problem.what.contains(word), "{text}: {problem}");
         }
+        for good in ["WARN", "off", "info,windlass::image=debug", "windlass::image=debug", "info,[{pod=web}]=debug"] {
+            assert!(read(&format!("log_level = {good:?}")).is_ok(), "{good}");
+        }
         let name = "x".repeat(120);
         for (text, field) in [
             ("root = \"var\"".to_owned(), "root"),
             (format!("socket = \"/{name}\""), "socket"),
             ("log_level = \"a=b=c\"".to_owned(), "log_level"),
+            ("log_level = \"warning\"".to_owned(), "log_level"),
+            ("log_level = \"info,windlass::image\"".to_owned(), "log_level"),
         ] {
             let problems = read(&text).expect_err(&text);
             assert!(problems.len() == 1 && problems[0].field == field && problems[0].line == Some(1), "{text}: {problems:#?}");

@@ -14,8 +14,9 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, filter::filter_fn, fmt, pre
 
 /// Begins to log, and to tell `traces` of spans. `level` is `log_level` of the configuration.
 pub fn start(level: &str, traces: Option<Spans>) -> Result<()> {
-    // The transport's own debugging is asked for by its name, for example log_level = "debug,h2=debug".
-    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,tower=warn,rustls=warn,{}=off,{level}", trace::TARGET))
+    // The transport's own debugging is asked for by its name, for example log_level = "debug,h2=debug". Errors are told whatever is asked
+    // for of parts.
+    let filter = EnvFilter::try_new(format!("error,h2=warn,hyper=warn,tower=warn,rustls=warn,{}=off,{level}", trace::TARGET))
         .map_err(|error| Error::invalid(format!("log_level {level:?}: {error}")))?;
     if traces.is_some() {
         names::keep();
