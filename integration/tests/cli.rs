@@ -139,6 +139,8 @@ fn pods_and_containers_are_listed_looked_into_and_followed() -> Result<()> {
         details(&ground, &name, &main, &done)?;
         names(&ground, &name, &main)?;
         executes(&ground, &name, &main)?;
+        strange(&ground)?;
+        unread(&ground, &main)?;
         logs(&ground, &name, &main)?;
         ground.end()
     })
@@ -257,8 +259,12 @@ fn details(ground: &Ground, name: &str, main: &str, done: &str) -> Result<()> {
     Ok(())
 }
 
-/// Words that mean several things, or none.
+/// Words that mean several things, or none; and a root that is not the daemon's.
 fn names(ground: &Ground, name: &str, main: &str) -> Result<()> {
+    let mut elsewhere = Command::new(setup::programs()?.join("windlass"));
+    elsewhere.args(["ps", "--root", "/no/such/root", "--socket"]).arg(ground.daemon.socket());
+    let output = elsewhere.output()?;
+    ensure!(!output.status.success() && text(&output.stderr).contains("not \"/no/such/root\""), "{output:?}");
     let said = refused(&ground.daemon, &["logs", name])?;
     ensure!(said.contains(&format!("{name}/done, {name}/main")), "{said}");
     let said = refused(&ground.daemon, &["inspect", "no-such-pod"])?;
@@ -294,6 +300,7 @@ fn executes(ground: &Ground, name: &str, main: &str) -> Result<()> {
         output.stdout.len(),
         text(&output.stderr)
     );
+    much(ground, &container)?;
     ensure!(ground.daemon.windlass(&["exec", &main[..10], "--", "echo", "--flag"])? == "--flag\n");
     let said = refused(&ground.daemon, &["exec", &container, "--", "/no/such"])?;
     ensure!(said.contains("/no/such"), "{said}");
@@ -325,6 +332,56 @@ fn executes(ground: &Ground, name: &str, main: &str) -> Result<()> {
     let rest: Vec<String> = output.lines().map_while(std::result::Result::ok).collect();
     ensure!(rest.iter().any(|line| line.trim() == "got typed"), "{rest:?}");
     ensure!(child.wait()?.success());
+    Ok(())
+}
+
+/// Much goes in and comes back, with a reader that begins late: neither direction waits for the other.
+fn much(ground: &Ground, container: &str) -> Result<()> {
+    const BLOCKS: usize = 256;
+    let mut command = ground.daemon.command(&["exec", "-i", container, "--", "cat"])?;
+    let mut child = Process::from(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?);
+    let (mut input, mut output) = (child.stdin.take().context("stdin")?, child.stdout.take().context("stdout")?);
+    let (sender, begun) = std::sync::mpsc::channel();
+    let writer = std::thread::spawn(move || -> std::io::Result<()> {
+        for number in 0..BLOCKS {
+            input.write_all(&[b'a' + (number % 26) as u8; 128 << 10])?;
+            let _ = sender.send(());
+        }
+        Ok(())
+    });
+    begun.recv()?;
+    let mut back = Vec::new();
+    std::io::Read::read_to_end(&mut output, &mut back)?;
+    writer.join().map_err(|_| anyhow::anyhow!("the writer"))??;
+    ensure!(back.len() == BLOCKS * (128 << 10) && child.wait()?.success(), "{} bytes", back.len());
+    Ok(())
+}
+
+/// A program whose name is no text and would clear the terminal.
+fn strange(ground: &Ground) -> Result<()> {
+    let script = "p=$(printf '/busybox\\377\\033[2J'); cp /bin/busybox \"$p\"; exec \"$p\" sleep 1000";
+    let id = ground.start("strange", &["sh", "-c", script], |_| {})?;
+    let found = wait::until("its program", || {
+        let found = json(&ground.daemon, &["inspect", &id])?;
+        Ok(found["process"]["command"].as_str().is_some_and(|command| command.ends_with("sleep 1000")).then_some(found))
+    })?;
+    ensure!(found["process"]["program"].as_str().is_some_and(|path| path.contains("busybox\u{fffd}\x1b")), "{found}");
+    ensure!(found["process"]["State"].is_string() && found["processes"][0]["state"] == "S", "{found}");
+    let said = ground.daemon.windlass(&["inspect", &id])?;
+    ensure!(!said.contains('\x1b') && said.contains("\\u{1b}[2J"), "{said}");
+    ground.client.remove_container(cri::RemoveContainerRequest { container_id: id })?;
+    Ok(())
+}
+
+/// What goes on until interrupted ends when nobody reads it any more, and has not failed.
+fn unread(ground: &Ground, main: &str) -> Result<()> {
+    for words in [&["events"][..], &["stats", "--watch"], &["logs", "--follow", main]] {
+        let mut command = ground.daemon.command(words)?;
+        let mut child = Process::from(command.stdout(Stdio::piped()).spawn()?);
+        drop(child.stdout.take());
+        let status = wait::until("the end of a command", || Ok(child.try_wait()?))?;
+        ensure!(status.success(), "{words:?}: {status}");
+    }
     Ok(())
 }
 

@@ -17,11 +17,13 @@ mod status;
 
 use crate::{
     config::{Config, DEFAULT_NRI_SOCKET},
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     log,
     telemetry::trace,
 };
 use clap::{Args, Parser, Subcommand};
+pub use output::safe;
+use output::while_read;
 use std::{
     path::{Path, PathBuf},
     pin::Pin,
@@ -49,7 +51,7 @@ pub enum Command {
         command: image::ImageCommand,
     },
     /// Check this node: the kernel, cgroups, directories, network, configuration, kubelet, and what was left behind. Changes nothing. Exits
-    /// with 0 if all is well, 1 if there are warnings, 2 if there are errors.
+    /// with 0 if all is well, 1 if there are warnings, 2 if there are errors, 3 if nothing is wrong as far as could be seen.
     Doctor(doctor::Options),
     /// Print, check and explain the configuration.
     Config {
@@ -168,8 +170,15 @@ impl Flags {
     }
 }
 
-/// Runs a command to its end, and says what the program exits with.
+/// Runs a command to its end, and says what the program exits with. A reader of its output that has gone away has seen enough.
 pub fn run(cli: Cli) -> Result<ExitCode> {
+    match command(cli) {
+        Err(error) if error.kind == Kind::Unread => Ok(ExitCode::SUCCESS),
+        other => other,
+    }
+}
+
+fn command(cli: Cli) -> Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
         Command::Serve(flags) => {
@@ -189,7 +198,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Status(options) => here(Box::pin(status::run(options))).map(done),
         Command::Ps(options) => here(Box::pin(ps::run(options))).map(done),
         Command::Inspect(options) => here(Box::pin(inspect::run(options))).map(done),
-        Command::Logs(options) => here(Box::pin(logs::run(options))).map(done),
+        Command::Logs(options) => here(Box::pin(while_read(logs::run(options)))).map(done),
         Command::Exec(options) => {
             let mut code = ExitCode::SUCCESS;
             here(Box::pin(async {
@@ -198,8 +207,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             }))?;
             Ok(code)
         }
-        Command::Events(options) => here(Box::pin(events::run(options))).map(done),
-        Command::Stats(options) => here(Box::pin(stats::run(options))).map(done),
+        Command::Events(options) => here(Box::pin(while_read(events::run(options)))).map(done),
+        Command::Stats(options) => here(Box::pin(while_read(stats::run(options)))).map(done),
         Command::Completions { shell } => manual::completions(shell).map(done),
         Command::Manual { directory } => manual::write(&directory).map(done),
     }

@@ -21,6 +21,8 @@ pub enum Kind {
     Internal,
     /// Kubelet matches the message's prefix, which it sees only with the code Unknown.
     Prefixed,
+    /// Nobody reads a command's output any more: it ends, and has not failed.
+    Unread,
 }
 
 /// A failed operation. Clone, because operations that were joined share one result.

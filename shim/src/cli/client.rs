@@ -1,11 +1,14 @@
 //! The daemon as the other commands ask it: over its CRI socket, as kubelet does.
 
-use super::output::short;
+use super::{
+    Place,
+    output::{safe, short},
+};
 use crate::{
     config::Config,
     error::{Error, Kind, Result},
 };
-use std::{collections::HashMap, fmt, future::Future, time::Duration};
+use std::{collections::HashMap, fmt, future::Future, path::Path, time::Duration};
 use tonic::{
     Response, Status,
     transport::{Channel, Endpoint},
@@ -77,6 +80,26 @@ impl Client {
         Ok(Client { runtime, channel })
     }
 
+    /// Connects to the daemon of this place, with its configuration. A root that is said must be that daemon's: it leads to no socket.
+    pub(super) async fn of(place: Place) -> Result<(Config, Client)> {
+        let named = place.root.clone();
+        let config = place.load()?;
+        let mut client = Client::connect(&config).await?;
+        if let Some(named) = named {
+            let status = answer(client.runtime.status(cri::StatusRequest { verbose: true })).await?;
+            let running = parsed(&status.info, "config");
+            let running = running["root"].as_str().unwrap_or_default();
+            if Path::new(running) != named {
+                return Err(Error::precondition(format!(
+                    "the daemon at {} has root {running:?}, not {:?}; name its socket by --socket or --state",
+                    config.socket.display(),
+                    named.display()
+                )));
+            }
+        }
+        Ok((config, client))
+    }
+
     /// All pods.
     pub(super) async fn pods(&mut self) -> Result<Vec<cri::PodSandbox>> {
         Ok(answer(self.runtime.list_pod_sandbox(cri::ListPodSandboxRequest::default())).await?.items)
@@ -91,6 +114,14 @@ impl Client {
     pub(super) async fn pod(&mut self, id: &str) -> Result<cri::PodSandboxStatusResponse> {
         let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
         answer(self.runtime.pod_sandbox_status(request)).await
+    }
+
+    /// The same; nothing where the pod has gone.
+    pub(super) async fn pod_if_there(&mut self, id: &str) -> Result<Option<cri::PodSandboxStatusResponse>> {
+        match self.pod(id).await {
+            Err(error) if error.kind == Kind::NotFound => Ok(None),
+            other => other.map(Some),
+        }
     }
 
     /// A container and what the daemon keeps of it.
@@ -163,9 +194,14 @@ fn choose(word: &str, pods: &[cri::PodSandbox], containers: &[cri::Container]) -
         let full = pod_name(pod);
         full == word || full.rsplit_once('/').is_some_and(|(_, name)| name == word)
     });
-    if let Some(pod) = unique_name(named_pod.map(|pod| (pod_name(pod), pod.created_at, pod)), word)? {
+    // Who names pods may name one as another's id begins: only a whole id is beyond doubt.
+    if let Some(pod) = pods.iter().find(|pod| pod.id == word) {
         return Ok(Object::Pod(pod.clone()));
     }
+    if let Some(container) = containers.iter().find(|container| container.id == word) {
+        return Ok(Object::Container(container.clone()));
+    }
+    let named_pod = unique_name(named_pod.map(|pod| (pod_name(pod), pod.created_at, pod)), word)?;
     let named = containers.iter().filter(|container| container_name(container) == word);
     if let Some(container) = named.max_by_key(|container| container.created_at) {
         return Ok(Object::Container(container.clone()));
@@ -178,6 +214,10 @@ fn choose(word: &str, pods: &[cri::PodSandbox], containers: &[cri::Container]) -
         (format!("container {} {}", short(&container.id), container_name(container)), Object::Container(container.clone()))
     });
     let mut found: Vec<(String, Object)> = by_id.chain(also).collect();
+    if let Some(pod) = named_pod {
+        found.retain(|(_, object)| !matches!(object, Object::Pod(other) if other.id == pod.id));
+        found.push((format!("pod {} {}", short(&pod.id), pod_name(pod)), Object::Pod(pod.clone())));
+    }
     match found.len() {
         0 => Err(Error::not_found(format!("there is no pod or container {word:?}; `windlass ps` shows what there is"))),
         1 => Ok(found.remove(0).1),
@@ -197,7 +237,7 @@ fn unique_name<'a, T>(named: impl Iterator<Item = (String, i64, &'a T)>, word: &
 }
 
 fn ambiguous<'a>(word: &str, candidates: impl Iterator<Item = impl fmt::Display + 'a>) -> Error {
-    let list: String = candidates.map(|candidate| format!("\n  {candidate}")).collect();
+    let list: String = candidates.map(|candidate| format!("\n  {}", safe(&candidate.to_string(), &[]))).collect();
     Error::invalid(format!("{word:?} may mean any of these; give more of it:{list}"))
 }
 
@@ -222,6 +262,9 @@ mod tests {
             pod("aa2", "default", "web", 2),
             pod("b1", "other", "db", 3),
             pod("b2", "x", "db", 4),
+            pod("d1", "x", "c", 5),
+            pod("d2", "x", "c1", 5),
+            pod("d3", "x", "d3", 5),
         ];
         let containers = [container("c1", "aa2", "main", 1), container("c2", "aa2", "main", 2), container("b9", "b1", "main", 2)];
         for (word, expected) in [
@@ -234,6 +277,9 @@ mod tests {
             ("db", Err("other/db\n  x/db")),
             ("aa", Err("pod aa1 default/web\n  pod aa2 default/web")),
             ("b", Err("container b9 other/db/main")),
+            ("c", Err("container c2 default/web/main\n  pod d1 x/c")),
+            ("d3", Ok("d3")),
+            ("x/c1", Ok("d2")),
             ("zz", Err("windlass ps")),
             ("", Err("NAMESPACE/POD")),
         ] {

@@ -2,7 +2,7 @@
 
 use super::{
     Flags,
-    output::{Format, json, line},
+    output::{Format, json, line, raw},
 };
 use crate::{
     config::{self, Config, DEFAULT_PATH, REFERENCE},
@@ -41,7 +41,7 @@ pub enum ConfigCommand {
 /// Runs a command to its end.
 pub(super) fn run(command: ConfigCommand) -> Result<ExitCode> {
     match command {
-        ConfigCommand::Default => line(REFERENCE.trim_end())?,
+        ConfigCommand::Default => raw(REFERENCE.trim_end())?,
         ConfigCommand::Check { file, format } => return check(file.as_deref(), format),
         ConfigCommand::Show { flags, changed } => show(&flags.load()?, changed)?,
     }
@@ -72,7 +72,7 @@ fn show(config: &Config, changed: bool) -> Result<()> {
     if changed {
         without(&mut table, &encode(&Config::default())?);
     }
-    line(toml::to_string(&table).map_err(|error| Error::internal(format!("encode the configuration: {error}")))?.trim_end())
+    raw(toml::to_string(&table).map_err(|error| Error::internal(format!("encode the configuration: {error}")))?.trim_end())
 }
 
 /// Takes out what is the same in the other table.

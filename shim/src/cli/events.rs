@@ -24,7 +24,7 @@ pub struct Options {
 
 /// Follows until the daemon ends or leaves us behind.
 pub(super) async fn run(options: Options) -> Result<()> {
-    let mut client = Client::connect(&options.place.clone().load()?).await?;
+    let (_, mut client) = Client::of(options.place.clone()).await?;
     let mut events = answer(client.runtime.get_container_events(cri::GetEventsRequest::default())).await?;
     while let Some(event) = events.message().await.map_err(|status| told(&status))? {
         let meta = event.pod_sandbox_status.as_ref().and_then(|status| status.metadata.clone()).unwrap_or_default();

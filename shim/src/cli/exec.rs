@@ -3,6 +3,7 @@
 use super::{
     Place,
     client::{Client, answer},
+    output::failed_write,
 };
 use crate::{
     error::{Error, Result},
@@ -16,7 +17,7 @@ use std::{
     process::ExitCode,
 };
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 use windlass_proto::cri;
@@ -32,6 +33,9 @@ const RESIZE: u8 = 4;
 const INPUT_BYTES: usize = 32 << 10;
 /// Reads that wait to be sent.
 const INPUTS_MAX: usize = 4;
+
+/// What a shell adds to the number of the signal that ended a program.
+const SIGNALLED: u8 = 128;
 
 /// `windlass exec ...`
 #[derive(Debug, Args)]
@@ -76,8 +80,7 @@ pub(super) async fn run(options: Options) -> Result<ExitCode> {
     if options.tty && !std::io::stdin().is_terminal() {
         return Err(Error::invalid("--tty: standard input is no terminal; leave it out"));
     }
-    let config = options.place.load()?;
-    let mut daemon = Client::connect(&config).await?;
+    let (config, mut daemon) = Client::of(options.place).await?;
     let container = daemon.find_container(&options.container).await?;
     let request = cri::ExecRequest {
         container_id: container.id,
@@ -89,12 +92,21 @@ pub(super) async fn run(options: Options) -> Result<ExitCode> {
     };
     let url = answer(daemon.runtime.exec(request)).await?.url;
     let (mut incoming, mut outgoing) = client::connect(&url, &config.streaming.tls_certificate).await?;
-    let _raw = if options.tty { Some(Raw::enter()?) } else { None };
+    let signal = |kind| signal(kind).map_err(|error| Error::io("wait for signals", error));
+    // A terminal whose keys go nowhere keeps its own: Ctrl-C ends this program.
+    let raw = if options.tty && options.stdin { Some(Raw::enter()?) } else { None };
+    let (mut terminated, mut hung_up) = match &raw {
+        Some(_) => (Some(signal(SignalKind::terminate())?), Some(signal(SignalKind::hangup())?)),
+        None => (None, None),
+    };
     if options.tty {
         resize(&mut outgoing).await?;
     }
-    let mut resized = signal(SignalKind::window_change()).map_err(|error| Error::io("wait for signals", error))?;
-    let mut input = if options.stdin { Some(standard_input()) } else { None };
+    let resized = if options.tty { Some(signal(SignalKind::window_change())?) } else { None };
+    let input = if options.stdin { Some(standard_input()) } else { None };
+    // Apart, so that a command that waits for its output to be read is not waited for with its input. What it no longer takes is told by the
+    // end of the connection.
+    tokio::spawn(send(outgoing, input, resized));
     let mut ending = None;
     loop {
         tokio::select! {
@@ -105,14 +117,8 @@ pub(super) async fn run(options: Options) -> Result<ExitCode> {
                 Some(_) => {}
                 None => break,
             },
-            read = next_of(&mut input), if input.is_some() => match read {
-                Some(bytes) => outgoing.send(STDIN, &bytes).await?,
-                None => {
-                    input = None;
-                    outgoing.end(STDIN).await?;
-                }
-            },
-            _ = resized.recv(), if options.tty => resize(&mut outgoing).await?,
+            () = received(&mut terminated) => return Ok(ExitCode::from(SIGNALLED + 15)),
+            () = received(&mut hung_up) => return Ok(ExitCode::from(SIGNALLED + 1)),
         }
     }
     let ending = ending.ok_or_else(|| Error::internal("the daemon went away; a command of an exec ends with its session"))?;
@@ -133,12 +139,37 @@ fn standard_input() -> mpsc::Receiver<Vec<u8>> {
     receiver
 }
 
+/// Sends what standard input gives and the sizes of the terminal, until nothing is taken any more.
+async fn send(mut outgoing: Outgoing, mut input: Option<mpsc::Receiver<Vec<u8>>>, mut resized: Option<Signal>) -> Result<()> {
+    loop {
+        tokio::select! {
+            read = next_of(&mut input), if input.is_some() => match read {
+                Some(bytes) => outgoing.send(STDIN, &bytes).await?,
+                None => {
+                    input = None;
+                    outgoing.end(STDIN).await?;
+                }
+            },
+            () = received(&mut resized), if resized.is_some() => resize(&mut outgoing).await?,
+            else => return Ok(()),
+        }
+    }
+}
+
 async fn next_of(input: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
     input.as_mut()?.recv().await
 }
 
+/// Waits for a signal, for ever where none is waited for.
+async fn received(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
 fn put(to: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    to.write_all(bytes).and_then(|()| to.flush()).map_err(|error| Error::io("write the output", error))
+    to.write_all(bytes).and_then(|()| to.flush()).map_err(|error| failed_write("write the output", error))
 }
 
 async fn resize(outgoing: &mut Outgoing) -> Result<()> {

@@ -32,8 +32,7 @@ type Parts = Vec<(&'static str, Value)>;
 
 /// Runs the command to its end.
 pub(super) async fn run(options: Options) -> Result<()> {
-    let config = options.place.clone().load()?;
-    let mut client = Client::connect(&config).await?;
+    let (config, mut client) = Client::of(options.place.clone()).await?;
     let parts = match client.find(&options.object).await? {
         Object::Pod(pod) => of_pod(&mut client, &pod).await?,
         Object::Container(container) => of_container(&mut client, &config, &container.id).await?,
@@ -184,7 +183,7 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// Reads a small file of the kernel's.
+/// Reads a small file of the kernel's. A process chooses its name and the paths of its mounts, which need not be text.
 fn read(path: &Path) -> Option<String> {
-    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+    std::fs::read(path).ok().map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
 }

@@ -1,11 +1,15 @@
 //! `windlass logs`: what a container wrote, from its log in the CRI's form: time, stream, `F` or `P` for a whole line or a part of one, text.
 
-use super::{Place, client::Client};
+use super::{
+    Place,
+    client::Client,
+    output::{failed_write, safe},
+};
 use crate::error::{Error, Result};
 use clap::Args;
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    io::{self, BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -41,6 +45,9 @@ pub struct Options {
     /// The time before each line
     #[arg(short, long)]
     timestamps: bool,
+    /// As it was written on a terminal too, where control characters are else shown by their numbers
+    #[arg(long)]
+    raw: bool,
 }
 
 /// A moment: how long ago, or when.
@@ -68,7 +75,7 @@ fn moment(word: &str) -> std::result::Result<OffsetDateTime, String> {
 
 /// Runs the command to its end.
 pub(super) async fn run(options: Options) -> Result<()> {
-    let mut client = Client::connect(&options.place.clone().load()?).await?;
+    let (_, mut client) = Client::of(options.place.clone()).await?;
     let container = client.find_container(&options.container).await?;
     let (status, _) = client.container(&container.id).await?;
     if status.log_path.is_empty() {
@@ -76,15 +83,16 @@ pub(super) async fn run(options: Options) -> Result<()> {
     }
     let path = PathBuf::from(&status.log_path);
     let mut log = Log::open(&path, options.tail)?;
+    let mut streams = Streams::new(options.raw);
     let mut polls = 0;
     let mut ended = !options.follow;
     loop {
-        log.copy(&options, &mut Streams)?;
+        log.copy(&options, &mut streams)?;
         if ended {
             return Ok(());
         }
         tokio::time::sleep(POLL).await;
-        log.follow(&path)?;
+        log.follow(&path, &options, &mut streams)?;
         polls += 1;
         if polls % ASK_EVERY == 0 {
             // A daemon that is being restarted says nothing of it.
@@ -102,10 +110,22 @@ trait Sink {
 }
 
 /// Each stream to its own.
-struct Streams;
+struct Streams {
+    /// Whether each goes to a terminal, which obeys what it is sent.
+    shown: [bool; 2],
+}
+
+impl Streams {
+    fn new(raw: bool) -> Streams {
+        Streams { shown: [io::stdout().is_terminal(), io::stderr().is_terminal()].map(|terminal| terminal && !raw) }
+    }
+}
 
 impl Sink for Streams {
     fn put(&mut self, error_stream: bool, bytes: &[u8]) -> io::Result<()> {
+        let text = String::from_utf8_lossy(bytes);
+        let text = safe(&text, &['\n', '\t']);
+        let bytes = if self.shown[usize::from(error_stream)] { text.as_bytes() } else { bytes };
         if error_stream { io::stderr().write_all(bytes) } else { io::stdout().lock().write_all(bytes) }
     }
 }
@@ -117,6 +137,8 @@ struct Log {
     rest: Vec<u8>,
     /// The last text of each stream was a part of a line.
     within: [bool; 2],
+    /// The name is another file's, and this one ended within a line when that was seen.
+    torn: bool,
 }
 
 impl Log {
@@ -126,16 +148,32 @@ impl Log {
         let inode = file.metadata().map_err(failed)?.ino();
         let start = tail.map_or(Ok(0), |lines| last_lines(&mut file, lines)).map_err(failed)?;
         file.seek(SeekFrom::Start(start)).map_err(failed)?;
-        Ok(Log { file: BufReader::new(file), inode, rest: Vec::new(), within: [false; 2] })
+        Ok(Log { file: BufReader::new(file), inode, rest: Vec::new(), within: [false; 2], torn: false })
     }
 
-    /// Goes on with the file that has the name now, where the log was rotated.
-    fn follow(&mut self, path: &Path) -> Result<()> {
+    /// Goes on with the file that has the name now, where the log was rotated: what came into the old one since the last look is copied
+    /// first. A line that is not whole then is waited for until the next look, and shown as it is.
+    fn follow(&mut self, path: &Path, options: &Options, to: &mut dyn Sink) -> Result<()> {
         let Ok(metadata) = path.metadata() else { return Ok(()) };
-        if metadata.ino() != self.inode && self.rest.is_empty() {
-            let within = self.within;
-            *self = Log { within, ..Log::open(path, None)? };
+        if metadata.ino() == self.inode {
+            return Ok(());
         }
+        // Opened before the old one is read to its end: whoever writes has gone over to it, or does.
+        let next = match Log::open(path, None) {
+            Ok(next) => next,
+            Err(_) if !path.exists() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        self.copy(options, to)?;
+        if !self.rest.is_empty() {
+            if !std::mem::replace(&mut self.torn, true) {
+                return Ok(());
+            }
+            let mut line = std::mem::take(&mut self.rest);
+            line.push(b'\n');
+            self.line(&line, options, to).map_err(|error| failed_write("write the log", error))?;
+        }
+        *self = Log { within: self.within, ..next };
         Ok(())
     }
 
@@ -149,10 +187,7 @@ impl Log {
                 return Ok(());
             }
             let line = std::mem::take(&mut self.rest);
-            match self.line(&line, options, to) {
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-                other => other.map_err(|error| Error::io("write the log", error))?,
-            }
+            self.line(&line, options, to).map_err(|error| failed_write("write the log", error))?;
         }
     }
 
@@ -223,7 +258,7 @@ mod tests {
 
     fn options(since: Option<&str>, tail: Option<usize>, timestamps: bool) -> Options {
         let since = since.map(|word| moment(word).expect("a moment"));
-        Options { place: Place::default(), container: String::new(), follow: false, tail, since, timestamps }
+        Options { place: Place::default(), container: String::new(), follow: false, tail, since, timestamps, raw: false }
     }
 
     fn shown(options: &Options) -> String {
@@ -262,10 +297,29 @@ mod tests {
         std::fs::write(&path, "2026-01-01T00:00:00Z stdout F two\n").expect("written");
         for _ in 0..2 {
             log.copy(&options, &mut both).expect("copied");
-            log.follow(&path).expect("followed");
+            log.follow(&path, &options, &mut both).expect("followed");
         }
         log.copy(&options, &mut both).expect("copied");
         assert_eq!(both.0, "one\ntwo\n");
+    }
+
+    #[test]
+    fn lines_that_come_at_a_rotation_are_not_lost_and_a_torn_one_keeps_nothing_waiting() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("0.log");
+        std::fs::write(&path, "2026-01-01T00:00:00Z stdout F one\n").expect("written");
+        let (options, mut both) = (options(None, None, false), Both(String::new()));
+        let mut log = Log::open(&path, None).expect("opened");
+        log.copy(&options, &mut both).expect("copied");
+        let mut file = File::options().append(true).open(&path).expect("opened");
+        file.write_all(b"2026-01-01T00:00:00Z stdout F late\n2026-01-01T00:00:00Z stdout F to").expect("written");
+        std::fs::rename(&path, directory.path().join("0.log.old")).expect("rotated");
+        std::fs::write(&path, "2026-01-01T00:00:00Z stdout F two\n").expect("written");
+        log.follow(&path, &options, &mut both).expect("followed");
+        assert_eq!(both.0, "one\nlate\n");
+        log.follow(&path, &options, &mut both).expect("followed");
+        log.copy(&options, &mut both).expect("copied");
+        assert_eq!(both.0, "one\nlate\nto\ntwo\n");
     }
 
     #[test]

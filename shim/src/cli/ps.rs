@@ -116,7 +116,7 @@ fn labels(words: &[String]) -> Result<HashMap<String, String>> {
 /// Runs the command to its end.
 pub(super) async fn run(options: Options) -> Result<()> {
     let label_selector = labels(&options.label)?;
-    let mut client = Client::connect(&options.place.clone().load()?).await?;
+    let (_, mut client) = Client::of(options.place.clone()).await?;
     let filter = cri::PodSandboxFilter { label_selector: label_selector.clone(), ..Default::default() };
     let mut pods = answer(client.runtime.list_pod_sandbox(cri::ListPodSandboxRequest { filter: Some(filter) })).await?.items;
     pods.retain(|pod| wanted(pod, &options));
@@ -130,7 +130,7 @@ pub(super) async fn run(options: Options) -> Result<()> {
     for pod in pods {
         // One that has gone in between is none.
         let id = pod.id.clone();
-        let Ok(status) = client.pod(&id).await else { continue };
+        let Some(status) = client.pod_if_there(&id).await? else { continue };
         let pod = described(pod, status, stats.get(&id), options.running);
         let id = options.id.as_deref().unwrap_or_default();
         if pod.id.starts_with(id) || pod.containers.iter().any(|container| container.id.starts_with(id)) {

@@ -3,7 +3,7 @@
 use super::{
     Place,
     client::{Client, answer},
-    output::{Format, NOTHING, json, line, row, size, table},
+    output::{Format, NOTHING, json, raw, row, size, table},
 };
 use crate::error::Result;
 use clap::Args;
@@ -54,7 +54,7 @@ type Counters = HashMap<String, (i64, [Option<u64>; 3])>;
 
 /// Runs until the results are there, or until interrupted.
 pub(super) async fn run(options: Options) -> Result<()> {
-    let mut client = Client::connect(&options.place.clone().load()?).await?;
+    let (_, mut client) = Client::of(options.place.clone()).await?;
     let (mut before, _) = look(&mut client, &Counters::new()).await?;
     loop {
         tokio::time::sleep(Duration::from_secs(options.interval)).await;
@@ -76,7 +76,7 @@ pub(super) async fn run(options: Options) -> Result<()> {
             Format::Json => json(&uses)?,
             Format::Text => {
                 if options.watch && std::io::stdout().is_terminal() {
-                    line(CLEAR)?;
+                    raw(CLEAR)?;
                 }
                 print(&uses)?;
             }

@@ -40,8 +40,7 @@ fn started(pid: u64) -> Option<u64> {
 
 /// Runs the command to its end.
 pub(super) async fn run(options: Options) -> Result<()> {
-    let config = options.place.load()?;
-    let mut client = Client::connect(&config).await?;
+    let (config, mut client) = Client::of(options.place).await?;
     let status = gather(&mut client).await?;
     match options.format {
         Format::Json => pretty(&status),
@@ -58,7 +57,7 @@ async fn gather(client: &mut Client) -> Result<Value> {
     let ready: Vec<&cri::PodSandbox> = pods.iter().filter(|pod| pod.state() == cri::PodSandboxState::SandboxReady).collect();
     let mut monitors = Vec::new();
     for pod in &ready {
-        if let Ok(reply) = client.pod(&pod.id).await {
+        if let Some(reply) = client.pod_if_there(&pod.id).await? {
             monitors.extend(parsed(&reply.info, "info")["monitorPid"].as_u64());
         }
     }

@@ -19,6 +19,7 @@ pub(super) fn of(error: Error) -> Status {
         Kind::Unimplemented => Code::Unimplemented,
         Kind::Internal => Code::Internal,
         Kind::Prefixed => Code::Unknown,
+        Kind::Unread => Code::Cancelled,
     };
     Status::new(code, error.message)
 }
