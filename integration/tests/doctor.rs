@@ -22,7 +22,10 @@ struct Findings {
 
 impl Findings {
     fn of(daemon: &Daemon) -> Result<Findings> {
-        let output = daemon.command(&["doctor", "--format", "json"])?.output()?;
+        Findings::from(&daemon.command(&["doctor", "--format", "json"])?.output()?)
+    }
+
+    fn from(output: &std::process::Output) -> Result<Findings> {
         let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
         let list = report["findings"].as_array().cloned().context("findings")?;
         Ok(Findings { list, code: output.status.code().context("an exit code")? })
@@ -75,7 +78,8 @@ fn a_node_with_a_daemon_and_pods_is_well() -> Result<()> {
         let expected = if found.list.iter().any(|one| one["verdict"] == "error") {
             2
         } else {
-            i32::from(found.list.iter().any(|one| one["verdict"] == "warning"))
+            let has = |verdict: &str| found.list.iter().any(|one| one["verdict"] == verdict);
+            if has("warning") { 1 } else { 3 * i32::from(has("unseen")) }
         };
         ensure!(found.code == expected, "exit code {}", found.code);
         ensure!(self::files(&ground.daemon)? == files, "the doctor left something");
@@ -89,6 +93,8 @@ fn a_node_with_a_daemon_and_pods_is_well() -> Result<()> {
         );
         let quiet = ground.daemon.command(&["doctor", "--quiet"])?.output()?;
         ensure!(!String::from_utf8(quiet.stdout)?.contains("  OK"));
+        let quiet = Findings::from(&ground.daemon.command(&["doctor", "--quiet", "--format", "json"])?.output()?)?;
+        ensure!(quiet.list.iter().all(|one| one["verdict"] != "ok") && quiet.code == found.code, "{:#?}", quiet.list);
         ground.end()
     })
 }
@@ -104,37 +110,74 @@ fn what_a_pod_left_is_named_and_how_to_remove_it() -> Result<()> {
     node::run(|| {
         let (mut daemon, client, before) = begin()?;
         let id = client.run(&pod(&daemon.path("logs")))?;
+        let other = client.run(&windlass_integration::client::host_network(pod(&daemon.path("logs"))))?;
+        let monitor = |daemon: &Daemon, id: &str| {
+            let of = |pid: &i32| {
+                fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(id))
+            };
+            daemon.monitors().into_iter().find(of)
+        };
+        // A root that is not the daemon's tells nothing of its pods.
+        elsewhere(&daemon, "root = ")?;
         drop(client);
         daemon.kill9()?;
         let found = Findings::of(&daemon)?;
         found.says("daemon", "warning", &["no daemon serves", "systemctl start windlass"])?;
         found.none("leftovers", &["warning", "error"])?;
 
+        elsewhere(&daemon, "is not there")?;
+        let config = fs::read_to_string(daemon.path("config.toml"))?;
+        fs::write(daemon.path("config.toml"), "[metrik]\n")?;
+        let found = Findings::of(&daemon)?;
+        found.says("leftovers", "unseen", &["the configuration does not say"])?;
+        found.none("leftovers", &["warning", "error"])?;
+        fs::write(daemon.path("config.toml"), config)?;
+        forged(&daemon)?;
+
         // As if its record were lost.
         let record = daemon.root().join("pods").join(&id);
         let aside = daemon.path("aside");
         fs::rename(&record, &aside)?;
-        let monitor = daemon.monitors().first().copied().context("a monitor")?.to_string();
+        let process = monitor(&daemon, &id).context("a monitor")?.to_string();
         let found = Findings::of(&daemon)?;
         found.says(
             "leftovers",
             "warning",
-            &[&format!("process {monitor} is the monitor of pod {id}"), &format!("kill {monitor}")],
+            &[&format!("process {process} is the monitor of pod {id}"), &format!("kill {process}")],
         )?;
         found.says(
             "leftovers",
             "warning",
-            &[&format!("cgroup {}/{id} (1 processes)", daemon.cgroup_directory().display()), "cgroup.kill"],
+            &[&format!("cgroup {}/{id} (1 processes)", daemon.cgroup_directory().display()), "held by process", &process],
+        )?;
+        found.says("leftovers", "warning", &[&format!("/run/netns/windlass-{}", &id[..32]), "held by process", &process])?;
+        found.says("leftovers", "warning", &[&format!("{}/pods/{id}", daemon.state().display()), "rm -r"])?;
+        ensure!(found.code >= 1 && found.those("leftovers", "warning").len() == 4, "{:#?}", found.list);
+
+        // Records that tell nothing: a newer version's, and one that is damaged.
+        fs::rename(&aside, &record)?;
+        let text = fs::read_to_string(record.join("record.json"))?;
+        fs::write(record.join("record.json"), text.replacen("\"version\":1", "\"version\":99", 1))?;
+        let found = Findings::of(&daemon)?;
+        found.says("leftovers", "warning", &["version 99", &format!("process {process}"), "/run/netns/", "newer package"])?;
+        ensure!(found.those("leftovers", "warning").len() == 1, "{:#?}", found.list);
+        fs::write(record.join("record.json"), "{")?;
+        let found = Findings::of(&daemon)?;
+        found.says("leftovers", "warning", &[&format!("process {process}"), "has a record that cannot be read"])?;
+        found.says("leftovers", "warning", &["/run/netns/", "has a record that cannot be read"])?;
+
+        // Its monitor gone, and then its record back.
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+        windlass_integration::wait::until("the monitor's end", || Ok(monitor(&daemon, &id).is_none().then_some(())))?;
+        let found = Findings::of(&daemon)?;
+        found.says(
+            "leftovers",
+            "warning",
+            &[&format!("cgroup {}/{id} (0 processes)", daemon.cgroup_directory().display()), "cgroup.kill"],
         )?;
         found.says("leftovers", "warning", &[&format!("/run/netns/windlass-{}", &id[..32]), "umount"])?;
         found.says("leftovers", "warning", &[&format!("link wl{}", &id[..11]), "ip link delete"])?;
-        found.says("leftovers", "warning", &[&format!("{}/pods/{id}", daemon.state().display()), "rm -r"])?;
-        ensure!(found.code >= 1);
-
-        // A record without its monitor.
-        fs::rename(&aside, &record)?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitor.parse()?), nix::sys::signal::Signal::SIGKILL)?;
-        windlass_integration::wait::until("the monitor's end", || Ok(daemon.monitors().is_empty().then_some(())))?;
+        fs::write(record.join("record.json"), text)?;
         let found = Findings::of(&daemon)?;
         found.says(
             "leftovers",
@@ -153,9 +196,40 @@ fn what_a_pod_left_is_named_and_how_to_remove_it() -> Result<()> {
         daemon.serve()?;
         let client = windlass_integration::client::Client::connect(&daemon)?;
         client.remove(&id)?;
+        client.remove(&other)?;
         Findings::of(&daemon)?.none("leftovers", &["warning", "error"])?;
         before.without("descriptor").expect_same(&windlass_integration::leak::Snapshot::take(&daemon)?.without("descriptor"))
     })
+}
+
+/// Another root than the daemon's: what runs is not told to be left over.
+fn elsewhere(daemon: &Daemon, why: &str) -> Result<()> {
+    let mut command = std::process::Command::new(windlass_integration::setup::programs()?.join("windlass"));
+    command.args(["doctor", "--format", "json", "--config"]).arg(daemon.path("config.toml"));
+    command.arg("--root").arg(daemon.path("elsewhere")).arg("--state").arg(daemon.state());
+    let found = Findings::from(&command.output()?)?;
+    found.says("leftovers", "unseen", &[why, "--root"])?;
+    found.none("leftovers", &["warning", "error"])
+}
+
+/// A process that calls itself a monitor is none, and writes nothing into the report.
+fn forged(daemon: &Daemon) -> Result<()> {
+    let mut liars = Vec::new();
+    for id in ["f".repeat(64), "x\n  ERROR  forged\x1b[2J".to_owned()] {
+        let mut command = std::process::Command::new("bash");
+        command.arg0("windlass-monitor").args(["-c", "read line", "--", "--dir"]).arg(daemon.state().join("pods").join(id));
+        liars.push(command.stdin(std::process::Stdio::piped()).spawn()?);
+    }
+    let found = Findings::of(daemon)?;
+    let report = daemon.command(&["doctor"])?.output()?;
+    for mut liar in liars {
+        liar.kill()?;
+        liar.wait()?;
+    }
+    found.none("leftovers", &["warning", "error"])?;
+    let report = String::from_utf8(report.stdout)?;
+    ensure!(!report.contains('\x1b') && !report.contains("forged"), "{report}");
+    Ok(())
 }
 
 #[test]
@@ -235,16 +309,12 @@ fn somebody_who_is_not_root_sees_what_there_is_to_see() -> Result<()> {
         let mut command = std::process::Command::new(program);
         command.args(["doctor", "--format", "json", "--root", "/nonexistent", "--socket"]).arg(daemon.socket());
         let output = command.uid(65_534).gid(65_534).output()?;
-        let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
-        let found = Findings {
-            list: report["findings"].as_array().cloned().context("findings")?,
-            code: output.status.code().context("a code")?,
-        };
+        let found = Findings::from(&output)?;
         found.says("kernel", "unseen", &["veth", "run as root"])?;
         found.says("network", "unseen", &["forward chains"])?;
         found.says("daemon", "unseen", &["windlass.sock", "run as root"])?;
         found.says("kernel", "ok", &["pidfd"])?;
-        ensure!(found.code <= 2 && Path::new("/proc/self").exists());
+        ensure!(found.code != 0 && Path::new("/proc/self").exists());
         Ok(())
     })
 }

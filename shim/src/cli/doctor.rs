@@ -7,6 +7,7 @@ mod images;
 mod kernel;
 mod kubelet;
 mod leftovers;
+mod monitors;
 mod network;
 mod parameters;
 mod programs;
@@ -38,6 +39,8 @@ pub struct Options {
 /// What every check begins with.
 struct Node {
     config: Config,
+    /// It is what the file and flags say: what they say was taken.
+    taken: bool,
     /// Root sees everything.
     root: bool,
     /// The daemon that answers.
@@ -47,10 +50,10 @@ struct Node {
 /// Runs every check, and says what the program exits with.
 pub(super) fn run(options: Options) -> Result<ExitCode> {
     let mut report = Report::default();
-    let config = configuration(&options.flags, &mut report);
+    let (config, taken) = configuration(&options.flags, &mut report);
     super::here(Box::pin(async {
         let root = rustix::process::geteuid().is_root();
-        let mut node = Node { config, root, daemon: None };
+        let mut node = Node { config, taken, root, daemon: None };
         node.daemon = daemon::check(&node, &mut report).await;
         kernel::check(&node, &mut report);
         cgroups::check(&node, &mut report).await;
@@ -63,15 +66,19 @@ pub(super) fn run(options: Options) -> Result<ExitCode> {
         leftovers::check(&node, &mut report).await;
         Ok(())
     }))?;
+    if options.quiet {
+        report.only_bad();
+    }
     match options.format {
         Format::Json => super::output::pretty(&report)?,
-        Format::Text => report.print(options.quiet)?,
+        Format::Text => report.print()?,
     }
     Ok(report.exit_code())
 }
 
-/// The configuration that the checks go by: the defaults where the file says none that is taken.
-fn configuration(flags: &Flags, report: &mut Report) -> Config {
+/// The configuration that the checks go by, and whether it is what the file and flags say: the defaults where the file says none that is
+/// taken.
+fn configuration(flags: &Flags, report: &mut Report) -> (Config, bool) {
     report.area("configuration");
     let named = flags.place.config.as_deref();
     let file = named.unwrap_or(Path::new(DEFAULT_PATH));
@@ -104,7 +111,8 @@ fn configuration(flags: &Flags, report: &mut Report) -> Config {
     for problem in config.problems() {
         report.error(format!("a flag or a field: {problem}"), "correct it: a daemon does not start so");
     }
-    config
+    let taken = report.findings.iter().all(|finding| !finding.is_error());
+    (config, taken)
 }
 
 /// What a command says within a few seconds; nothing where it is not there or fails.

@@ -52,21 +52,52 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
+/// What a record's file has.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Kept<T> {
+    Whole(T),
+    Absent,
+    /// Of this version, which a newer build writes.
+    Newer(u32),
+    /// Why it cannot be read.
+    Damaged(String),
+}
+
+/// Reads a record and changes nothing.
+pub fn look<T: DeserializeOwned>(path: &Path) -> Result<Kept<T>> {
+    /// What every version has.
+    #[derive(Deserialize)]
+    struct Head {
+        version: u32,
+    }
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::Absent),
+        Err(error) => return Err(Error::io(format_args!("read {}", path.display()), error)),
+    };
+    // A newer build's record may be of another form.
+    if let Ok(head) = serde_json::from_slice::<Head>(&bytes)
+        && head.version > RECORD_VERSION
+    {
+        return Ok(Kept::Newer(head.version));
+    }
+    Ok(match serde_json::from_slice::<Versioned<T>>(&bytes) {
+        Ok(versioned) => Kept::Whole(versioned.record),
+        Err(error) => Kept::Damaged(error.to_string()),
+    })
+}
+
 /// Reads a record. `None`: there is none, or its content was unreadable and has been set aside as `<name>.bad` with a line in the log.
 /// That the system does not give it now is an error: it may be whole.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(format_args!("read {}", path.display()), error)),
-    };
-    Ok(match serde_json::from_slice::<Versioned<T>>(&bytes) {
-        Ok(versioned) if versioned.version <= RECORD_VERSION => Some(versioned.record),
-        Ok(versioned) => {
-            tracing::error!(path = %path.display(), version = versioned.version, "record of a newer version is left alone");
+    Ok(match look(path)? {
+        Kept::Whole(record) => Some(record),
+        Kept::Absent => None,
+        Kept::Newer(version) => {
+            tracing::error!(path = %path.display(), version, "record of a newer version is left alone");
             None
         }
-        Err(error) => {
+        Kept::Damaged(error) => {
             let aside = path.with_extension("bad");
             tracing::error!(path = %path.display(), %error, aside = %aside.display(), "bad record set aside");
             let _ = fs::rename(path, aside);
@@ -119,7 +150,8 @@ mod tests {
     fn a_record_of_a_newer_version_is_left_in_place() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("record.json");
-        fs::write(&path, b"{\"version\":99,\"name\":\"web\"}").expect("write");
+        fs::write(&path, b"{\"version\":99,\"called\":\"web\"}").expect("write");
+        assert_eq!(look::<Sample>(&path), Ok(Kept::Newer(99)));
         assert_eq!(read::<Sample>(&path), Ok(None));
         assert!(path.exists());
     }

@@ -4,7 +4,7 @@ use super::{Node, read, report::Report};
 use crate::cli::client::{Client, answer, parsed};
 use serde_json::Value;
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     os::unix::{fs::MetadataExt, net::UnixStream},
     path::Path,
@@ -15,6 +15,11 @@ use windlass_proto::cri;
 pub(super) struct Daemon {
     /// Its ready pods, and their monitors.
     monitors: HashMap<String, i64>,
+    /// All of its pods.
+    pub(super) pods: BTreeSet<String>,
+    /// What it was started with; nothing from another runtime.
+    pub(super) config: Value,
+    pub(super) pid: Option<i64>,
 }
 
 /// The capability without which pods get less than they ask for (capabilities(7)).
@@ -59,7 +64,7 @@ async fn look(node: &Node, report: &mut Report) -> crate::error::Result<Daemon> 
             format!("{} answers as {} {}", node.config.socket.display(), version.runtime_name, version.runtime_version),
             "name Windlass's socket by --socket, or give it another one than that runtime's",
         );
-        return Ok(Daemon { monitors: HashMap::new() });
+        return Ok(Daemon { monitors: HashMap::new(), pods: BTreeSet::new(), config: Value::Null, pid: None });
     }
     match version.runtime_version.as_str() {
         same if same == own => report.ok(format!("windlass {own} answers at {}", node.config.socket.display())),
@@ -79,8 +84,10 @@ async fn look(node: &Node, report: &mut Report) -> crate::error::Result<Daemon> 
             );
         }
     }
-    configuration(node, &parsed(&status.info, "config"), report);
-    if let Some(pid) = parsed(&status.info, "daemon")["pid"].as_i64() {
+    let config = parsed(&status.info, "config");
+    let pid = parsed(&status.info, "daemon")["pid"].as_i64();
+    configuration(node, &config, pid, report);
+    if let Some(pid) = pid {
         process(node, pid, report);
     }
     let network = parsed(&status.info, "network");
@@ -91,45 +98,57 @@ async fn look(node: &Node, report: &mut Report) -> crate::error::Result<Daemon> 
             "journalctl -u windlass says what the plugin answers",
         );
     }
-    let monitors = monitors(&mut client).await?;
+    let (pods, monitors) = pods(&mut client).await?;
     ages(node, &monitors, report);
-    Ok(Daemon { monitors })
+    Ok(Daemon { monitors, pods, config, pid })
 }
 
-async fn monitors(client: &mut Client) -> crate::error::Result<HashMap<String, i64>> {
-    let mut monitors = HashMap::new();
-    for pod in client.pods().await?.into_iter().filter(|pod| pod.state() == cri::PodSandboxState::SandboxReady) {
-        if let Ok(reply) = client.pod(&pod.id).await
+/// Its pods, and the monitors of those that are ready.
+async fn pods(client: &mut Client) -> crate::error::Result<(BTreeSet<String>, HashMap<String, i64>)> {
+    let (pods, mut monitors) = (client.pods().await?, HashMap::new());
+    let ids = pods.iter().map(|pod| pod.id.clone()).collect();
+    for pod in pods.into_iter().filter(|pod| pod.state() == cri::PodSandboxState::SandboxReady) {
+        if let Some(reply) = client.pod_if_there(&pod.id).await?
             && let Some(pid) = parsed(&reply.info, "info")["monitorPid"].as_i64()
         {
             monitors.insert(pod.id, pid);
         }
     }
-    Ok(monitors)
+    Ok((ids, monitors))
 }
 
 /// Fields in which the daemon's configuration and that of the file and flags differ.
-fn configuration(node: &Node, running: &Value, report: &mut Report) {
+fn configuration(node: &Node, running: &Value, pid: Option<i64>, report: &mut Report) {
     let mut changed = Vec::new();
     differences("", &serde_json::json!(node.config), running, &mut changed);
-    // A daemon may have had flags that this program was not given.
-    let flagged = [
-        "root",
-        "state",
-        "socket",
-        "nri.socket_path",
-        "log_level",
-        "network.cni_conf_dir",
-        "network.cni_bin_dir",
-        "images.registry_config_dir",
-    ];
-    changed.retain(|field| !flagged.contains(&field.as_str()));
+    // A daemon may have flags that this program was not given.
+    let command = pid.and_then(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok()).unwrap_or_default();
+    changed.retain(|field| !flagged(field, &command));
     if running.is_object() && !changed.is_empty() {
         report.warning(
-            format!("the configuration was changed after the daemon's start, which has other values of {}", changed.join(", ")),
+            format!(
+                "the configuration was changed after the daemon's start, or flags lead elsewhere: it has other values of {}",
+                changed.join(", ")
+            ),
             "systemctl restart windlass, which disturbs no pod",
         );
     }
+}
+
+/// Whether a flag of this command line goes over the file's field.
+fn flagged(field: &str, command: &[u8]) -> bool {
+    let flags: &[&str] = match field {
+        "root" => &["--root"],
+        "state" | "nri.socket_path" => &["--state"],
+        "socket" => &["--socket", "--state"],
+        "log_level" => &["--log-level"],
+        "network.cni_conf_dir" => &["--cni-conf-dir"],
+        "network.cni_bin_dir" => &["--cni-bin-dir"],
+        "images.registry_config_dir" => &["--registry-config-dir"],
+        _ => &[],
+    };
+    let words = command.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    words.into_iter().any(|word| flags.contains(&word.split('=').next().unwrap_or_default()))
 }
 
 fn differences(path: &str, one: &Value, other: &Value, found: &mut Vec<String>) {
@@ -214,6 +233,21 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flags_of_the_daemon_go_over_the_file() {
+        let command = b"windlass\0serve\0--state\0/run/x\0--log-level=debug\0";
+        for (field, expected) in [
+            ("state", true),
+            ("socket", true),
+            ("nri.socket_path", true),
+            ("log_level", true),
+            ("root", false),
+            ("cgroup.parent", false),
+        ] {
+            assert_eq!(flagged(field, command), expected, "{field}");
+        }
+    }
 
     #[test]
     fn fields_that_differ_are_named() {

@@ -4,13 +4,16 @@ use super::{Node, read, report::Report};
 use crate::{image::can_mount_images, network::look, pod::userns};
 use rustix::{
     io::Errno,
-    mount::{FsOpenFlags, fsconfig_set_string, fsopen},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+        open_tree,
+    },
     process::{PidfdFlags, getpid, pidfd_open},
 };
 use std::path::Path;
 
-/// The oldest kernel that has all that pods need: overlays whose layers are appended one by one, mapped mounts, cgroup.kill.
-const OLDEST: (u32, u32) = (6, 8);
+/// The oldest kernel that has all that pods need: overlays whose layers are appended one by one, clones of mounts that are nowhere.
+const OLDEST: (u32, u32) = (6, 15);
 /// Clone into a cgroup of its own (clone3(2)), and `cgroup.kill`.
 const CGROUP_KILL: (u32, u32) = (5, 14);
 /// Overlays on mapped layers, which pods with users of their own stand on.
@@ -25,7 +28,7 @@ pub(super) fn check(node: &Node, report: &mut Report) {
         report.ok(format!("Linux {release}"));
     } else {
         report.error(
-            format!("Linux {release} is older than {}.{}: root file systems may not be made", OLDEST.0, OLDEST.1),
+            format!("Linux {release} is older than {}.{}: containers do not start", OLDEST.0, OLDEST.1),
             "boot a newer kernel",
         );
     }
@@ -41,6 +44,8 @@ pub(super) fn check(node: &Node, report: &mut Report) {
         }
     }
     overlay(node, report);
+    clones(node, report);
+    device_filters(report);
     layers(node, report);
     match (userns::available(), has(MAPPED_OVERLAY)) {
         (true, true) => report.ok("pods may have users of their own (user namespaces, mapped mounts)"),
@@ -97,13 +102,51 @@ fn overlay(node: &Node, report: &mut Report) {
     }
 }
 
+/// A mount that is nowhere is cloned into each container: the pod's /dev/shm. Tried with one that goes with its descriptor.
+fn clones(node: &Node, report: &mut Report) {
+    if !node.root {
+        return report.unseen("whether detached mounts can be cloned", "run as root");
+    }
+    let cloned = || -> Result<(), Errno> {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(&context)?;
+        let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        open_tree(&mount, "", flags).map(drop)
+    };
+    match cloned() {
+        Ok(()) => report.ok("mounts that are nowhere can be cloned (open_tree)"),
+        Err(error) => report.error(
+            format!("mounts that are nowhere cannot be cloned (open_tree: {error}): containers do not start"),
+            "boot Linux 6.15 or newer",
+        ),
+    }
+}
+
+/// What asks the filters of devices that every container gets; only a kernel with CONFIG_CGROUP_BPF has it.
+const DEVICE_FILTERS: &str = "__cgroup_bpf_check_dev_permission";
+
+fn device_filters(report: &mut Report) {
+    match read("/proc/kallsyms").filter(|symbols| !symbols.is_empty()) {
+        Some(symbols) if symbols.lines().any(|line| line.split_whitespace().nth(2) == Some(DEVICE_FILTERS)) => {
+            report.ok("devices of containers are filtered (BPF)");
+        }
+        Some(_) => report.error(
+            "no filters of devices in cgroups: containers do not start",
+            "boot a kernel with CONFIG_CGROUP_BPF and CONFIG_BPF_SYSCALL",
+        ),
+        None => report
+            .unseen("whether devices of containers can be filtered", "look for CONFIG_CGROUP_BPF in the kernel's configuration"),
+    }
+}
+
 /// Where layers are kept, an image of one is tried.
 fn layers(node: &Node, report: &mut Report) {
     if !node.root {
         return report.unseen("whether layers can be kept as EROFS images", "run as root");
     }
     // Where they would be, and apart from what a daemon tries itself when it starts.
-    let place = Some(node.config.root.clone()).filter(|root| root.is_dir()).unwrap_or_else(std::env::temp_dir);
+    let Some(place) = super::storage::existing(&node.config.root) else { return };
     let directory = place.join(format!("doctor-{}", std::process::id()));
     let tried = match std::fs::create_dir(&directory) {
         Ok(()) => can_mount_images(&directory),

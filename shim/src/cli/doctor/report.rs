@@ -1,6 +1,6 @@
 //! What was found, and how it is told.
 
-use super::super::output::line;
+use super::super::output::{line, raw, safe};
 use crate::error::Result;
 use serde::Serialize;
 use std::{io::IsTerminal, process::ExitCode};
@@ -29,6 +29,12 @@ pub(super) struct Finding {
     next: String,
 }
 
+impl Finding {
+    pub(super) fn is_error(&self) -> bool {
+        self.verdict == Verdict::Error
+    }
+}
+
 /// All that was found, in the order of the checks.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Report {
@@ -44,7 +50,9 @@ impl Report {
     }
 
     fn note(&mut self, verdict: Verdict, says: impl Into<String>, next: impl Into<String>) {
-        self.findings.push(Finding { area: self.area, verdict, says: says.into(), next: next.into() });
+        // Names of files, processes and objects stand in it, which others choose.
+        let told = |text: String| safe(&text, &[]).into_owned();
+        self.findings.push(Finding { area: self.area, verdict, says: told(says.into()), next: told(next.into()) });
     }
 
     pub(super) fn ok(&mut self, says: impl Into<String>) {
@@ -67,25 +75,31 @@ impl Report {
         self.findings.iter().filter(|finding| finding.verdict == verdict).count()
     }
 
-    /// 0: nothing is wrong; 1: there are warnings; 2: there are errors.
+    /// 0: nothing is wrong; 1: there are warnings; 2: there are errors; 3: nothing wrong was seen, and not all was.
     pub(super) fn exit_code(&self) -> ExitCode {
-        match (self.count(Verdict::Error), self.count(Verdict::Warning)) {
-            (0, 0) => ExitCode::SUCCESS,
-            (0, _) => ExitCode::from(1),
+        match (self.count(Verdict::Error), self.count(Verdict::Warning), self.count(Verdict::Unseen)) {
+            (0, 0, 0) => ExitCode::SUCCESS,
+            (0, 0, _) => ExitCode::from(3),
+            (0, ..) => ExitCode::from(1),
             _ => ExitCode::from(2),
         }
     }
 
+    /// Leaves what is not well.
+    pub(super) fn only_bad(&mut self) {
+        self.findings.retain(|finding| finding.verdict != Verdict::Ok);
+    }
+
     /// For people, by areas; with colours on a terminal, unless NO_COLOR is set.
-    pub(super) fn print(&self, quiet: bool) -> Result<()> {
+    pub(super) fn print(&self) -> Result<()> {
         let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         let mut area = "";
-        for finding in self.findings.iter().filter(|finding| !quiet || finding.verdict != Verdict::Ok) {
+        for finding in &self.findings {
             if finding.area != area {
                 area = finding.area;
                 line(area)?;
             }
-            line(format_args!("  {}  {}", word(finding.verdict, colours), finding.says))?;
+            raw(format_args!("  {}  {}", word(finding.verdict, colours), finding.says))?;
             if !finding.next.is_empty() {
                 line(format_args!("           -> {}", finding.next))?;
             }

@@ -37,7 +37,7 @@ pub(super) fn check(node: &Node, report: &mut Report) {
 }
 
 /// The directory itself, or the nearest one above it that is there.
-fn existing(path: &Path) -> Option<PathBuf> {
+pub(super) fn existing(path: &Path) -> Option<PathBuf> {
     path.ancestors().find(|path| path.exists()).map(Path::to_owned)
 }
 

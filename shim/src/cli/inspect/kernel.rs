@@ -57,7 +57,7 @@ pub(super) fn process(pid: i64) -> Value {
     let mut found = Map::from_iter([("pid".to_owned(), json!(pid))]);
     found.insert("command".to_owned(), json!(command(&directory)));
     let program = fs::read_link(directory.join("exe")).ok();
-    found.insert("program".to_owned(), json!(program));
+    found.insert("program".to_owned(), json!(program.map(|path| path.to_string_lossy().into_owned())));
     let status = read(&directory.join("status")).unwrap_or_default();
     for (name, value) in status.lines().filter_map(|line| line.split_once(':')) {
         if STATUS_LINES.contains(&name) {
