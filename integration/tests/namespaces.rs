@@ -148,3 +148,32 @@ fn settings_need_a_namespace_of_the_pods_own() -> Result<()> {
         before.expect_again(&daemon)
     })
 }
+
+#[test]
+fn a_privileged_container_sees_the_hosts_cgroups() -> Result<()> {
+    node::run(|| {
+        let (daemon, client, before) = begin()?;
+        let mut config = pod(&daemon.path("logs"));
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let id = client.run(&config)?;
+        let create = |name: &str, privileged: bool| -> Result<String> {
+            let mut wanted = container(&config, name, &["sleep", "1000"]);
+            wanted.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = privileged;
+            let created = client.create(&id, &config, &wanted)?;
+            client.start(&created)?;
+            Ok(created)
+        };
+        let (agent, plain) = (create("agent", true)?, create("plain", false)?);
+        let own = "sed -n s/^0:://p /proc/1/cgroup";
+        ensure!(shell(&client, &agent, own)? == format!("{}/{agent}", daemon.cgroup));
+        ensure!(shell(&client, &plain, own)? == "/");
+        let group = format!("/sys/fs/cgroup{}/{plain}", daemon.cgroup);
+        ensure!(shell(&client, &agent, &format!("cat {group}/cgroup.procs"))? != "", "the other container's processes");
+        shell(&client, &agent, &format!("mkdir {group}/made && rmdir {group}/made"))?;
+        ensure!(
+            shell(&client, &agent, "readlink /proc/self/ns/cgroup")? == fs::read_link("/proc/self/ns/cgroup")?.to_string_lossy()
+        );
+        client.remove(&id)?;
+        before.expect_same(&Snapshot::take(&daemon)?)
+    })
+}

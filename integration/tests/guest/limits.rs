@@ -179,6 +179,36 @@ fn unified_names_files_of_the_group() -> Result<()> {
 }
 
 #[test]
+fn a_privileged_container_leaves_the_tree_as_it_is_mounted() -> Result<()> {
+    in_guest("a_privileged_container_leaves_the_tree_as_it_is_mounted", |bench| {
+        let options = || -> Result<String> {
+            let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+            let line = mounts.lines().find(|line| line.contains(" /sys/fs/cgroup ")).context("the tree")?;
+            Ok(line.rsplit(' ').next().unwrap_or_default().to_owned())
+        };
+        windlass_integration::node::run_command("mount", &["-o", "remount,nsdelegate,memory_recursiveprot", "/sys/fs/cgroup"])?;
+        let before = options()?;
+        ensure!(before.contains("nsdelegate") && before.contains("memory_recursiveprot"), "{before}");
+        let mut config = bench.pod();
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let pod = bench.client.run(&config)?;
+        let limits = Resources { memory_limit_in_bytes: 64 * MIB, ..Default::default() };
+        let mut wanted =
+            crate::with_resources(windlass_integration::client::container(&config, "main", &["sleep", "1000"]), limits);
+        wanted.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let id = bench.client.create(&pod, &config, &wanted)?;
+        bench.client.start(&id)?;
+        let seen =
+            bench.client.shell(&id, "path=$(sed -n s/^0:://p /proc/1/cgroup); echo $path; cat /sys/fs/cgroup$path/memory.max");
+        let expected = format!("{}/{id}\n{}", bench.daemon.cgroup, 64 * MIB);
+        ensure!(seen.as_ref().is_ok_and(|seen| seen.trim() == expected), "{seen:?}, not {expected}");
+        ensure!(options()? == before, "the tree is now mounted with {}", options()?);
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
 fn swap_is_what_is_left_above_memory() -> Result<()> {
     in_guest("swap_is_what_is_left_above_memory", |bench| {
         let both = |memory: i64, swap: i64| Resources {

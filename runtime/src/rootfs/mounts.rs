@@ -73,7 +73,7 @@ impl Sources {
                     Some(clone.context("mount", "the pod's /dev/shm")?)
                 }
                 (_, Some(recursive)) => Some(open_source(ground, mount, &options, recursive)?),
-                (_, None) => ground.user.map(|user| prepare(ground, user, mount, &mut options)).transpose()?.flatten(),
+                (_, None) => prepare(ground, mount, &mut options)?,
             };
             mounts.push((options, fd));
         }
@@ -90,23 +90,23 @@ fn open_root(ground: &Ground<'_>) -> Result<OwnedFd, StepError> {
     overlay::ready(&ground.bundle.join(path))
 }
 
-/// File systems that a user namespace may not make as they have to be: /dev with device nodes; sysfs and cgroups without a network or
-/// cgroup namespace of its own, in whose place the host's are shown.
-fn prepare(ground: &Ground<'_>, user: &User, mount: &Mount, options: &mut Options) -> Result<Option<OwnedFd>, StepError> {
-    let typ = mount.typ().as_deref().unwrap_or_default();
-    if mount.destination() == Path::new("/dev") && typ == "tmpfs" {
-        for (key, id) in [("uid", user.host_uid(0)?), ("gid", user.host_gid(0)?)] {
-            options.data.push((key.into(), Some(id.to_string())));
-        }
-        let made = new_file_system(mount, options, mount_label(ground.spec))?;
-        dev::make_nodes(made.as_fd(), ground.spec, user)?;
-        return Ok(Some(made));
-    }
+/// File systems that are not made where the container is. Without a cgroup namespace of its own the host's cgroups are shown: a fresh mount of
+/// them would reset `nsdelegate` and `memory_recursiveprot` of the one tree. And those that a user namespace may not make as they have to
+/// be: /dev with device nodes, sysfs without a network namespace of its own, in whose place the host's is shown.
+fn prepare(ground: &Ground<'_>, mount: &Mount, options: &mut Options) -> Result<Option<OwnedFd>, StepError> {
     let namespaces = ground.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
     let own = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ);
-    let shown = match typ {
-        "sysfs" if !own(LinuxNamespaceType::Network) => "/sys".into(),
-        "cgroup" | "cgroup2" if !own(LinuxNamespaceType::Cgroup) => cgroup::mount_point()?,
+    let shown = match (mount.typ().as_deref().unwrap_or_default(), ground.user) {
+        ("cgroup" | "cgroup2", _) if !own(LinuxNamespaceType::Cgroup) && options.data.is_empty() => cgroup::mount_point()?,
+        ("tmpfs", Some(user)) if mount.destination() == Path::new("/dev") => {
+            for (key, id) in [("uid", user.host_uid(0)?), ("gid", user.host_gid(0)?)] {
+                options.data.push((key.into(), Some(id.to_string())));
+            }
+            let made = new_file_system(mount, options, mount_label(ground.spec))?;
+            dev::make_nodes(made.as_fd(), ground.spec, user)?;
+            return Ok(Some(made));
+        }
+        ("sysfs", Some(_)) if !own(LinuxNamespaceType::Network) => "/sys".into(),
         _ => return Ok(None),
     };
     options.bind = Some(false);

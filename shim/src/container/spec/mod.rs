@@ -259,7 +259,11 @@ fn namespaces(input: &Input) -> Result<Vec<Value>> {
         return Err(Error::invalid("security_context.namespace_options.userns_options is not the pod's"));
     }
     check_identity(&input.identity, users)?;
-    let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "cgroup" })];
+    let mut namespaces = vec![json!({ "type": "mount" })];
+    // A privileged one looks after the node, whose cgroups it sees and names as the host does.
+    if !input.privileged() {
+        namespaces.push(json!({ "type": "cgroup" }));
+    }
     if users.is_some() {
         namespaces.push(json!({ "type": "user" }));
     }
