@@ -161,6 +161,22 @@ fn netns_of(pod: &str) -> String {
 }
 
 #[test]
+fn a_sysctl_of_the_request_holds_against_a_plugins() -> Result<()> {
+    node::run(|| {
+        let ground = real_ground("", &[])?;
+        let before = ground.warm()?;
+        let mut config = ground.config();
+        config.linux.get_or_insert_default().sysctls = [("net.core.somaxconn".to_owned(), "600".to_owned())].into();
+        let id = ground.client.run(&config)?;
+        let file = ["netns", "exec", &netns_of(&id), "cat", "/proc/sys/net/core/somaxconn"];
+        let seen = node::output_of("ip", &file)?;
+        ensure!(seen.trim() == "600", "{seen}");
+        ground.client.remove(&id)?;
+        before.expect_same(&ground.snapshot()?)
+    })
+}
+
+#[test]
 fn real_plugins_give_both_families_a_host_port_and_take_all_back() -> Result<()> {
     node::run(|| {
         let ground = real_ground("", &[])?;

@@ -150,6 +150,31 @@ fn settings_need_a_namespace_of_the_pods_own() -> Result<()> {
 }
 
 #[test]
+fn sysctls_of_an_interface_are_written_when_it_is_there() -> Result<()> {
+    node::run(|| {
+        let (daemon, client, before) = begin()?;
+        let with = |sysctls: &[(&str, &str)]| {
+            let mut config = pod(&daemon.path("logs"));
+            let sysctls = sysctls.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            config.linux.get_or_insert_default().sysctls = sysctls.collect();
+            config
+        };
+        let config = with(&[("net.ipv4.conf.eth0.log_martians", "1"), ("net/ipv4/neigh/eth0/retrans_time_ms", "2000")]);
+        let id = client.run(&config)?;
+        let main = client.create(&id, &config, &container(&config, "main", &["sleep", "1000"]))?;
+        client.start(&main)?;
+        let seen = shell(&client, &main, "cd /proc/sys/net/ipv4; cat conf/eth0/log_martians neigh/eth0/retrans_time_ms")?;
+        ensure!(seen == "1\n2000", "{seen}");
+        client.remove(&id)?;
+        for name in ["net.ipv4.conf.eth9.log_martians", "net.ipv4.conf.eth0.no_such", "net.ipv4.no_such"] {
+            let error = client.run(&with(&[(name, "1")])).expect_err("nothing of that name");
+            ensure!(error.code() == Code::InvalidArgument && error.message().contains(name), "{error:?}");
+        }
+        before.expect_same(&Snapshot::take(&daemon)?)
+    })
+}
+
+#[test]
 fn a_privileged_container_sees_the_hosts_cgroups() -> Result<()> {
     node::run(|| {
         let (daemon, client, before) = begin()?;

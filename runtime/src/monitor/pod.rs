@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -69,7 +70,7 @@ impl Pod {
                 loopback_up()?;
                 sysctl::write_net_defaults()?;
                 if self.user.is_none() {
-                    sysctl::write(&request.sysctls, Home::Net)?;
+                    sysctl::write(&request.sysctls, Home::Net, request.sysctls_again)?;
                 }
                 let socket = route_socket()?;
                 make_pin(&pin)?;
@@ -80,7 +81,7 @@ impl Pod {
         }
         if request.ipc {
             let user = self.user.as_ref();
-            let write = || if user.is_none() { sysctl::write(&request.sysctls, Home::Ipc) } else { Ok(()) };
+            let write = || if user.is_none() { sysctl::write(&request.sysctls, Home::Ipc, false) } else { Ok(()) };
             let (ipc, ()) = inside_new(user, CloneFlags::CLONE_NEWIPC, "ipc", write)?;
             self.ipc = Some(ipc);
             self.shm = Some(shared_memory(request)?);
@@ -104,10 +105,25 @@ impl Pod {
         let spaces = [(&self.net, CloneFlags::CLONE_NEWNET), (&self.ipc, CloneFlags::CLONE_NEWIPC)];
         let others: Vec<_> = spaces.into_iter().filter_map(|(fd, flag)| Some((fd.as_ref()?.as_fd(), flag))).collect();
         user::inside(user.as_fd(), &others, || {
-            sysctl::write(&request.sysctls, Home::Net)?;
-            sysctl::write(&request.sysctls, Home::Ipc).map(|()| Vec::new())
+            sysctl::write(&request.sysctls, Home::Net, request.sysctls_again)?;
+            sysctl::write(&request.sysctls, Home::Ipc, false).map(|()| Vec::new())
         })
         .map(drop)
+    }
+
+    /// The network's sysctls once more, now that its interfaces are there.
+    pub(super) fn write_net_sysctls(&self, sysctls: &HashMap<String, String>) -> Result<(), StepError> {
+        let none = || StepError::because(Kind::Invalid, "set sysctls", "", "the pod uses the host's network namespace");
+        let net = self.net.as_ref().ok_or_else(none)?;
+        if let Some(user) = &self.user {
+            let write = || sysctl::write(sysctls, Home::Net, false).map(|()| Vec::new());
+            return user::inside(user.as_fd(), &[(net.as_fd(), CloneFlags::CLONE_NEWNET)], write).map(drop);
+        }
+        let host = open_namespace("/proc/self/ns/net")?;
+        setns(net, CloneFlags::CLONE_NEWNET).context("join namespace", "net")?;
+        let written = sysctl::write(sysctls, Home::Net, false);
+        come_back(&host, CloneFlags::CLONE_NEWNET, "net")?;
+        written
     }
 
     /// Leaves it to the daemon to unpin the network namespace.

@@ -11,7 +11,7 @@ use crate::process::{Context, Kind, StepError};
 use nix::sys::signalfd::SignalFd;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -230,6 +230,7 @@ impl Monitor {
             Some(Body::Sockets(_)) => self.sockets(to),
             Some(Body::Update(request)) => self.update(to, &request.container_id, &request.resources),
             Some(Body::UpdatePod(request)) => self.update_pod(to, &request.cgroup, &request.resources),
+            Some(Body::Sysctls(request)) => self.sysctls(to, &request.sysctls),
             Some(Body::Checkpoint(request)) => self.checkpoint(to, &request),
             Some(Body::Resume(_)) => self.resume(to),
             Some(Body::Shutdown(request)) => self.begin_shutdown(to, &request),
@@ -265,6 +266,13 @@ impl Monitor {
         };
         self.pod = Some(pod);
         self.reply(to, Body::SetupReply(reply), socket.into_iter().collect());
+        Ok(())
+    }
+
+    fn sysctls(&mut self, to: Reply, sysctls: &HashMap<String, String>) -> Result<(), StepError> {
+        let pod = self.pod.as_ref().ok_or_else(|| StepError::because(Kind::WrongState, "set sysctls", "", "no pod is set up"))?;
+        pod.write_net_sysctls(sysctls)?;
+        self.done(to);
         Ok(())
     }
 

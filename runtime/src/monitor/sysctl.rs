@@ -2,7 +2,7 @@
 
 use crate::process::{Kind, StepError};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The namespace that holds a sysctl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,15 +66,28 @@ pub(super) fn check(sysctls: &HashMap<String, String>, own_net: bool, own_ipc: b
     Ok(())
 }
 
-/// Writes those of `home` into the namespace that the caller is in.
-pub(super) fn write(sysctls: &HashMap<String, String>, into: Home) -> Result<(), StepError> {
+/// Writes those of `home` into the namespace that the caller is in. With `later` those of an interface that is not there are left to another call.
+pub(super) fn write(sysctls: &HashMap<String, String>, into: Home, later: bool) -> Result<(), StepError> {
     for (name, value) in sysctls.iter().filter(|(name, _)| home(name) == Some(into)) {
-        std::fs::write(path(name), value).map_err(|error| {
+        let path = path(name);
+        let written = std::fs::write(&path, value);
+        if later && written.is_err() && interface_directory(&path).is_some_and(|directory| !directory.exists()) {
+            continue;
+        }
+        written.map_err(|error| {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             StepError::errno("set sysctl", format_args!("{name} to {value:?}"), errno).kind(Kind::Invalid)
         })?;
     }
     Ok(())
+}
+
+/// The directory of the one interface that a file is about: /proc/sys/net/ipv4/conf/eth0.
+fn interface_directory(path: &Path) -> Option<&Path> {
+    let directory = path.parent()?;
+    let group = directory.parent()?;
+    let of_protocol = group.parent()?.parent()? == Path::new("/proc/sys/net");
+    (of_protocol && (group.ends_with("conf") || group.ends_with("neigh"))).then_some(directory)
 }
 
 /// Writes [`NET_DEFAULTS`] into the network namespace that the caller is in.
@@ -121,5 +134,19 @@ mod tests {
     fn separators() {
         assert_eq!(path("net.ipv4.ip_forward"), PathBuf::from("/proc/sys/net/ipv4/ip_forward"));
         assert_eq!(path("net/ipv4/conf/eth0.1/forwarding"), PathBuf::from("/proc/sys/net/ipv4/conf/eth0.1/forwarding"));
+    }
+
+    #[test]
+    fn files_of_an_interface() {
+        for (name, expected) in [
+            ("net.ipv4.conf.eth0.rp_filter", Some("/proc/sys/net/ipv4/conf/eth0")),
+            ("net/ipv6/conf/eth0.1/accept_ra", Some("/proc/sys/net/ipv6/conf/eth0.1")),
+            ("net.ipv4.neigh.eth0.gc_stale_time", Some("/proc/sys/net/ipv4/neigh/eth0")),
+            ("net.ipv4.tcp_syncookies", None),
+            ("net.ipv4.conf.rp_filter", None),
+            ("kernel.net.ipv4.conf.eth0.x", None),
+        ] {
+            assert_eq!(interface_directory(&path(name)), expected.map(Path::new), "{name}");
+        }
     }
 }

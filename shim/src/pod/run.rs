@@ -15,12 +15,12 @@ use crate::{
     telemetry::{Clock, Phase as Timed},
 };
 use rustix::fd::OwnedFd;
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashMap, fs, path::Path, sync::Arc, time::Duration};
 use tracing::Instrument;
 use windlass_proto::{
     cri::{NamespaceMode, PodSandboxConfig},
     frame::PROTOCOL_VERSION,
-    monitor::{SetupRequest, frame::Body},
+    monitor::{SetupRequest, SysctlsRequest, frame::Body},
 };
 
 /// Pauses before a pod that could not be run, nor taken back, is taken back: the first, and the longest.
@@ -200,6 +200,7 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool, told: &mut b
         let (got, rest) = tokio::join!(network, rest);
         let got = got?;
         rest?;
+        write_net_sysctls(pod, &monitor).await?;
         Some(got)
     } else {
         rest.await?;
@@ -217,6 +218,22 @@ async fn build(node: &Arc<Node>, pod: &Arc<Pod>, own_network: bool, told: &mut b
     node.tell(pod, &pod.id, EventKind::ContainerCreatedEvent);
     node.tell(pod, &pod.id, EventKind::ContainerStartedEvent);
     watch::events(node.clone(), pod.clone(), monitor, events);
+    Ok(())
+}
+
+/// The network's sysctls that are asked for; they are written before it is attached and after.
+fn net_sysctls(config: &PodSandboxConfig) -> HashMap<String, String> {
+    let all = config.linux.iter().flat_map(|linux| &linux.sysctls);
+    let of_network = all.filter(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
+    of_network.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// Interfaces are there now, and the request's word holds against a plugin's.
+async fn write_net_sysctls(pod: &Pod, monitor: &Monitor) -> Result<()> {
+    let sysctls = pod.look(|record| net_sysctls(&record.config));
+    if !sysctls.is_empty() {
+        monitor.call(Body::Sysctls(SysctlsRequest { sysctls })).await?;
+    }
     Ok(())
 }
 
@@ -260,6 +277,7 @@ async fn setup(node: &Node, pod: &Pod, monitor: &Monitor) -> Result<Option<Owned
         shared_pid,
         init_cgroup: if shared_pid { text(record.init_cgroup(node)) } else { String::new() },
         sysctls: network::sysctls(&record),
+        sysctls_again: own_network && !net_sysctls(&record.config).is_empty(),
         shm_size_bytes: node.config.containers.shm_size_bytes,
         uid_mappings: users.iter().map(|users| userns::mapping(&users.uids)).collect(),
         gid_mappings: users.iter().map(|users| userns::mapping(&users.gids)).collect(),
