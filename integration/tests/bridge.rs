@@ -9,7 +9,6 @@ use std::{
 use windlass_integration::{
     client::{Client, container, pod},
     ground::begin,
-    leak::Snapshot,
     node, soak,
     wait::until,
 };

@@ -13,7 +13,6 @@ use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     ground::{Ground, begin},
-    leak::Snapshot,
     node,
     process::Process,
     setup, wait,

@@ -6,7 +6,6 @@ use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     ground::begin,
-    leak::Snapshot,
     node,
 };
 use windlass_proto::cri;

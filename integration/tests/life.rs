@@ -6,7 +6,6 @@ use std::{fs, path::Path, time::Duration};
 use windlass_integration::{
     client::{container, host_network, pod},
     ground::begin,
-    leak::Snapshot,
     node,
     wait::until,
 };

@@ -193,7 +193,7 @@ fn a_privileged_container_sees_the_hosts_cgroups() -> Result<()> {
         ensure!(shell(&client, &agent, own)? == format!("{}/{agent}", daemon.cgroup));
         ensure!(shell(&client, &plain, own)? == "/");
         let group = format!("/sys/fs/cgroup{}/{plain}", daemon.cgroup);
-        ensure!(shell(&client, &agent, &format!("cat {group}/cgroup.procs"))? != "", "the other container's processes");
+        ensure!(!shell(&client, &agent, &format!("cat {group}/cgroup.procs"))?.is_empty(), "the other container's processes");
         shell(&client, &agent, &format!("mkdir {group}/made && rmdir {group}/made"))?;
         ensure!(
             shell(&client, &agent, "readlink /proc/self/ns/cgroup")? == fs::read_link("/proc/self/ns/cgroup")?.to_string_lossy()

@@ -9,7 +9,6 @@ use proptest::{
 use windlass_integration::{
     client::{Client, container, pod},
     ground::begin,
-    leak::Snapshot,
     node,
 };
 use windlass_proto::cri;

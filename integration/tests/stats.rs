@@ -5,7 +5,6 @@ use windlass_integration::{
     client::{Client, container, pod},
     daemon::Daemon,
     ground::begin,
-    leak::Snapshot,
     metrics::Metrics,
     node,
     wait::until,

@@ -10,9 +10,7 @@ use windlass_integration::{
     client::{Client, container, host_network, pod},
     daemon::Daemon,
     ground::begin,
-    image,
-    leak::Snapshot,
-    node,
+    image, node,
 };
 use windlass_proto::cri;
 

@@ -4,7 +4,7 @@ use crate::{FOREVER, Node, eventually, workload};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{collections::BTreeMap, time::Duration};
-use windlass_integration::{client::Client, cluster::NODE, leak::Snapshot};
+use windlass_integration::{client::Client, cluster::NODE};
 use windlass_proto::cri;
 
 /// How long a node is without its daemon.

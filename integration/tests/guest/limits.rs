@@ -179,6 +179,29 @@ fn unified_names_files_of_the_group() -> Result<()> {
 }
 
 #[test]
+fn unified_enables_the_controller_that_it_names() -> Result<()> {
+    in_guest("unified_enables_the_controller_that_it_names", |bench| {
+        let available = read("/sys/fs/cgroup".as_ref(), "cgroup.controllers")?;
+        ensure!(available.split(' ').any(|name| name == "misc"), "no misc in {available:?}");
+        let (pod, id) = bench.limited(Resources::default(), &["sleep", "1000"])?;
+        let leaf = bench.leaf(&id);
+        ensure!(!read(&leaf, "cgroup.controllers")?.contains("misc"), "misc is enabled for a container that does not name it");
+        let named = |value: &str| Resources { unified: [("misc.max".to_owned(), value.to_owned())].into(), ..Default::default() };
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(named("no-such-resource 1")),
+            ..Default::default()
+        };
+        // The kernel is asked, and knows no such resource.
+        let error = bench.client.update_container_resources(request).expect_err("no such resource");
+        ensure!(error.message().contains("misc.max") && !error.message().contains("no such file"), "{error}");
+        ensure!(read(&leaf, "cgroup.controllers")?.contains("misc"), "misc is not enabled");
+        bench.client.remove(&pod)?;
+        Ok(())
+    })
+}
+
+#[test]
 fn a_privileged_container_leaves_the_tree_as_it_is_mounted() -> Result<()> {
     in_guest("a_privileged_container_leaves_the_tree_as_it_is_mounted", |bench| {
         let options = || -> Result<String> {
@@ -221,6 +244,23 @@ fn swap_is_what_is_left_above_memory() -> Result<()> {
         bench.client.remove(&pod)?;
         let (pod, id) = bench.limited(both(64, 64), &["sleep", "1000"])?;
         expect(&bench.leaf(&id), "memory.swap.max", "0")?;
+        bench.client.remove(&pod)?;
+        // A limit of memory alone leaves none, also when it changes; who names swap itself has what is named.
+        let (pod, id) = bench.limited(both(64, 0), &["sleep", "1000"])?;
+        let leaf = bench.leaf(&id);
+        expect(&leaf, "memory.swap.max", "0")?;
+        let update = |linux: Resources| {
+            let request =
+                cri::UpdateContainerResourcesRequest { container_id: id.clone(), linux: Some(linux), ..Default::default() };
+            bench.client.update_container_resources(request)
+        };
+        update(both(96, 0))?;
+        expect(&leaf, "memory.swap.max", "0")?;
+        update(Resources { unified: [("memory.swap.max".to_owned(), MIB.to_string())].into(), ..both(96, 0) })?;
+        expect(&leaf, "memory.swap.max", &MIB.to_string())?;
+        update(both(80, 0))?;
+        expect(&leaf, "memory.max", &(80 * MIB).to_string())?;
+        expect(&leaf, "memory.swap.max", &MIB.to_string())?;
         bench.client.remove(&pod)?;
         let error = bench.refusal(both(64, 32))?;
         ensure!(error.code() == tonic::Code::InvalidArgument && error.message().contains("swap"), "{error}");

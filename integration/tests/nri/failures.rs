@@ -117,7 +117,7 @@ fn a_plugin_says_itself_what_its_failure_means() {
         let needed = Plugin::connect(&daemon, "10-needed", &slow)?;
         let ground = Ground::on(daemon)?;
         let error = refused(&ground, "one")?;
-        ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: no answer in 300ms"), "{error}");
+        ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: no answer in 2s"), "{error}");
         // Until its answer has come nobody waits for it.
         let error = refused(&ground, "two")?;
         ensure!(error.message().contains("NRI plugin 10-needed: CreateContainer: "), "{error}");

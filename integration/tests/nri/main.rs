@@ -9,7 +9,7 @@ mod updates;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use windlass_integration::{client::Client, daemon::Daemon, go, ground::Ground, leak::Snapshot, node, nri::Plugin};
+use windlass_integration::{client::Client, daemon::Daemon, go, ground::Ground, node, nri::Plugin};
 
 /// A test in namespaces of its own. The plugin is built before: in there is no way to the modules.
 fn run(test: impl FnOnce() -> Result<()> + Send + 'static) {

@@ -1,6 +1,6 @@
 //! Limits of one cgroup, from an OCI `LinuxResources`.
 
-use super::{block_io, weight_of_shares};
+use super::{block_io, tree, weight_of_shares};
 use crate::process::{Kind, StepError};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use std::fs;
@@ -26,26 +26,40 @@ impl Write {
         Write { file: file.into(), value, strict: false, undo: None }
     }
 
+    /// The controller; for `memory.swap.max` it is `swap`, which a kernel may not count.
+    fn enforcer(&self) -> &str {
+        match self.file.as_str() {
+            "memory.swap.max" => "swap",
+            file => file.split('.').next().unwrap_or_default(),
+        }
+    }
+
+    /// Absent where the kernel has no swap, and then held: none of it may be used, or all.
+    fn holds_when_absent(&self) -> bool {
+        self.file == "memory.swap.max" && (self.value == "0" || self.value == "max")
+    }
+
     pub(super) fn undone_by(self, undo: String) -> Write {
         Write { undo: Some(undo), ..self }
     }
 }
 
-/// Writes what `resources` holds, all or nothing. Returns the controllers whose limits this tree cannot enforce: their files
-/// are not there. What is not given stays as it is. A memory limit that is below what the group uses is refused, where the kernel would kill
+/// Writes what `resources` holds, all or nothing. Returns the controllers (and `swap`) whose limits this tree cannot enforce: their files
+/// are not there. A controller that only `unified` names is enabled. What is not given stays as it is. A memory limit that is below what the group uses is refused, where the kernel would kill
 /// for it. Device rules are [`super::restrict`]'s.
 pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
     let mut undo: Vec<(String, String)> = Vec::new();
     let mut not_enforced: Vec<String> = Vec::new();
     for write in plan(resources, &read_from(cgroup))? {
         let path = cgroup.join(&write.file);
-        let controller = write.file.split('.').next().unwrap_or_default().to_owned();
+        let controller = write.enforcer();
+        if write.strict && !path.exists() {
+            tree::enable(cgroup, controller);
+        }
         let before = match fs::read_to_string(&path) {
             Ok(before) => before,
             Err(_) if !write.strict && !path.exists() => {
-                if !not_enforced.contains(&controller) {
-                    not_enforced.push(controller);
-                }
+                note_missing(&mut not_enforced, &write);
                 continue;
             }
             Err(error) if write.strict && error.kind() == std::io::ErrorKind::NotFound => {
@@ -68,15 +82,19 @@ pub fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, S
 /// The controllers of `resources` whose files this cgroup does not have. Nothing is written.
 pub fn unavailable(cgroup: &Path, resources: &LinuxResources) -> Result<Vec<String>, StepError> {
     let mut missing: Vec<String> = Vec::new();
-    for write in
-        plan(resources, &read_from(cgroup))?.into_iter().filter(|write| !write.strict && !cgroup.join(&write.file).exists())
-    {
-        let controller = write.file.split('.').next().unwrap_or_default().to_owned();
-        if !missing.contains(&controller) {
-            missing.push(controller);
+    for write in plan(resources, &read_from(cgroup))? {
+        if !write.strict && !cgroup.join(&write.file).exists() {
+            note_missing(&mut missing, &write);
         }
     }
     Ok(missing)
+}
+
+fn note_missing(missing: &mut Vec<String>, write: &Write) {
+    let name = write.enforcer();
+    if !write.holds_when_absent() && !missing.iter().any(|known| known == name) {
+        missing.push(name.to_owned());
+    }
 }
 
 /// A file as it is now.
@@ -142,7 +160,10 @@ fn plan(resources: &LinuxResources, now: &dyn Fn(&str) -> Option<String>) -> Res
         push(&mut writes, "pids.max", if limit > 0 { limit.to_string() } else { "max".into() });
     }
     for page in resources.hugepage_limits().iter().flatten() {
-        push(&mut writes, &format!("hugetlb.{}.max", page.page_size()), limit_text(page.limit()));
+        // What is mapped and not touched yet is a reservation, which has a limit of its own.
+        for file in ["max", "rsvd.max"] {
+            push(&mut writes, &format!("hugetlb.{}.{file}", page.page_size()), limit_text(page.limit()));
+        }
     }
     if let Some(block_io) = resources.block_io() {
         writes.extend(block_io::plan(block_io, now)?);
@@ -243,6 +264,36 @@ mod tests {
             r#"{"memory":{"limit":-1,"swap":-1},"pids":{"limit":-1}}"#,
             &[("memory.swap.max", "max"), ("memory.max", "max"), ("pids.max", "max")],
         );
+    }
+
+    #[test]
+    fn huge_pages_are_limited_as_reservations_too() {
+        let json = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#;
+        check(json, &[("hugetlb.2MB.max", "4194304"), ("hugetlb.2MB.rsvd.max", "4194304")]);
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let file = |name: &str| directory.path().join(name);
+        assert_eq!(apply(directory.path(), &resources(json)).expect("applied"), ["hugetlb"]);
+        for name in ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
+            fs::write(file(name), "max\n").expect("file");
+        }
+        assert!(apply(directory.path(), &resources(json)).expect("applied").is_empty());
+        for name in ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
+            assert_eq!(fs::read_to_string(file(name)).expect("file"), "4194304", "{name}");
+        }
+    }
+
+    #[test]
+    fn swap_that_is_not_counted_is_named_and_no_swap_holds_without() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        fs::write(directory.path().join("memory.max"), "max\n").expect("file");
+        for (json, expected) in [
+            (r#"{"memory":{"limit":9,"swap":9}}"#, &[] as &[&str]),
+            (r#"{"memory":{"limit":9,"swap":-1}}"#, &[]),
+            (r#"{"memory":{"limit":9,"swap":19}}"#, &["swap"]),
+        ] {
+            assert_eq!(unavailable(directory.path(), &resources(json)).expect("known"), expected, "{json}");
+            assert_eq!(apply(directory.path(), &resources(json)).expect("applied"), expected, "{json}");
+        }
     }
 
     #[test]

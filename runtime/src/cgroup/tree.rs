@@ -244,6 +244,17 @@ fn enable_controllers(at: &Path) {
     }
 }
 
+/// Enables a controller beside [`CONTROLLERS`] from the root down to the parent of `cgroup`, as far as it is available.
+pub(super) fn enable(cgroup: &Path, controller: &str) {
+    let Ok(root) = mount_point() else { return };
+    let Some(below) = cgroup.parent().and_then(|parent| parent.strip_prefix(&root).ok()) else { return };
+    let mut at = root.clone();
+    for part in std::iter::once(Path::new("")).chain(below.components().map(|part| Path::new(part.as_os_str()))) {
+        at.push(part);
+        let _ = fs::write(at.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
 /// The controllers that are available in a cgroup and not enabled for those below it.
 fn not_enabled(at: &Path) -> Vec<&'static str> {
     let available = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();

@@ -4,7 +4,7 @@ use super::attach::{self, Attached};
 use super::note::note;
 use super::poll::Source;
 use super::server::{Monitor, Reply};
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::log::{ContainerLog, Stream, now_ns};
 use crate::process::{self, Child, Context, Kind, Message, PidNamespace, PodNamespaces, Report, Spawn, Stdio, StepError, hooks};
 use crate::pty;
@@ -15,7 +15,9 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use windlass_proto::monitor::{CreateReply, CreateRequest, Exit, create_request::PidMode, frame::Body};
+use windlass_proto::monitor::{
+    CreateReply, CreateRequest, Exit, UpdatePodRequest, UpdateReply, UpdateRequest, create_request::PidMode, frame::Body,
+};
 
 /// Longest id of a container or an exec; both become file names.
 const ID_LIMIT_BYTES: usize = 128;
@@ -146,6 +148,16 @@ impl Streams {
         let child = Stdio::Fds { stdin: child_stdin, stdout: child_stdout, stderr: child_stderr };
         Ok(Streams { stdin, stdout: Some(stdout), stderr: Some(stderr), child })
     }
+}
+
+/// Writes limits; returns what is not enforced, which `strict` refuses before anything is written.
+fn apply_limits(cgroup: &Path, limits: &LinuxResources, strict: bool) -> Result<Vec<String>, StepError> {
+    let missing = if strict { cgroup::unavailable(cgroup, limits)? } else { Vec::new() };
+    if !missing.is_empty() {
+        let why = "this host cannot enforce them and cgroup.strict is set";
+        return Err(StepError::because(Kind::Unsupported, "set limits of", missing.join(", "), why));
+    }
+    cgroup::apply(cgroup, limits)
 }
 
 pub(super) fn pipe() -> Result<(OwnedFd, OwnedFd), StepError> {
@@ -442,21 +454,26 @@ impl Monitor {
         Ok(())
     }
 
-    pub(super) fn update(&mut self, to: Reply, id: &str, resources: &str) -> Result<(), StepError> {
+    pub(super) fn update(&mut self, to: Reply, request: &UpdateRequest) -> Result<(), StepError> {
+        let id = &request.container_id;
         let (_, container) = self.living("update", id)?;
-        let resources: LinuxResources =
-            serde_json::from_str(resources).map_err(|error| StepError::because(Kind::Invalid, "update", id, error))?;
-        crate::cgroup::apply(container.cgroup.path(), &resources)?;
-        self.done(to);
+        let limits: LinuxResources =
+            serde_json::from_str(&request.resources).map_err(|error| StepError::because(Kind::Invalid, "update", id, error))?;
+        let not_enforced = apply_limits(container.cgroup.path(), &limits, request.strict)?;
+        self.updated(to, request.tell, not_enforced);
         Ok(())
     }
 
-    pub(super) fn update_pod(&mut self, to: Reply, cgroup: &str, resources: &str) -> Result<(), StepError> {
-        let resources: LinuxResources =
-            serde_json::from_str(resources).map_err(|error| StepError::because(Kind::Invalid, "update pod", cgroup, error))?;
-        crate::cgroup::apply(Path::new(cgroup), &resources)?;
-        self.done(to);
+    pub(super) fn update_pod(&mut self, to: Reply, request: &UpdatePodRequest) -> Result<(), StepError> {
+        let limits: LinuxResources = serde_json::from_str(&request.resources)
+            .map_err(|error| StepError::because(Kind::Invalid, "update pod", &request.cgroup, error))?;
+        let not_enforced = apply_limits(Path::new(&request.cgroup), &limits, request.strict)?;
+        self.updated(to, request.tell, not_enforced);
         Ok(())
+    }
+
+    fn updated(&mut self, to: Reply, tell: bool, not_enforced: Vec<String>) {
+        if tell { self.reply(to, Body::UpdateReply(UpdateReply { not_enforced }), Vec::new()) } else { self.done(to) }
     }
 
     pub(super) fn on_output(&mut self, key: u64, stream: Stream) {

@@ -227,6 +227,7 @@ impl Driver<'_> {
                         kept.get_mut("cpu").and_then(Value::as_object_mut).map(|cpu| cpu.remove(name));
                     }
                 }
+                "swap" => drop(kept.get_mut("memory").and_then(Value::as_object_mut).map(|memory| memory.remove("swap"))),
                 "hugetlb" => drop(kept.remove("hugepageLimits")),
                 "io" => drop(kept.remove("blockIO")),
                 other => drop(kept.remove(other)),

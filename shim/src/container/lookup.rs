@@ -188,7 +188,7 @@ mod tests {
             let _ = asked.recv();
             own.at("mounts: /b", Path::new("/b"))
         });
-        assert_eq!(error(stuck.await), "mounts: /a: its file system does not answer (waited 70ms)");
+        assert_eq!(error(stuck.await), "mounts: /a: its file system does not answer (waited 2s)");
         let (next, other) = (lookups.begin(None), lookups.begin(None));
         let (own, second) = (next.clone(), other.clone());
         let refused = next.run(move || own.at("mounts: /a", Path::new("/a"))).await;

@@ -43,8 +43,8 @@ async fn change(node: &Node, container: &Container, mut given: LinuxContainerRes
     }
     let before = container.look(|record| record.config.linux.as_ref().and_then(|linux| linux.resources.clone()));
     complete(&mut given, &before.unwrap_or_default());
-    let mut oci =
-        serde_json::to_value(spec::resources(&given)?).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
+    let mut oci = serde_json::to_value(spec::limits_of_container(&given)?)
+        .map_err(|error| Error::internal(format!("encode resources: {error}")))?;
     let mut missing = spec::missing_controllers(&given, &node.tree);
     missing.extend(spec::more_missing(&more, &node.tree));
     spec::overlay(&mut oci, more.clone());
@@ -52,24 +52,32 @@ async fn change(node: &Node, container: &Container, mut given: LinuxContainerRes
         let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
         return Err(Error::unimplemented(why));
     }
-    let change = |record: &mut super::Record| {
+    let change = |record: &mut super::Record, missing: &[String]| {
         merge(record.config.linux.get_or_insert_default().resources.get_or_insert_default(), given.clone());
         lay_more(&mut record.more_limits, &more);
-        for name in &missing {
+        for name in missing {
             if !record.not_enforced.contains(name) {
                 record.not_enforced.push(name.clone());
             }
         }
     };
     let mut next = container.record();
-    change(&mut next);
+    change(&mut next, &missing);
     // A disk that is full must be found before the kernel is told.
     let room = store::reserve(&container.path, &next)?;
     let monitor = node.pod(&container.pod_id)?.monitor()?;
-    let request = UpdateRequest { container_id: container.id.clone(), resources: oci.to_string() };
-    monitor.call(Body::Update(request)).await?;
+    let (container_id, strict) = (container.id.clone(), node.config.cgroup.strict);
+    let request = UpdateRequest { container_id, resources: oci.to_string(), strict, tell: true };
+    if let (Body::UpdateReply(reply), _) = monitor.call(Body::Update(request)).await? {
+        missing.extend(reply.not_enforced);
+    }
     drop(room);
-    container.change_always(change);
+    missing.sort();
+    missing.dedup();
+    if !missing.is_empty() {
+        tracing::warn!(pod = %container.pod_id, container = %container.id, limits = %missing.join(", "), "changed limits not enforced: this host's cgroup v2 tree lacks the controllers");
+    }
+    container.change_always(|record| change(record, &missing));
     Ok(())
 }
 
@@ -89,9 +97,16 @@ fn complete(given: &mut LinuxContainerResources, before: &LinuxContainerResource
     let (limit_before, both_before) = (before.memory_limit_in_bytes, before.memory_swap_limit_in_bytes);
     if both > 0 && limit == 0 {
         given.memory_limit_in_bytes = limit_before;
+    } else if both == 0 && limit > 0 && both_before == -1 {
+        given.memory_swap_limit_in_bytes = -1;
     } else if both == 0 && limit > 0 && limit_before > 0 && both_before >= limit_before {
         // As much swap as before.
         given.memory_swap_limit_in_bytes = limit + (both_before - limit_before);
+    }
+    if limit > 0
+        && let Some(swap) = before.unified.get(spec::SWAP_KEY)
+    {
+        given.unified.entry(spec::SWAP_KEY.into()).or_insert_with(|| swap.clone());
     }
 }
 
@@ -171,13 +186,22 @@ mod tests {
             ((0, 150), (100, 120), (100, 150)),
             ((200, 0), (100, 120), (200, 220)),
             ((200, 0), (100, 0), (200, 0)),
-            ((200, 0), (100, -1), (200, 0)),
+            ((200, 0), (100, -1), (200, -1)),
             ((-1, 0), (100, 120), (-1, 0)),
             ((200, 300), (100, 120), (200, 300)),
         ] {
             let mut completed = both(given.0, given.1);
             complete(&mut completed, &both(before.0, before.1));
             assert_eq!(completed, both(expected.0, expected.1), "{given:?} over {before:?}");
+        }
+        let swap = |limit: i64, value: &str| LinuxContainerResources {
+            unified: [(spec::SWAP_KEY.to_owned(), value.to_owned())].into(),
+            ..both(limit, 0)
+        };
+        for (given, expected) in [(both(200, 0), swap(200, "5")), (swap(200, "7"), swap(200, "7")), (both(0, 0), both(0, 0))] {
+            let mut completed = given;
+            complete(&mut completed, &swap(100, "5"));
+            assert_eq!(completed, expected);
         }
     }
 }

@@ -59,18 +59,28 @@ pub(super) async fn enforce(node: &Node, pod: &Pod, config: &PodSandboxConfig) -
     let Some(wanted) = together(config) else { return Ok(()) };
     let oci = limits(&wanted)?;
     let Some(cgroup) = pod.look(Record::made_cgroup).map(|path| node.tree.directory(&path)) else { return Ok(()) };
-    let missing = missing_controllers(&wanted, &node.tree);
-    if !missing.is_empty() {
-        tracing::info!(pod = %pod.id, limits = %missing.join(", "), "limits of the pod not enforced: this host's cgroup v2 tree lacks the controllers");
+    let mut missing = missing_controllers(&wanted, &node.tree);
+    let strict = node.config.cgroup.strict;
+    if strict && !missing.is_empty() {
+        let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
+        return Err(Error::unimplemented(why));
     }
     let resources = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
-    let request = UpdatePodRequest { cgroup: cgroup.to_string_lossy().into_owned(), resources };
+    let request = UpdatePodRequest { cgroup: cgroup.to_string_lossy().into_owned(), resources, strict, tell: true };
     match pod.monitor()?.call(Body::UpdatePod(request)).await {
-        Ok(_) => {
+        Ok((reply, _)) => {
+            if let Body::UpdateReply(reply) = reply {
+                missing.extend(reply.not_enforced);
+            }
+            missing.sort();
+            missing.dedup();
+            if !missing.is_empty() {
+                tracing::warn!(pod = %pod.id, limits = %missing.join(", "), "limits of the pod not enforced: this host's cgroup v2 tree lacks the controllers");
+            }
             scope::keep_limits(node, pod, &cgroup).await;
             Ok(())
         }
-        Err(error) if error.kind == Kind::Unimplemented => {
+        Err(error) if error.kind == Kind::Unimplemented && !strict => {
             tracing::warn!(pod = %pod.id, "limits of the pod not enforced: its monitor is of an earlier version");
             Ok(())
         }

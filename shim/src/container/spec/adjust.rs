@@ -192,7 +192,7 @@ fn linux_of(spec: &mut Value, linux: &LinuxContainerAdjustment, input: &Input, o
     }
     let rules = spec["linux"]["resources"]["devices"].take();
     let block_io = spec["linux"]["resources"]["blockIO"].take();
-    let mut all = serde_json::to_value(resources::resources(&now)?).map_err(super::encode)?;
+    let mut all = serde_json::to_value(resources::of_container(&now)?).map_err(super::encode)?;
     all["devices"] = rules;
     all["blockIO"] = block_io;
     outcome.not_enforced = resources::not_enforced(&now, &input.node.tree);
@@ -383,13 +383,12 @@ pub(crate) fn limits(given: &LinuxResources, config: &Config) -> Result<Limits> 
 
 /// Names of the controllers for limits beside the CRI's that this host's tree lacks.
 pub(crate) fn more_missing(more: &Value, tree: &Tree) -> Vec<String> {
-    let missing = tree.missing();
     let wanted = [
         ("pids", more["pids"]["limit"].as_i64().is_some_and(|limit| limit > 0)),
         ("memory", more["memory"]["reservation"].as_i64().is_some_and(|limit| limit > 0)),
         ("io", more["blockIO"].is_object()),
     ];
-    wanted.into_iter().filter(|(name, wanted)| *wanted && missing.contains(name)).map(|(name, _)| name.to_owned()).collect()
+    wanted.into_iter().filter(|(name, wanted)| *wanted && !tree.has(name)).map(|(name, _)| name.to_owned()).collect()
 }
 
 /// Lays one over the other, object by object.

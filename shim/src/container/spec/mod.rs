@@ -16,7 +16,7 @@ mod security;
 pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
 pub(crate) use annotations::of_sandbox as annotations_of_pod;
 pub(super) use mounts::{POD_FILES, normal};
-pub(crate) use resources::{not_enforced as missing_controllers, resources};
+pub(crate) use resources::{SWAP_KEY, not_enforced as missing_controllers, of_container as limits_of_container, resources};
 
 use super::{declared::Declared, identity::Identity, lookup::Looking, text};
 use crate::{
@@ -102,7 +102,7 @@ fn mapping(ids: &IdMapping) -> Value {
 pub(super) fn build(input: &Input) -> Result<(Spec, Vec<String>)> {
     let linux = input.config.linux.clone().unwrap_or_default();
     let asked = linux.resources.unwrap_or_default();
-    let mut oci_resources = serde_json::to_value(resources(&asked)?).map_err(encode)?;
+    let mut oci_resources = serde_json::to_value(limits_of_container(&asked)?).map_err(encode)?;
     let (devices, rules) = devices::build(input)?;
     oci_resources["devices"] = Value::Array(rules);
     classes::refuse_rdt(input)?;
