@@ -373,7 +373,7 @@ fn a_daemon_killed_in_the_middle_of_sessions_leaves_the_container_as_it_was() ->
         let last = reading.say_until("three\n", "got three")?;
         reading.say("quit\n")?;
         ensure!(reading.code()? == 0 && sessions.exit_code(&writer)? == 5);
-        let lines = (0..4000).map(|number| format!("line {number}"));
+        let lines = (0..20_000).map(|number| format!("line {number}"));
         let expected: Vec<String> = lines.chain(vec!["got three".to_owned(); last]).collect();
         ensure!(sessions.logged("writer", "stdout") == expected, "the log lost lines");
         talking.say("quit\n")?;
