@@ -57,13 +57,14 @@ pub fn run(suite: &Validation, names: &[&str], runtime: &Path, scratch: &Path) -
     let next = || waiting.lock().ok().and_then(|mut waiting| waiting.pop());
     let work = || -> Result<()> {
         while let Some(name) = next() {
-            let once = || run_one(&suite.programs.join(name), runtime, scratch).with_context(|| format!("run {name}"));
-            let mut outcome = once()?;
-            for _ in 1..if TIMED.contains(&name) { TRIES } else { 1 } {
-                if !outcome.failed.is_empty() {
-                    outcome = once()?;
+            let mut tries = if TIMED.contains(&name) { TRIES } else { 1 };
+            let outcome = loop {
+                let outcome = run_one(&suite.programs.join(name), runtime, scratch).with_context(|| format!("run {name}"))?;
+                tries -= 1;
+                if outcome.failed.is_empty() || tries == 0 {
+                    break outcome;
                 }
-            }
+            };
             outcomes.lock().map_err(|_| anyhow::anyhow!("another program's run panicked"))?.insert(name.to_owned(), outcome);
         }
         Ok(())

@@ -189,6 +189,14 @@ impl Node {
             Err(_) => Err(Error::internal("operation ended without a result")),
         }
     }
+
+    /// The same for an operation whose success is all its result.
+    pub async fn once<F>(&self, key: String, operation: F) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.joined(key, || async { operation.await.map(|()| String::new()) }).await.map(drop)
+    }
 }
 
 fn by_prefix<T>(map: &BTreeMap<String, Arc<T>>, id: &str, what: &str) -> Result<Arc<T>> {

@@ -131,9 +131,11 @@ async fn build(
             let container = Arc::new(container);
             node.insert_container(container.clone());
             drop(hold);
-            missed(&node, &pod, &container).await?;
             node.tell(&pod, &id, EventKind::ContainerCreatedEvent);
             nri::container_created(&node, &container).await;
+            if let Err(error) = missed(&node, &pod, &container).await {
+                tracing::error!(%error, "not all of the pod is gone; its stop does the rest");
+            }
             Ok(id)
         }
         Err(error) => {
@@ -170,9 +172,9 @@ async fn missed(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
 /// Ends what a monitor that is gone may have made of a container that was in no list when its pod was ended.
 async fn forsaken(node: &Node, pod: &Pod, id: &str) -> Result<()> {
     let cgroup = pod.look(|record| record.container_cgroup(node, id));
-    let failed = |error| Error::io(format_args!("kill cgroup {}", cgroup.display()), error);
-    cgroup::kill(&cgroup, FORSAKEN_LIMIT).await.map_err(failed)?;
-    cgroup::remove(&cgroup).map_err(failed)
+    let failed = |what: &'static str| move |error| Error::io(format_args!("{what} a container's cgroup"), error);
+    cgroup::kill(&cgroup, FORSAKEN_LIMIT).await.map_err(failed("kill"))?;
+    cgroup::remove(&cgroup).map_err(failed("remove"))
 }
 
 /// A container that is in no list yet, and what keeps plugins of NRI from joining until it is.
@@ -286,12 +288,7 @@ async fn make(making: &Making<'_, '_>, mut config: ContainerConfig, told: &mut O
             .extend(adjusted.not_enforced.iter().filter(|name| !not_enforced.contains(name)).cloned().collect::<Vec<_>>());
     }
     if !not_enforced.is_empty() {
-        if node.config.cgroup.strict {
-            return Err(Error::unimplemented(format!(
-                "this host cannot enforce {} and cgroup.strict is set",
-                not_enforced.join(", ")
-            )));
-        }
+        spec::refuse_missing(node.config.cgroup.strict, &not_enforced)?;
         tracing::info!(limits = %not_enforced.join(", "), "limits not enforced: this host's cgroup v2 tree lacks the controllers");
     }
     if let Some((loaded, strict)) = checkpoint {

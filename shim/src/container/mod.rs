@@ -24,7 +24,7 @@ pub(crate) use create::restore;
 pub(crate) use declared::directory as declared_volumes;
 pub use life::{end_again, remove, reopen_log, resume_start, start, stop};
 pub use lookup::Lookups;
-pub(crate) use spec::{annotations_of_pod, missing_controllers, overlay, resources as limits};
+pub(crate) use spec::{annotations_of_pod, missing_controllers, overlay, refuse_missing, resources as limits};
 pub use update::{merge, update, update_to};
 
 use crate::{

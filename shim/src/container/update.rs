@@ -48,10 +48,7 @@ async fn change(node: &Node, container: &Container, mut given: LinuxContainerRes
     let mut missing = spec::missing_controllers(&given, &node.tree);
     missing.extend(spec::more_missing(&more, &node.tree));
     spec::overlay(&mut oci, more.clone());
-    if node.config.cgroup.strict && !missing.is_empty() {
-        let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
-        return Err(Error::unimplemented(why));
-    }
+    spec::refuse_missing(node.config.cgroup.strict, &missing)?;
     let change = |record: &mut super::Record, missing: &[String]| {
         merge(record.config.linux.get_or_insert_default().resources.get_or_insert_default(), given.clone());
         lay_more(&mut record.more_limits, &more);

@@ -119,11 +119,9 @@ impl RuntimeService for Service {
         let id = request.into_inner().pod_sandbox_id;
         if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
             let (node, id) = (self.node.clone(), pod.id.clone());
-            let stop = || async move {
-                pod::stop(&node, &pod).await.map_err(|error| error.during(format_args!("stop pod {}", pod.id)))?;
-                Ok(String::new())
-            };
-            self.node.joined(format!("stop pod {id}"), stop).await.map_err(status::of)?;
+            let stop = async move { pod::stop(&node, &pod).await };
+            let stopped = self.node.once(format!("stop pod {id}"), stop).await;
+            stopped.map_err(|error| status::of(error.during(format_args!("stop pod {id}"))))?;
         }
         Ok(Response::new(cri::StopPodSandboxResponse {}))
     }
@@ -132,11 +130,9 @@ impl RuntimeService for Service {
         let id = request.into_inner().pod_sandbox_id;
         if let Some(pod) = gone_is_fine(self.node.pod(&id)).map_err(status::of)? {
             let (node, id) = (self.node.clone(), pod.id.clone());
-            let remove = || async move {
-                pod::remove(&node, &pod).await.map_err(|error| error.during(format_args!("remove pod {}", pod.id)))?;
-                Ok(String::new())
-            };
-            self.node.joined(format!("remove pod {id}"), remove).await.map_err(status::of)?;
+            let remove = async move { pod::remove(&node, &pod).await };
+            let removed = self.node.once(format!("remove pod {id}"), remove).await;
+            removed.map_err(|error| status::of(error.during(format_args!("remove pod {id}"))))?;
         }
         Ok(Response::new(cri::RemovePodSandboxResponse {}))
     }
@@ -175,8 +171,8 @@ impl RuntimeService for Service {
     async fn start_container(&self, request: Request<cri::StartContainerRequest>) -> Reply<cri::StartContainerResponse> {
         let container = self.container(&request.into_inner().container_id)?;
         let (node, id) = (self.node.clone(), container.id.clone());
-        let start = || async move { container::start(&node, &container).await.map(|()| String::new()) };
-        self.node.joined(format!("start {id}"), start).await.map_err(status::of)?;
+        let start = async move { container::start(&node, &container).await };
+        self.node.once(format!("start {id}"), start).await.map_err(status::of)?;
         Ok(Response::new(cri::StartContainerResponse {}))
     }
 
@@ -193,8 +189,8 @@ impl RuntimeService for Service {
         let id = request.into_inner().container_id;
         if let Some(container) = gone_is_fine(self.node.container(&id)).map_err(status::of)? {
             let (node, id) = (self.node.clone(), container.id.clone());
-            let remove = || async move { container::remove(&node, &container).await.map(|()| String::new()) };
-            self.node.joined(format!("remove {id}"), remove).await.map_err(status::of)?;
+            let remove = async move { container::remove(&node, &container).await };
+            self.node.once(format!("remove {id}"), remove).await.map_err(status::of)?;
         }
         Ok(Response::new(cri::RemoveContainerResponse {}))
     }

@@ -136,7 +136,9 @@ impl Network {
         match kind {
             Kind::Bridge => self.bridge.attach(pod).await,
             Kind::Cni => {
-                self.leave_bridge(false);
+                if self.bridge_made.swap(false, Ordering::Relaxed) {
+                    self.leave_bridge();
+                }
                 self.cni.attach(pod).await
             }
         }
@@ -147,7 +149,9 @@ impl Network {
         match kind {
             Kind::Bridge => {
                 self.bridge.detach(&pod.pod_id).await?;
-                self.leave_bridge(self.kind() == Kind::Cni);
+                if self.kind() == Kind::Cni {
+                    self.leave_bridge();
+                }
                 Ok(())
             }
             Kind::Cni => self.cni.detach(pod).await,
@@ -170,16 +174,14 @@ impl Network {
         Ok(())
     }
 
-    /// Removes the bridge, beside everything else, once CNI has taken over and no pod is on it any more.
-    fn leave_bridge(&self, may_be_unused: bool) {
-        if self.kind() == Kind::Cni && (self.bridge_made.swap(false, Ordering::Relaxed) || may_be_unused) {
-            let bridge = self.bridge.clone();
-            tokio::spawn(async move {
-                if let Err(error) = bridge.teardown_if_unused().await {
-                    tracing::warn!(error = %bridge::chain(&error), "the built-in bridge is not removed");
-                }
-            });
-        }
+    /// Removes the bridge, which CNI has taken over from, beside everything else if no pod is on it any more.
+    fn leave_bridge(&self) {
+        let bridge = self.bridge.clone();
+        tokio::spawn(async move {
+            if let Err(error) = bridge.teardown_if_unused().await {
+                tracing::warn!(error = %bridge::chain(&error), "the built-in bridge is not removed");
+            }
+        });
     }
 
     /// Releases what belongs to pods that are not in `live`. Called once, when the daemon has read its records.

@@ -3,7 +3,7 @@
 
 use super::{Phase, Pod, Record, scope};
 use crate::{
-    container::{limits, merge, missing_controllers},
+    container::{limits, merge, missing_controllers, refuse_missing},
     error::{Error, Kind, Result},
     node::Node,
     nri, store,
@@ -61,10 +61,7 @@ pub(super) async fn enforce(node: &Node, pod: &Pod, config: &PodSandboxConfig) -
     let Some(cgroup) = pod.look(Record::made_cgroup).map(|path| node.tree.directory(&path)) else { return Ok(()) };
     let mut missing = missing_controllers(&wanted, &node.tree);
     let strict = node.config.cgroup.strict;
-    if strict && !missing.is_empty() {
-        let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
-        return Err(Error::unimplemented(why));
-    }
+    refuse_missing(strict, &missing)?;
     let resources = serde_json::to_string(&oci).map_err(|error| Error::internal(format!("encode resources: {error}")))?;
     let request = UpdatePodRequest { cgroup: cgroup.to_string_lossy().into_owned(), resources, strict, tell: true };
     match pod.monitor()?.call(Body::UpdatePod(request)).await {

@@ -16,7 +16,9 @@ mod security;
 pub(crate) use adjust::{Outcome, adjust, limits, more_missing, overlay};
 pub(crate) use annotations::of_sandbox as annotations_of_pod;
 pub(super) use mounts::{POD_FILES, normal};
-pub(crate) use resources::{SWAP_KEY, not_enforced as missing_controllers, of_container as limits_of_container, resources};
+pub(crate) use resources::{
+    SWAP_KEY, not_enforced as missing_controllers, of_container as limits_of_container, refuse_missing, resources,
+};
 
 use super::{declared::Declared, identity::Identity, lookup::Looking, text};
 use crate::{

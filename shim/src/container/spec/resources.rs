@@ -82,6 +82,15 @@ pub(crate) fn not_enforced(asked: &LinuxContainerResources, tree: &Tree) -> Vec<
     missing.map(|(name, _, _)| name.to_owned()).collect()
 }
 
+/// Refuses limits that this host cannot enforce, where the configuration wants that.
+pub(crate) fn refuse_missing(strict: bool, missing: &[String]) -> Result<()> {
+    if strict && !missing.is_empty() {
+        let why = format!("this host cannot enforce {} and cgroup.strict is set", missing.join(", "));
+        return Err(Error::unimplemented(why));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

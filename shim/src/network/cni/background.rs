@@ -69,10 +69,10 @@ pub(super) async fn run(inner: Arc<Inner>, serves: bool) {
         }
         let waits_for_adds = collect && inner.network().is_some();
         let due = if waits_for_adds { Some(Instant::now()) } else { due(&inner, serves) };
-        let until = due.map(|due| due.max(Instant::now() + PAUSE));
-        tokio::select! {
-            () = inner.due.notified() => {}
-            () = async { tokio::time::sleep_until(until.unwrap_or_else(Instant::now)).await }, if until.is_some() => {}
+        let earlier = inner.due.notified();
+        match due {
+            Some(due) => drop(tokio::time::timeout_at(due.max(Instant::now() + PAUSE), earlier).await),
+            None => earlier.await,
         }
     }
 }
