@@ -75,15 +75,14 @@ pub fn look<T: DeserializeOwned>(path: &Path) -> Result<Kept<T>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::Absent),
         Err(error) => return Err(Error::io(format_args!("read {}", path.display()), error)),
     };
-    // A newer build's record may be of another form.
-    if let Ok(head) = serde_json::from_slice::<Head>(&bytes)
-        && head.version > RECORD_VERSION
-    {
-        return Ok(Kept::Newer(head.version));
-    }
     Ok(match serde_json::from_slice::<Versioned<T>>(&bytes) {
-        Ok(versioned) => Kept::Whole(versioned.record),
-        Err(error) => Kept::Damaged(error.to_string()),
+        Ok(versioned) if versioned.version <= RECORD_VERSION => Kept::Whole(versioned.record),
+        Ok(versioned) => Kept::Newer(versioned.version),
+        // A newer build's record may be of another form.
+        Err(error) => match serde_json::from_slice::<Head>(&bytes) {
+            Ok(head) if head.version > RECORD_VERSION => Kept::Newer(head.version),
+            _ => Kept::Damaged(error.to_string()),
+        },
     })
 }
 
